@@ -1,0 +1,1 @@
+"""Recipes and launch files: data only."""

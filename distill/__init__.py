@@ -1,0 +1,1 @@
+"""The objective, the Distiller, the stages, metrics, config, command line and report."""

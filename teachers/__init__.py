@@ -1,0 +1,1 @@
+"""What the student learns from: SALMONN and its ears, other teachers, online and cached targets."""

@@ -1,0 +1,27 @@
+"""What every test shares: where `../shared` is, which tests need it, and a CPU that computes in float32 on one thread."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"{SHARED} is not here; set DISTILL_SHARED"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference numbers and recordings beside the checkout."""
+    return SHARED
