@@ -1,0 +1,230 @@
+"""Manifests: which recording goes with which answer. Knows paths and fields, and never opens an audio file.
+
+Two forms are read, in memory that does not grow with them: SALMONN's `{"annotation": [{"path", "text", "task", "Q"?,
+"expand_wav"?}, ...]}` and JSON Lines with the same fields. `source` and `speaker` may be there too; a manifest without
+`source` belongs to the data set its folder is named after.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.records import RowError, read_array, read_lines
+
+ARRAY = "annotation"
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+NUM_NAMES_SCANNED = 100_000  # of a folder, when names near a missing one are looked for
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a manifest."""
+
+    path: Path  # absolute, or as reached from the working directory
+    text: str | None  # the answer; None: unlabelled
+    task: str
+    question: str | None = None  # the row's "Q"
+    source: str = ""  # name of the data set
+    more_paths: tuple[Path, ...] = ()  # the row's "expand_wav": recordings that follow the first
+    speaker: str | None = None
+    number: int = 0  # of the row, from 0
+    place: str = ""  # in the file, for messages: annotation[3]
+    digest: str = ""  # of the row's content as written; see `key`
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every recording of the sample, in order."""
+        return (self.path, *self.more_paths)
+
+    @property
+    def key(self) -> str:
+        """The sample's name in its shard: unique by the row's number, tied to the content by the digest."""
+        return f"{self.number:08d}-{self.digest}"
+
+
+def read_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry]:
+    """Entries of a manifest in its order.
+
+    Args:
+        path: SALMONN's JSON, or JSON Lines when its suffix is .jsonl or .ndjson.
+        root: the folder that paths are relative to, even those that begin with a slash; by default the manifest's own,
+            and absolute paths stand as they are.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: it is not JSON, or a row is not an entry (`RowError`).
+    """
+    for row in scan_manifest(path, root=root):
+        if isinstance(row, RowError):
+            raise row
+        yield row
+
+
+def scan_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry | RowError]:
+    """As `read_manifest`, but a row that is not an entry is yielded as its `RowError`, for the caller to count."""
+    path = Path(path)
+    if not path.is_file():
+        raise missing_file_error(path)
+    rows = read_lines(path) if path.suffix in LINES_SUFFIXES else read_array(path, ARRAY)
+    source = path.resolve().parent.name
+    for number, place, value in rows:
+        if isinstance(value, RowError):
+            yield value
+            continue
+        try:
+            yield _to_entry(value, path, number, place, root, source)
+        except RowError as error:
+            yield error
+
+
+def check_tasks(entries: Iterable[Entry], tasks: Collection[str] | None) -> Iterator[Entry]:
+    """Pass entries on, and refuse the first whose task is not one of `tasks` (None: all are).
+
+    Raises:
+        ValueError: unknown task, with the nearest known one.
+    """
+    for entry in entries:
+        if tasks is not None and entry.task not in tasks:
+            near = difflib.get_close_matches(entry.task, tasks, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"task {entry.task!r} unknown at {entry.place}; {hint}({', '.join(sorted(tasks))})")
+        yield entry
+
+
+def check_paths(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Pass entries on, and refuse the first that names a file which is not there.
+
+    Raises:
+        FileNotFoundError: with the nearest names that exist.
+    """
+    for entry in entries:
+        for path in entry.paths:
+            if not os.path.exists(path):
+                raise missing_file_error(path, place=f"{entry.place}.path")
+        yield entry
+
+
+def missing_file_error(path: Path, *, place: str = "") -> FileNotFoundError:
+    """An error that names what exists and is most like the path that does not."""
+    parent = path.parent
+    missing = path.name
+    while not parent.is_dir() and parent != parent.parent:
+        parent, missing = parent.parent, parent.name
+    names = sorted(itertools.islice((child.name for child in parent.iterdir()), NUM_NAMES_SCANNED))
+    near = difflib.get_close_matches(missing, names, 3, cutoff=0.4)
+    where = f"{place} is {path}" if place else str(path)
+    hint = f"nearest in {parent}: {', '.join(near)}" if near else f"{parent} holds nothing like {missing!r}"
+    return FileNotFoundError(f"{where}, but no such file exists; {hint}.")
+
+
+def to_fields(entry: Entry, folder: Path) -> dict:
+    """The entry as a row of a manifest in `folder`, with `source` said and paths relative where they lie below it."""
+    fields = {"path": _relative(entry.path, folder), "text": entry.text, "task": entry.task}
+    if entry.question is not None:
+        fields["Q"] = entry.question
+    if entry.more_paths:
+        fields["expand_wav"] = [_relative(path, folder) for path in entry.more_paths]
+    fields["source"] = entry.source
+    if entry.speaker is not None:
+        fields["speaker"] = entry.speaker
+    return fields
+
+
+def write_manifest(path: Path, entries: Iterable[Entry]) -> int:
+    """Write SALMONN's JSON, or JSON Lines for .jsonl and .ndjson, one row a line; returns the number of rows.
+
+    The file appears whole or not at all.
+    """
+    with open_atomically(path) as file:
+        return write_rows(file, path, entries)
+
+
+def write_rows(file, path: Path, entries: Iterable[Entry]) -> int:
+    """Write rows in the form that `path` asks for to a file that is open; returns their number."""
+    is_lines = path.suffix in LINES_SUFFIXES
+    folder = path.resolve().parent
+    count = 0
+    file.write("" if is_lines else f'{{"{ARRAY}": [')
+    for entry in entries:
+        file.write("" if is_lines else (",\n" if count else "\n"))
+        file.write(json.dumps(to_fields(entry, folder), ensure_ascii=False) + ("\n" if is_lines else ""))
+        count += 1
+    file.write("" if is_lines else "\n]}\n")
+    return count
+
+
+@contextmanager
+def open_atomically(path: Path, mode: str = "w"):
+    """A file that gets its name, by fsync and rename, only when the block ends without an exception."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_entry(value: object, path: Path, number: int, place: str, root: Path | None, source: str) -> Entry:
+    def fail(field: str, reason: str, problem: str):
+        return RowError(path, number, f"{place}{field}", reason, problem)
+
+    if not isinstance(value, dict):
+        raise fail("", "type", f"is {_describe(value)}, but a row must be an object; mend the row.")
+    for field in ("path", "task"):
+        if not isinstance(value.get(field), str) or not value[field].strip():
+            raise fail(f".{field}", "type", f"is {_describe(value.get(field))}, but must be a string; mend the row.")
+    for field in ("text", "Q", "source", "speaker"):
+        if not isinstance(value.get(field), str | None):
+            raise fail(f".{field}", "type", f"is {_describe(value[field])}, but must be a string; mend the row.")
+    text = value.get("text")
+    if text is not None and not text.strip():
+        raise fail(".text", "empty_text", "is empty, but an answer must say something; use null for unlabelled audio.")
+    more = value.get("expand_wav", [])
+    if not isinstance(more, list) or not all(isinstance(name, str) for name in more):
+        raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")
+    content = [value["path"], more, text, value["task"], value.get("Q")]
+    first, *rest = (_locate(name, path, root) for name in (value["path"], *more))
+    return Entry(
+        path=first,
+        text=text,
+        task=value["task"],
+        question=value.get("Q"),
+        source=value.get("source") or source,
+        more_paths=tuple(rest),
+        speaker=value.get("speaker"),
+        number=number,
+        place=f"{path}: {place.removesuffix(": ")}",
+        digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8],
+    )
+
+
+def _locate(name: str, manifest: Path, root: Path | None) -> Path:
+    return manifest.parent / name if root is None else root / name.lstrip("/")
+
+
+def _relative(path: Path, folder: Path) -> str:
+    path = Path(os.path.abspath(path))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _describe(value: object) -> str:
+    return "missing" if value is None else json.dumps(value)[:60]
