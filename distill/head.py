@@ -1,0 +1,162 @@
+"""The output head of a LLM as the fused objective reads it: rows of one weight, and what the logits go through after.
+
+Knows which modules hold such a weight and how a 4-bit one becomes floats a few rows at a time. Does not know any loss.
+
+Shapes: S supervised positions, D width, C rows of the weight in one tile, K gathered rows a position.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# One tile of logits has about so many elements: on a CPU it stays in the cache, on a GPU it fills the processors.
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+
+
+def head_weight(module: nn.Module, name: str = "lm_head") -> Tensor:
+    """The weight of an output head that is one matrix: full precision or bitsandbytes 4-bit, tied or not.
+
+    Args:
+        module: the head, as `get_output_embeddings()` returns it.
+        name: what the error calls it.
+
+    Raises:
+        ValueError: the head carries LoRA, is 8-bit, or is no linear layer; it has no single weight to read.
+    """
+    kind = type(module).__name__
+    if hasattr(module, "modules_to_save") and hasattr(module, "active_adapters"):
+        return head_weight(module.modules_to_save[module.active_adapters[0]], name)
+    if hasattr(module, "lora_A"):
+        raise ValueError(
+            f"{name} is {kind}, but the fused objective reads one weight and not an adapter beside it; take {name} "
+            f"out of the LoRA targets, or train the whole of it with modules_to_save."
+        )
+    is_linear = type(module) in (nn.Linear, nn.Embedding) or kind == "Linear4bit"
+    if not is_linear:
+        raise ValueError(
+            f"{name} is {kind}, but the fused objective reads nn.Linear or bitsandbytes Linear4bit; leave {name} out "
+            f"of the quantised or wrapped modules (llm_int8_skip_modules)."
+        )
+    return module.weight
+
+
+def logit_transform(config) -> dict[str, float | None]:
+    """Soft cap and scale that a model's config asks for, as keyword arguments of the fused objective.
+
+    Args:
+        config: a transformers config: Gemma has `final_logit_softcapping`, Cohere `logit_scale`, Granite
+            `logits_scaling` (which divides), MiniCPM `dim_model_base` (its scale is in the hidden state already).
+    """
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale / divisor}
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """True for a bitsandbytes 4-bit weight, whose own shape is that of its packed bytes."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+class _Packed:
+    """Rows of a bitsandbytes 4-bit matrix."""
+
+    def __init__(self, weight: Tensor):
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+        state = weight.quant_state
+        self.shape = torch.Size(state.shape)
+        if self.shape[1] % state.blocksize:
+            raise ValueError(
+                f"width of the 4-bit head is {self.shape[1]}, but rows must hold whole blocks of {state.blocksize}; "
+                f"keep the head in bfloat16."
+            )
+        absmax = state.absmax
+        if state.nested:
+            absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
+        self.bytes_VX = weight.data.reshape(self.shape[0], -1)
+        self.absmax_VX = absmax.reshape(self.shape[0], -1)
+        self.state, self.new_state, self.dequantise = state, QuantState, dequantize_4bit
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        packed_CX, absmax_CX = self.bytes_VX[rows], self.absmax_VX[rows]
+        state = self.new_state(
+            absmax=absmax_CX.reshape(-1),
+            shape=torch.Size((len(packed_CX), self.shape[1])),
+            code=self.state.code,
+            blocksize=self.state.blocksize,
+            quant_type=self.state.quant_type,
+            dtype=self.state.dtype,
+        )
+        return self.dequantise(packed_CX.reshape(-1, 1), state)
+
+
+class Head:
+    """Logits of one tile of the vocabulary, and sums of weight rows, in the accumulation dtype.
+
+    Args:
+        weight_VD: the head's weight, 4-bit or not; never copied as a whole.
+        bias_V: added to the product, or None.
+        logit_scale: multiplies the product and the bias.
+        softcap: c of `c * tanh(logits / c)`, applied last, or None.
+        num_tokens: rows from here on are padding and take no part.
+        dtype: of everything that is returned.
+    """
+
+    def __init__(self, weight_VD, bias_V, logit_scale: float, softcap: float | None, num_tokens: int | None, dtype):
+        self.rows = _Packed(weight_VD) if is_quantised(weight_VD) else weight_VD.detach()
+        self.bias_V = None if bias_V is None else bias_V.detach()
+        self.scale, self.softcap, self.dtype = logit_scale, softcap, dtype
+        num_rows = self.rows.shape[0]
+        if num_tokens is not None and not 0 < num_tokens <= num_rows:
+            raise ValueError(
+                f"vocab_size is {num_tokens}, but the head has {num_rows} rows; give the tokenizer's number of tokens."
+            )
+        self.num_tokens = num_rows if num_tokens is None else num_tokens
+
+    def tiles(self, num_positions: int, device_type: str):
+        """Ranges of rows, each of whose logits fit in one tile."""
+        elements = TILE_ELEMENTS["cuda" if device_type == "cuda" else "cpu"]
+        size = max(1024, elements // max(num_positions, 1))
+        return [(start, min(start + size, self.num_tokens)) for start in range(0, self.num_tokens, size)]
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """The weight's rows as the matrix products take them: 16-bit stays so where a float32 accumulator exists."""
+        rows_CD = self.rows[start:stop]
+        return rows_CD if self._accumulates(rows_CD) else rows_CD.to(self.dtype)
+
+    def _accumulates(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32
+
+    def matmul(self, a: Tensor, rows: Tensor) -> Tensor:
+        """`a @ rows` in the accumulation dtype."""
+        if self._accumulates(rows):
+            return torch.mm(a.to(rows.dtype), rows, out_dtype=self.dtype)
+        return a.to(self.dtype) @ rows
+
+    def logits(self, hidden_SD: Tensor, tile_CD: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        """Logits of a tile, and their slope in the bare product where a soft cap bends it, else None."""
+        logits_SC = self.matmul(hidden_SD, tile_CD.T)
+        if self.bias_V is not None:
+            logits_SC += self.bias_V[start : start + len(tile_CD)]
+        if self.scale != 1:
+            logits_SC *= self.scale
+        if self.softcap is None:
+            return logits_SC, None
+        logits_SC.div_(self.softcap).tanh_()
+        slope_SC = 1 - logits_SC**2
+        return logits_SC.mul_(self.softcap), slope_SC.mul_(self.scale)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The slope again, from the finished logits."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (logits / self.softcap) ** 2)
+
+    def add_rows_(self, out_SD: Tensor, ids_SK: Tensor, coefficients_SK: Tensor) -> None:
+        """Add to each position the sum of its rows times their coefficients, a few positions at a time."""
+        num_kept, width = ids_SK.shape[1], out_SD.shape[1]
+        step = max(1, 2**20 // max(1, num_kept * width))
+        for start in range(0, len(ids_SK), step):
+            part = slice(start, start + step)
+            rows_KD = self.rows[ids_SK[part].reshape(-1)].to(self.dtype)
+            rows_SKD = rows_KD.view(-1, num_kept, width)
+            out_SD[part] += torch.bmm(coefficients_SK[part].unsqueeze(1), rows_SKD).squeeze(1)
