@@ -1,0 +1,96 @@
+"""Trains a small tokenizer on a corpus: a sentencepiece unigram model, saved as a folder that transformers loads.
+
+The demo's teacher and student use it. It knows texts, nothing of prompts or models. Every text encodes without loss:
+what the vocabulary lacks becomes bytes, and nothing is normalised. (`▁`, U+2581, stands for the space, as in every
+sentencepiece model: a text that holds it decodes to a space there.)
+"""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SPACE = "▁"
+UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"  # ids 0, 1, 2, 3: padding needs no resized embedding
+NUM_BYTES = 256
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer and save it so that `AutoTokenizer.from_pretrained(folder)` loads it.
+
+    Args:
+        texts: what the model will read and write, prompts included; their order does not matter to speed or loss.
+        folder: where `tokenizer.json` and `tokenizer_config.json` go; made where it is missing.
+        vocab_size: ids at most; a small corpus may hold fewer pieces than that. `len(tokenizer)` is what came out.
+
+    Returns:
+        The tokenizer, with `bos_token`, `eos_token` and `pad_token` inside its vocabulary. It puts `<s>` before a text
+        unless `add_special_tokens` is False.
+
+    Raises:
+        ValueError: there is no text, or `vocab_size` has no room for the special tokens, the bytes and the characters.
+    """
+    texts = [text for text in texts if text]
+    characters = set("".join(texts)) - {" "}
+    required = len((UNK, BOS, EOS, PAD)) + NUM_BYTES + len(characters | {SPACE})
+    if not texts:
+        raise ValueError("texts is empty, but a tokenizer is trained on texts; pass the corpus's prompts and answers.")
+    if vocab_size < required:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but 4 special tokens, 256 bytes and this corpus's {len(characters) + 1} "
+            f"characters need {required}; choose {required} or more."
+        )
+    tokenizer = _build_fast(_train_sentencepiece(texts, vocab_size))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _train_sentencepiece(texts: list[str], vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    """A unigram model with byte fallback that leaves every character as it is."""
+    serialised = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=serialised,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,  # a piece of a prompt is encoded alone and must not gain a space
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        unk_piece=UNK,
+        bos_piece=BOS,
+        eos_piece=EOS,
+        pad_piece=PAD,
+        num_threads=1,  # the same pieces on every machine
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=serialised.getvalue())
+
+
+def _build_fast(processor: sentencepiece.SentencePieceProcessor) -> PreTrainedTokenizerFast:
+    """The same pieces and scores in the `tokenizers` library, which knows offsets."""
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, processor.bos_id())]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
