@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.head import Head, is_quantised
+from distill.head import Head, is_quantised, locate
 from distill.losses import Divergence, bucket_divergence, check_temperature, forward_kl_terms, widen
 
 
@@ -81,13 +81,9 @@ class _Columns:
     """Where the label and the kept ids of each position lie in a tile."""
 
     def __init__(self, request: _Request, start: int, stop: int):
-        self.label_S1, self.is_label_S1 = self._locate(request.labels_S[:, None], start, stop)
-        self.kept_SK, is_inside_SK = self._locate(request.ids_SK, start, stop)
+        self.label_S1, self.is_label_S1 = locate(request.labels_S[:, None], start, stop)
+        self.kept_SK, is_inside_SK = locate(request.ids_SK, start, stop)
         self.is_kept_SK = is_inside_SK & request.is_kept_SK
-
-    @staticmethod
-    def _locate(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return (ids - start).clamp(0, stop - start - 1), (ids >= start) & (ids < stop)
 
     def pick(self, tile_SC: Tensor, label_S: Tensor, kept_SK: Tensor) -> None:
         """Copy the label's and the kept ids' logits out of the tile, then take the kept ids out of it."""

@@ -89,6 +89,11 @@ class _Packed:
         return self.dequantise(packed_CX.reshape(-1, 1), state)
 
 
+def locate(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Columns of ids in a tile, and whether they are in it: those that are not stand at its border."""
+    return (ids - start).clamp(0, stop - start - 1), (ids >= start) & (ids < stop)
+
+
 class Head:
     """Logits of one tile of the vocabulary, and sums of weight rows, in the accumulation dtype.
 
@@ -154,9 +159,19 @@ class Head:
     def add_rows_(self, out_SD: Tensor, ids_SK: Tensor, coefficients_SK: Tensor) -> None:
         """Add to each position the sum of its rows times their coefficients, a few positions at a time."""
         num_kept, width = ids_SK.shape[1], out_SD.shape[1]
+        if num_kept > self.num_tokens // 16:
+            return self._add_many_rows_(out_SD, ids_SK, coefficients_SK)
         step = max(1, 2**20 // max(1, num_kept * width))
         for start in range(0, len(ids_SK), step):
             part = slice(start, start + step)
             rows_KD = self.rows[ids_SK[part].reshape(-1)].to(self.dtype)
             rows_SKD = rows_KD.view(-1, num_kept, width)
             out_SD[part] += torch.bmm(coefficients_SK[part].unsqueeze(1), rows_SKD).squeeze(1)
+
+    def _add_many_rows_(self, out_SD: Tensor, ids_SK: Tensor, coefficients_SK: Tensor) -> None:
+        """The same as matrix products with the tiles: reading a large part of the rows for each position is slower."""
+        for start, stop in self.tiles(len(out_SD), out_SD.device.type):
+            columns_SK, is_inside_SK = locate(ids_SK, start, stop)
+            tile_SC = out_SD.new_zeros(len(out_SD), stop - start)
+            tile_SC.scatter_add_(1, columns_SK, coefficients_SK * is_inside_SK)
+            out_SD += self.matmul(tile_SC, self.tile(start, stop))

@@ -1,0 +1,76 @@
+"""How the weight of a loss term changes over the steps of a run, and what one sample of it counts.
+
+A schedule is a pure function of the step, so a resumed run needs no state of it. What a weight multiplies is not known
+here.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A weight over the steps of a run: a linear climb to `start`, then from `start` to `end` at the last step.
+
+    Args:
+        kind: "constant" (stays at `start`, `end` is not used), "linear" or "cosine".
+        start: the weight after the climb.
+        end: the weight at the end of the run.
+        warmup_steps: optimizer steps below `start`; 0 for none.
+        num_steps: optimizer steps of the whole run, the climb among them.
+
+    Raises:
+        ValueError: the kind is unknown, a weight is negative or not finite, or the climb is longer than the run.
+    """
+
+    kind: str
+    start: float
+    end: float
+    warmup_steps: int
+    num_steps: int
+
+    def __post_init__(self):
+        if self.kind not in SHAPES:
+            raise ValueError(f"schedule is {self.kind!r}, but it must be one of {', '.join(SHAPES)}; correct the name.")
+        for name in ("start", "end"):
+            weight = getattr(self, name)
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}, but a loss weight must be finite and not negative; correct it.")
+        if not 0 <= self.warmup_steps <= self.num_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but it must lie between 0 and the run's {self.num_steps} steps; "
+                f"shorten the warm-up."
+            )
+
+    def weight(self, step: int) -> float:
+        """The weight of the update that follows `step` finished ones."""
+        if step < self.warmup_steps:
+            return self.start * (step + 1) / (self.warmup_steps + 1)
+        span = max(1, self.num_steps - 1 - self.warmup_steps)
+        passed = min(1.0, (step - self.warmup_steps) / span)
+        return self.start + (self.end - self.start) * SHAPES[self.kind](passed)
+
+
+SHAPES = {
+    "constant": lambda passed: 0.0,
+    "linear": lambda passed: passed,
+    "cosine": lambda passed: 0.5 * (1 - math.cos(math.pi * passed)),
+}
+
+
+def sample_weight(task: str, task_weights: Mapping[str, float], cached_weight: float = 1.0) -> float:
+    """What a sample counts: the weight of its task (1 for one that is not named) times its own from the cache.
+
+    Raises:
+        ValueError: the product is negative or not finite.
+    """
+    weight = cached_weight
+    if task in task_weights:
+        weight *= task_weights[task]
+    if not 0 <= weight < math.inf:
+        raise ValueError(
+            f"weight of a sample of task {task} is {weight}, but it must be finite and not negative; correct "
+            f"task_weights, or cache the sample again."
+        )
+    return weight
