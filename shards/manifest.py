@@ -212,7 +212,7 @@ def _to_entry(value: object, path: Path, number: int, place: str, root: Path | N
         more_paths=tuple(rest),
         speaker=value.get("speaker"),
         number=number,
-        place=f"{path}: {place.removesuffix(": ")}",
+        place=f"{path}: {place.rstrip(': ')}",
         digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8],
     )
 

@@ -1,0 +1,143 @@
+"""From an entry of a manifest to the members of its sample, or to the reason why there are none. Knows no tar."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from shards.audio import AudioError, AudioLimits, encode_flac, hash_waveform, is_silent, load_audio, pad_to_window
+from shards.manifest import Entry
+from shards.records import RowError
+from shards.sample import SAMPLE_RATE
+
+TOO_LONG = ("auto", "cut", "skip", "chunk", "error")
+# Their answer covers the whole clip: cut the clip, and the answer says what cannot be heard.
+WHOLE_CLIP_TASKS = frozenset({"asr", "phone_recognition", "translation_ec", "lyrics_recognition"})
+SAYS_SILENCE = re.compile(
+    r"\b(silen(ce|t)|quiet|no (sounds?|speech|audio|one|voice)|nothing|inaudible)\b", re.IGNORECASE
+)
+MIN_REST_SECONDS = 1.0  # a shorter last piece of a chunked clip is dropped
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How an entry becomes samples; part of what a pack is identified by."""
+
+    too_long: str = "auto"  # one of TOO_LONG
+    limits: AudioLimits = field(default_factory=AudioLimits)
+
+    def __post_init__(self):
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"too_long is {self.too_long!r}, but must be one of {', '.join(TOO_LONG)}; choose one.")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as the bytes of its members."""
+
+    key: str
+    flac: bytes
+    json: bytes
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A row that gave no sample: a line of bad_samples.jsonl."""
+
+    number: int  # of the row
+    path: str  # of the first recording, or of the manifest where the row itself is wrong
+    reason: str
+    message: str
+    numbers: dict
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self), ensure_ascii=False, allow_nan=False)
+
+
+def count_reasons(bad: list[BadSample]) -> dict[str, int]:
+    """How many bad samples there are of each reason, the commonest first."""
+    return dict(Counter(sample.reason for sample in bad).most_common())
+
+
+def describe_reasons(bad: list[BadSample]) -> str:
+    """The same in words: `3 decode, 1 silent`."""
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(bad).items())
+
+
+class StopPacking(ValueError):
+    """A clip that the options say to stop at, not to skip."""
+
+
+def encode_rows(rows: list[Entry | RowError], options: EncodeOptions) -> list[list[Encoded] | BadSample]:
+    """For each row its samples (more than one only where a long clip is chunked) or why there are none.
+
+    Raises:
+        StopPacking: a clip is too long and `options.too_long` is error.
+    """
+    return [_encode_row(row, options) for row in rows]
+
+
+def says_silence(entry: Entry) -> bool:
+    """Whether the label is about silence, so that a silent clip is what it should be."""
+    return entry.text is not None and entry.task not in WHOLE_CLIP_TASKS and bool(SAYS_SILENCE.search(entry.text))
+
+
+def choose_too_long(entry: Entry, too_long: str) -> str:
+    """What `auto` means for this entry: skip where the answer covers the whole clip, else cut."""
+    if too_long != "auto":
+        return too_long
+    return "skip" if entry.text is not None and entry.task in WHOLE_CLIP_TASKS else "cut"
+
+
+def _encode_row(row: Entry | RowError, options: EncodeOptions) -> list[Encoded] | BadSample:
+    if isinstance(row, RowError):
+        return BadSample(row.number, str(row.path), row.reason, str(row), {"field": row.field})
+    try:
+        return _encode_entry(row, options)
+    except AudioError as error:
+        if error.reason == "too_long" and options.too_long == "error":
+            raise StopPacking(str(error)) from None
+        return BadSample(row.number, str(row.path), error.reason, str(error), error.numbers)
+    except OSError as error:
+        return BadSample(row.number, str(row.path), "unreadable", str(error), {})
+
+
+def _encode_entry(entry: Entry, options: EncodeOptions) -> list[Encoded]:
+    too_long = choose_too_long(entry, options.too_long)
+    if too_long == "chunk":
+        return _encode_chunks(entry, options.limits)
+    waveform_N = load_audio(entry.paths, limits=replace(options.limits, cut=too_long == "cut"))
+    return [_encode_sample(entry, waveform_N, entry.key)]
+
+
+def _encode_chunks(entry: Entry, limits: AudioLimits) -> list[Encoded]:
+    """Pieces of max_seconds of an unlabelled clip; a labelled one is one piece or none."""
+    if entry.text is not None:
+        return [_encode_sample(entry, load_audio(entry.paths, limits=limits), entry.key)]
+    waveform_N = load_audio(entry.paths, limits=replace(limits, max_seconds=limits.max_header_seconds))
+    size = int(limits.max_seconds * SAMPLE_RATE)
+    pieces = [waveform_N[start : start + size] for start in range(0, len(waveform_N), size)]
+    if len(pieces) > 1 and len(pieces[-1]) < MIN_REST_SECONDS * SAMPLE_RATE:
+        pieces.pop()
+    return [_encode_sample(entry, pad_to_window(piece), f"{entry.key}-{i:03d}") for i, piece in enumerate(pieces)]
+
+
+def _encode_sample(entry: Entry, waveform_N: np.ndarray, key: str) -> Encoded:
+    if is_silent(waveform_N) and not says_silence(entry):
+        peak = float(np.abs(waveform_N).max(initial=0.0))
+        raise AudioError(
+            "silent", f"{entry.path} is silent (peak {peak:.1e}), but its label is not; drop it.", {"peak": peak}
+        )
+    seconds = len(waveform_N) / SAMPLE_RATE
+    fields = {
+        "text": entry.text,
+        "task": entry.task,
+        "Q": entry.question,
+        "source": entry.source,
+        "duration": seconds,
+        "sha256": hash_waveform(waveform_N),
+    }
+    return Encoded(key, encode_flac(waveform_N), json.dumps(fields, ensure_ascii=False).encode(), seconds)

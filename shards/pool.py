@@ -1,0 +1,84 @@
+"""Work spread over processes, with results in the order of the work and a bounded amount of it in flight."""
+
+import itertools
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+IN_FLIGHT = 4  # pieces of work a worker, so that none waits and memory stays small
+
+
+def count_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(function: Callable, pieces: Iterable, *, workers: int) -> Iterator:
+    """`function` of each piece, in their order, `IN_FLIGHT * workers` of them at a time.
+
+    Args:
+        function: of a module, so that it can be sent to another process.
+        pieces: read only as far as there is room.
+        workers: processes; 0 or 1 computes here.
+
+    Raises:
+        whatever `function` raises, at that piece; the processes end then, and when the caller stops early.
+    """
+    if workers <= 1:
+        yield from map(function, pieces)
+        return
+    # Spawned, not forked: the caller may have threads (torch's, a progress bar's) that a fork would leave locked.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
+    pieces = iter(pieces)
+    try:
+        pending = deque(pool.submit(function, piece) for piece in itertools.islice(pieces, IN_FLIGHT * workers))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, piece) for piece in itertools.islice(pieces, 1))
+            yield result
+    except BrokenProcessPool as error:
+        raise ValueError(f"a worker of {workers} was killed, most likely for memory; use fewer workers.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, show: bool):
+    """A function that moves a bar (count, rate, time left) on by a number of samples; without `show`, does nothing."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    class RateColumn(TextColumn):
+        def render(self, task):
+            self.text_format = f"{task.finished_speed or task.speed or 0:.0f} samples/s"
+            return super().render(task)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(""),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
