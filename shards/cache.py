@@ -1,0 +1,271 @@
+"""The target cache on a disk: `cache.json`, and a tar of targets for each audio shard. Knows no teacher and no codec.
+
+`NAME.targets.tar` is the sibling of `NAME.tar`; `NAME.targets.json`, its done record, is written last, so a shard
+without one does not exist for anybody. Records are found and checked through `shards.index`.
+"""
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.archive import ShardError
+from shards.header import HEADER, CacheHeader, read_header, write_header
+from shards.index import ShardIndex, load_index, write_index
+from shards.lock import FileLock
+from shards.manifest import open_atomically
+from shards.targets import TargetRecord
+from shards.tarwriter import TarWriter
+
+SPARE = 1.2  # free space asked for, times the estimate
+
+
+@dataclass
+class TargetShard:
+    """A shard being written; `TargetWriter.claim` makes it.
+
+    Attributes:
+        figures: totals for the done record, such as tokens; the same in every run, so no times.
+    """
+
+    name: str
+    tar: TarWriter
+    figures: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+
+    def add(self, key: str, record: bytes) -> None:
+        """Append a sample's record, in the order of the audio shard."""
+        self.tar.add(f"{key}.targets.safetensors", record)
+        self.rows += 1
+
+
+class TargetWriter:
+    """Writes a cache shard by shard; any number of processes may share the folder.
+
+    Args:
+        folder: made if it is not there.
+        header: what makes this cache.
+
+    Raises:
+        ValueError: the folder holds a cache of something else; the message names what differs.
+    """
+
+    def __init__(self, folder: Path, header: CacheHeader):
+        self.folder = Path(folder)
+        self.header = header
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_header(self.folder, header)
+
+    def is_done(self, shard: str) -> bool:
+        """Whether a shard's targets are complete."""
+        done = read_done(self.folder, shard)
+        path = tar_path(self.folder, shard_name(shard))
+        return (
+            done is not None
+            and done["fingerprint"] == self.header.fingerprint
+            and path.exists()
+            and path.stat().st_size == done["bytes"]
+        )
+
+    @contextmanager
+    def claim(self, shard: str, expected_bytes: int = 0) -> Iterator[TargetShard | None]:
+        """A shard to write, complete when the block ends; None where it is done or another process writes it.
+
+        An exception in the block, or the end of the process, leaves nothing under the shard's name, and the shard free.
+
+        Args:
+            shard: the audio shard, `train-000017` or its path.
+            expected_bytes: estimate of what the targets will take; 0 if there is none.
+
+        Raises:
+            OSError: the disk is full, or will be.
+        """
+        name = shard_name(shard)
+        lock = FileLock.acquire(self.folder / f".{name}.targets.lock")
+        if lock is None:
+            yield None
+            return
+        try:
+            if self.is_done(name):
+                yield None
+                return
+            self._check_space(expected_bytes)
+            with _explain_full_disk(self.folder, name):
+                yield from self._write(name)
+        finally:
+            lock.release()
+
+    def _write(self, name: str) -> Iterator[TargetShard]:
+        path = tar_path(self.folder, name)
+        tar = TarWriter(path)
+        shard = TargetShard(name, tar)
+        try:
+            yield shard
+            digest = tar.close()
+        except BaseException:
+            _discard(tar)
+            raise
+        index = write_index(path)
+        if (index.sha256, len(index)) != (digest, shard.rows):
+            raise ShardError(
+                f"{path} reads back as {index.sha256[:16]} ({len(index)} rows), but {digest[:16]} ({shard.rows} rows) "
+                f"was written; check the disk and cache this shard again."
+            )
+        done = {"fingerprint": self.header.fingerprint, "rows": shard.rows, "bytes": index.size, "sha256": digest}
+        with open_atomically(done_path(self.folder, name)) as file:
+            json.dump(done | {"figures": shard.figures}, file, sort_keys=True)
+
+    def _check_space(self, expected_bytes: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < SPARE * expected_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"disk of {self.folder} is full: {free:,} bytes are free, but the next shard needs about "
+                f"{int(SPARE * expected_bytes):,}; free some space and start again, finished shards are kept.",
+            )
+
+
+class TargetReader:
+    """Reads records of a cache by shard and key.
+
+    Args:
+        folder: of the cache.
+        expected: what this run's teacher is; a fingerprint will do, but only a header can say what differs. None reads
+            any cache, for tools that inspect one.
+
+    Raises:
+        ValueError: the cache is of something else.
+    """
+
+    def __init__(self, folder: Path, expected: CacheHeader | str | None):
+        self.folder = Path(folder)
+        self.header = read_header(self.folder)
+        self._indexes: dict[str, tuple[ShardIndex, dict[str, int]]] = {}
+        if isinstance(expected, CacheHeader):
+            self.header.check(expected, self.folder / HEADER)
+        elif expected is not None and expected != self.header.fingerprint:
+            raise ValueError(
+                f"{self.folder / HEADER} was cached as {self.header.fingerprint[:16]}, but this run's teacher is "
+                f"{expected[:16]}; run distill/cache.py again or point cache.dir at a cache of this teacher."
+            )
+
+    def keys(self, shard: str) -> list[str]:
+        """The keys of a shard, in its order."""
+        return self._open(shard_name(shard))[0].keys
+
+    def check_shards(self, shards: Iterable[str]) -> None:
+        """Refuse a cache that lacks the targets of some of these audio shards.
+
+        Raises:
+            ShardError: with the first few missing names.
+        """
+        names = [shard_name(shard) for shard in shards]
+        missing = [n for n in names if read_done(self.folder, n) is None or not tar_path(self.folder, n).exists()]
+        if missing:
+            raise ShardError(
+                f"{self.folder} lacks the targets of {len(missing)} of {len(names)} shards ({', '.join(missing[:5])}), "
+                f"but training needs them all; run distill/cache.py again, it goes on where it stopped."
+            )
+
+    def read(self, shard: str, key: str) -> bytes:
+        """A sample's record.
+
+        Raises:
+            ShardError: the shard or key is not there, or the bytes are not those that were written.
+        """
+        name = shard_name(shard)
+        index, rows = self._open(name)
+        path = tar_path(self.folder, name)
+        if key not in rows:
+            raise ShardError(f"{path} holds no targets of {key}, but {len(index)} others; cache this shard again.")
+        offset, size, crc = (int(value) for value in index.members["targets"][rows[key]])
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), size, offset)
+        if zlib.crc32(data) != crc:
+            raise ShardError(
+                f"{path}: {key} has crc32 {zlib.crc32(data):08x} in {len(data)} bytes, but {crc:08x} in {size} were "
+                f"written; cache this shard again."
+            )
+        return data
+
+    def read_record(self, shard: str, key: str, identity: str | None = None) -> TargetRecord:
+        """A sample's record, unpacked, and checked against the sample where `identity` is given.
+
+        Raises:
+            ValueError: as `read` and `TargetRecord.check`.
+        """
+        name = f"{tar_path(self.folder, shard_name(shard))}: {key}"
+        data = self.read(shard, key)
+        try:
+            record = TargetRecord.unpack(data)
+        except ValueError as error:
+            raise ShardError(f"{name}: {error}") from error
+        if identity is not None:
+            record.check(identity, name)
+        return record
+
+    def _open(self, name: str) -> tuple[ShardIndex, dict[str, int]]:
+        """The index of a shard, once it was compared with the done record."""
+        if name not in self._indexes:
+            self.check_shards([name])
+            done = read_done(self.folder, name)
+            index = load_index(tar_path(self.folder, name))
+            stored = (self.header.fingerprint, done["rows"], done["sha256"])
+            if (done["fingerprint"], len(index), index.sha256) != stored:
+                raise ShardError(
+                    f"{tar_path(self.folder, name)} holds {len(index)} rows of {done['fingerprint'][:16]} with sha256 "
+                    f"{index.sha256[:16]}, but {done['rows']} of {self.header.fingerprint[:16]} with "
+                    f"{done['sha256'][:16]} were written; delete it and cache this shard again."
+                )
+            self._indexes[name] = index, {key: row for row, key in enumerate(index.keys)}
+        return self._indexes[name]
+
+
+def shard_name(shard: str | Path) -> str:
+    """`train-000017` of an audio shard's name or path."""
+    return Path(shard).name.removesuffix(".tar")
+
+
+def tar_path(folder: Path, name: str) -> Path:
+    """Where a shard's targets are."""
+    return folder / f"{name}.targets.tar"
+
+
+def done_path(folder: Path, name: str) -> Path:
+    """Where the record of a finished shard is."""
+    return folder / f"{name}.targets.json"
+
+
+def read_done(folder: Path, shard: str) -> dict | None:
+    """The done record of a shard: fingerprint, rows, bytes, sha256, figures; None while it is not finished."""
+    try:
+        return json.loads(done_path(folder, shard_name(shard)).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _discard(tar: TarWriter) -> None:
+    """Remove an unfinished tar; on a full disk its first close fails once more, and only the second removes it."""
+    try:
+        tar.discard()
+    except OSError:
+        tar.discard()
+
+
+@contextmanager
+def _explain_full_disk(folder: Path, name: str):
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"disk of {folder} is full ({error.strerror}): {shutil.disk_usage(folder).free:,} bytes are free, but the "
+            f"targets of {name} need more; free some space and start again, finished shards are kept.",
+        ) from error
