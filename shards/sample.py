@@ -21,6 +21,9 @@ class Sample:
     sha256: str  # of the decoded int16 samples, before any augmentation
     epoch: int = 0  # which pass over the data this is
     targets: bytes | None = None  # the key's KEY.targets.safetensors, when a target cache is joined
+    clean_N: np.ndarray | None = (
+        None  # before augmentation, when that is what the teacher hears; else it hears waveform_N
+    )
 
     @property
     def duration(self) -> float:

@@ -1,0 +1,219 @@
+"""Every sample of a set of shards in a few flat arrays: the indexes of the tars, joined with those of a target cache.
+
+About 100 bytes a sample, so that a million samples open in seconds and forked workers share them. Knows no order.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from shards.archive import MAX_MEMBER_BYTES, ShardError
+from shards.index import SIDECAR_SUFFIX, ShardIndex, load_index, unpack_sidecar
+from shards.source import SHARD_SUFFIX, TARGETS_SUFFIX, ShardCache, expand_shards, is_folder, is_remote, read_small
+
+CATALOG = "index.json"  # written by `distill pack`: samples, bytes and sha256 of each shard
+_NUM_SHOWN = 5  # keys listed in an error
+_NUM_THREADS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """All samples, in the order of the shards."""
+
+    names: list[str]  # path or URL of each shard
+    target_names: list[str]  # of its target shard; empty without a target cache
+    sizes: dict[str, int]  # bytes of every tar above
+    attested: list[bool]  # per shard: whether an index.json vouches for the very bytes that were indexed
+    shards: np.ndarray  # int32: shard of each sample
+    keys: np.ndarray  # bytes of fixed width
+    members: dict[str, np.ndarray]  # "audio", "json", "targets" -> int64 (samples, 3): offset, size, crc32
+    seconds: np.ndarray  # float32
+    tasks: list[str]  # sorted
+    task_ids: np.ndarray  # uint16, into `tasks`
+    has_text: np.ndarray  # bool
+    digest: str  # hash of names and contents of the audio shards
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def key(self, row: int) -> str:
+        """Key of a sample."""
+        return self.keys[row].decode()
+
+    def task_rows(self, task: str) -> np.ndarray:
+        """Samples of a task."""
+        return np.flatnonzero(self.task_ids == self.tasks.index(task))
+
+
+def open_catalog(
+    shards: str | Path | Sequence[str | Path],
+    *,
+    targets: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    cache: ShardCache,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+) -> Catalog:
+    """Open, check and join the indexes of shards.
+
+    Args:
+        shards: see `shards.source.expand_shards`.
+        targets: folder or URL of a target cache; each sample of `tasks` must have its target there.
+        tasks: those that need targets; None: all.
+        cache: where remote shards are kept.
+        max_member_bytes: the largest member allowed in a shard.
+
+    Raises:
+        ShardError: a shard is missing, damaged, or not what its index or `index.json` says; a key comes twice; a target
+            is missing or foreign.
+    """
+    names = expand_shards(shards)
+    indexes = _load_all(names, cache, max_member_bytes)
+    wrong = next((name for name, index in zip(names, indexes) if set(index.members) != {"audio", "json"}), None)
+    if wrong is not None:
+        raise ShardError(f"{wrong} holds targets, but audio is asked for; give it as targets.")
+    attested = _check_folders(names, indexes, whole_folder=isinstance(shards, str | Path) and is_folder(str(shards)))
+    _check_unique(names, indexes)
+    all_tasks = sorted({task for index in indexes for task in index.tasks})
+    members = {kind: np.concatenate([index.members[kind] for index in indexes]) for kind in ("audio", "json")}
+    sizes = {name: index.size for name, index in zip(names, indexes)}
+    target_names = []
+    if targets is not None:
+        target_names = [_target_name(targets, name) for name in names]
+        target_indexes = _load_all(target_names, cache, max_member_bytes)
+        members["targets"] = np.concatenate(
+            [join_targets(audio, target, _wanted(audio, tasks)) for audio, target in zip(indexes, target_indexes)]
+        )
+        sizes |= {name: index.size for name, index in zip(target_names, target_indexes)}
+    return Catalog(
+        names=names,
+        target_names=target_names,
+        sizes=sizes,
+        attested=attested,
+        shards=np.repeat(np.arange(len(names), dtype=np.int32), [len(index) for index in indexes]),
+        keys=np.concatenate([np.array(index.keys, "S") for index in indexes]),
+        members=members,
+        seconds=np.concatenate([index.seconds for index in indexes]),
+        tasks=all_tasks,
+        task_ids=np.concatenate([_renumber(index, all_tasks) for index in indexes]),
+        has_text=np.concatenate([index.has_text for index in indexes]),
+        digest=hashlib.sha256(json.dumps([[index.name, index.sha256] for index in indexes]).encode()).hexdigest(),
+    )
+
+
+def join_targets(audio: ShardIndex, targets: ShardIndex, wanted: np.ndarray) -> np.ndarray:
+    """Rows of the target members in the order of the audio shard's samples.
+
+    Args:
+        audio: index of the audio shard.
+        targets: index of its sibling.
+        wanted: bool per sample of the audio shard: whether it must have a target.
+
+    Returns:
+        int64 of shape (samples, 3): offset, size, crc32; -1 where there is none.
+
+    Raises:
+        ShardError: naming the targets that are missing or belong to no sample.
+    """
+    row_of = {key: row for row, key in enumerate(targets.keys)}
+    rows = np.array([row_of.pop(key, -1) for key in audio.keys], np.int64)
+    if row_of:
+        raise ShardError(
+            f"{targets.name} holds a target of {_shown(list(row_of))}, but {audio.name} has no such sample: it was "
+            f"cached from other data; run distill/cache.py again."
+        )
+    missing = [audio.keys[row] for row in np.flatnonzero(wanted & (rows < 0))]
+    if missing:
+        raise ShardError(
+            f"{targets.name} holds no target of {_shown(missing)}, but {audio.name} has it; run distill/cache.py again."
+        )
+    table = np.concatenate([targets.members["targets"], np.full((1, 3), -1, np.int64)])
+    return table[rows]  # row -1 is the appended one
+
+
+def _load_all(names: list[str], cache: ShardCache, max_member_bytes: int) -> list[ShardIndex]:
+    """Index of each shard: its sidecar where there is a good one, else a walk over the tar."""
+
+    def load(name: str) -> ShardIndex:
+        sidecar = read_small(name + SIDECAR_SUFFIX) if is_remote(name) else None
+        index = unpack_sidecar(sidecar) if sidecar is not None else None
+        index = index or load_index(cache.local_path(name), max_member_bytes=max_member_bytes)
+        return replace(index, name=name.rpartition("/")[2])  # a local copy has another one
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(load, names))
+
+
+def _check_folders(names: list[str], indexes: list[ShardIndex], *, whole_folder: bool) -> list[bool]:
+    """Hold shards against the index.json beside them, if any; whether each is the very file that is listed."""
+    attested = []
+    for folder, group in groupby(zip(names, indexes), key=lambda pair: pair[0].rpartition("/")[0]):
+        pairs = list(group)
+        catalog_name = f"{folder}/{CATALOG}" if folder else CATALOG
+        catalog = read_small(catalog_name)
+        if catalog is None:
+            attested += [False] * len(pairs)
+            continue
+        listed = {shard["name"]: shard for shard in json.loads(catalog)["shards"]}
+        for name, index in pairs:
+            _check_listed(name, index, listed, catalog_name)
+        lost = sorted(set(listed) - {index.name for _, index in pairs})
+        if whole_folder and lost:
+            raise ShardError(
+                f"{folder} has {len(pairs)} shards, but its {CATALOG} lists {len(listed)}: {_shown(lost)} is missing; "
+                f"copy or pack it again."
+            )
+        attested += [True] * len(pairs)
+    return attested
+
+
+def _check_listed(name: str, index: ShardIndex, listed: dict[str, dict], catalog_name: str) -> None:
+    if index.name not in listed:
+        raise ShardError(
+            f"{name} is not among the {len(listed)} shards of {catalog_name}; move it elsewhere, or pack again."
+        )
+    entry = listed[index.name]
+    for field, actual in (("samples", len(index)), ("bytes", index.size), ("sha256", index.sha256)):
+        if entry[field] != actual:
+            raise ShardError(
+                f"{name} has {field} {actual}, but {catalog_name} says {entry[field]}; copy or pack it again."
+            )
+
+
+def _check_unique(names: list[str], indexes: list[ShardIndex]) -> None:
+    if len(set().union(*(index.keys for index in indexes))) == sum(len(index) for index in indexes):
+        return
+    shard_of: dict[str, str] = {}
+    for name, index in zip(names, indexes):
+        for key in index.keys:
+            if shard_of.setdefault(key, name) != name:
+                raise ShardError(f"{key} is in {shard_of[key]} and in {name}, but a key is unique; pack them together.")
+
+
+def _target_name(targets: str | Path, name: str) -> str:
+    """The target shard beside which a shard of this name lies in a target cache."""
+    stem = name.rpartition("/")[2].removesuffix(SHARD_SUFFIX)
+    target = f"{str(targets).rstrip('/')}/{stem}{TARGETS_SUFFIX}"
+    if not is_remote(target) and not Path(target).exists():
+        raise ShardError(f"{target} is missing, but {name} needs its targets; run distill/cache.py (again).")
+    return target
+
+
+def _wanted(index: ShardIndex, tasks: Sequence[str] | None) -> np.ndarray:
+    """Which samples of a shard take part."""
+    chosen = [tasks is None or task in tasks for task in index.tasks]
+    return np.array(chosen, bool)[index.task_ids]
+
+
+def _renumber(index: ShardIndex, tasks: list[str]) -> np.ndarray:
+    return np.array([tasks.index(task) for task in index.tasks], np.uint16)[index.task_ids]
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(names[:_NUM_SHOWN]) + more

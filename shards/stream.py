@@ -1,0 +1,224 @@
+"""The exact, resumable stream of samples: the same global batches whatever the number of ranks and workers.
+
+This is the one layer that splits data over ranks and workers: hand it to no DataLoader with workers and to no
+`accelerator.prepare`, which would split it again. WebDataset's own pipelines are not used (FACTS: they end early on
+damage without a word, repeat or halve the data across ranks, and cannot resume).
+
+Memory: a worker holds at most 3 of its rank's batches of decoded audio (1.92 MB for 30 s); batches travel through a
+pipe, so that /dev/shm stays empty.
+"""
+
+import json
+import logging
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from shards.archive import MAX_MEMBER_BYTES
+from shards.augment import Augmentation
+from shards.catalog import open_catalog
+from shards.plan import Order, Plan, Position
+from shards.reader import BadSample, Reader
+from shards.sample import Sample
+from shards.source import ShardCache
+
+MIN_MAX_BAD = 10  # samples that may be bad however few were read
+_STATE_VERSION = 1
+_PREFETCH = 2  # batches ahead of the trainer, a worker
+_log = logging.getLogger(__name__)
+
+
+class ShardStream(IterableDataset):
+    """This rank's part of each global batch, as lists of `Sample`.
+
+    Rank r gets samples r, r + world_size, … of each global batch. The last batch of an epoch is completed with the
+    first samples of the next, so that steps have constant size; only the very last batch may be short (a rank's part of it
+    empty). A bad sample is left out, counted and logged; nothing takes its place.
+
+    Args:
+        shards: path, URL, brace range, glob or folder of audio shards, or several.
+        batch_size: samples of a global batch, over all ranks; with batch_seconds, the most it may have.
+        seed: of order and augmentation.
+        shuffle: shuffle shards, and samples within window_shards of them, anew each epoch.
+        epochs: passes over the data; None: without end.
+        rank: of this process.
+        world_size: number of ranks.
+        num_workers: processes that read and decode; 0: in this one.
+        targets: folder of a target cache to join by key.
+        tasks: those to read; None: all.
+        weights: task -> times an epoch each of its samples comes (1 where not named).
+        batch_seconds: most seconds of audio in a global batch, padding included.
+        bucket_batches: sort by length within so many batches, so that a batch holds clips of like length; 0: do not.
+            Without shuffle and with a large number, the longest clips of all come first.
+        window_shards: see shuffle; remote shards are fetched about in this order.
+        augmentation: of the training clips.
+        max_bad: the share of bad samples to stop above, if they are over 10.
+        bad_samples: a JSON Lines file to append bad samples to.
+        max_member_bytes: the largest member allowed in a shard.
+        cache: where remote shards are kept, and how many bytes of them.
+
+    Raises:
+        ShardError: see `shards.catalog.open_catalog`.
+        ValueError: an option is out of its range, or a task is not in the data.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        targets: str | Path | None = None,
+        tasks: Sequence[str] | None = None,
+        weights: Mapping[str, float] | None = None,
+        batch_seconds: float | None = None,
+        bucket_batches: int = 0,
+        window_shards: int = 16,
+        augmentation: Augmentation | None = None,
+        max_bad: float = 0.001,
+        bad_samples: str | Path | None = None,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
+        cache: ShardCache | None = None,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, but world_size is {world_size}; a rank is 0 to world_size - 1.")
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.max_bad, self.bad_samples = max_bad, bad_samples
+        order = Order(
+            batch_size, seed, shuffle, epochs, batch_seconds, bucket_batches, window_shards, dict(weights or {})
+        )
+        cache = cache or ShardCache()
+        self.catalog = open_catalog(
+            shards, targets=targets, tasks=tasks, cache=cache, max_member_bytes=max_member_bytes
+        )
+        self._check_tasks("tasks", tasks or ())
+        self._check_tasks("weights", order.weights)
+        self.tasks = sorted(self.catalog.tasks if tasks is None else set(tasks))
+        groups = [(self.catalog.task_rows(task), order.weights.get(task, 1.0)) for task in self.tasks]
+        self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
+        self._reader = Reader(self.catalog, cache, augmentation, seed)
+        self._position = Position()
+        self.num_read = 0  # samples of this rank, good and bad, since it was made
+        self.num_bad: Counter[str] = Counter()  # of them, by reason
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch, over all ranks."""
+        return self.plan.num_samples
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches of an epoch; the last may be short, or reach into the next epoch."""
+        return self.plan.batches_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The pass that the next batch begins in."""
+        return self._position.epoch
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        """This rank's part of each global batch, from the current position on.
+
+        Raises:
+            ShardError: a shard is missing or changed.
+            ValueError: too many bad samples.
+        """
+        if get_worker_info() is not None:
+            raise ValueError("num_workers is set on a DataLoader around the stream, but it splits itself; set it here.")
+        after: deque[Position] = deque()
+        loader = DataLoader(
+            self._reader,
+            batch_sampler=self._places(after),
+            num_workers=self.num_workers,
+            collate_fn=_same,
+            worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork" if self.num_workers else None,
+            prefetch_factor=_PREFETCH if self.num_workers else None,
+        )
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            samples = [sample for sample in batch if isinstance(sample, Sample)]
+            self._account(batch)
+            self._position = after.popleft()
+            yield samples
+
+    def state_dict(self) -> dict:
+        """Where the stream stands, in a few hundred bytes of plain numbers and strings; equal on all ranks."""
+        return {
+            "version": _STATE_VERSION,
+            "epoch": self._position.epoch,
+            "offset": self._position.offset,
+            "order": self.plan.order.digest,
+            "tasks": ",".join(self.tasks),
+            "data": self.catalog.digest,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where another stream over the same data stood, whatever its number of ranks and workers.
+
+        Raises:
+            ValueError: the data, the tasks or the order differ.
+        """
+        mine = self.state_dict()
+        for name, remedy in (
+            ("version", "resume with the release that wrote it"),
+            ("data", "restore the shards it was made with"),
+            ("tasks", "choose the same tasks"),
+            ("order", "set batch_size, seed, shuffle, epochs, buckets, window_shards and weights as they were"),
+        ):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"the stream's state has {name} {state[name]}, but this stream has {mine[name]}; {remedy}."
+                )
+        self._position = Position(int(state["epoch"]), int(state["offset"]))
+
+    def _places(self, after: deque) -> Iterator[list[tuple[int, int]]]:
+        """This rank's (epoch, row) pairs of each global batch; notes the position after each."""
+        for batch, position in self.plan.batches(self._position):
+            after.append(position)
+            yield [(int(epoch), int(row)) for epoch, row in batch[self.rank :: self.world_size]]
+
+    def _account(self, batch: list[Sample | BadSample]) -> None:
+        bad = [sample for sample in batch if isinstance(sample, BadSample)]
+        self.num_read += len(batch)
+        self.num_bad.update(sample.reason for sample in bad)
+        for sample in bad:
+            _log.warning("left out: %s", sample.message)
+        if bad and self.bad_samples is not None:
+            with open(self.bad_samples, "a") as file:
+                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
+        limit = max(MIN_MAX_BAD, self.max_bad * self.num_read)
+        if self.num_bad.total() > limit:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.num_bad.most_common())
+            raise ValueError(
+                f"bad samples are {self.num_bad.total()} of {self.num_read} ({reasons}), but at most {limit:g} are "
+                f"accepted; the last: {bad[-1].message} Run distill pack --verify, or raise max_bad."
+            )
+
+    def _check_tasks(self, name: str, tasks) -> None:
+        for task in tasks:
+            if task not in self.catalog.tasks:
+                near = get_close_matches(task, self.catalog.tasks, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "choose one of them."
+                raise ValueError(f"{name} names {task!r}, but the shards hold {', '.join(self.catalog.tasks)}; {hint}")
+
+
+def _same(batch):
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and preemption signal the whole process group; the trainer ends its workers when it is ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
