@@ -16,9 +16,11 @@ import torchaudio.compliance.kaldi as kaldi
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-SAMPLE_RATE = 16_000  # Hz
+from shards.sample import MAX_SECONDS, SAMPLE_RATE
+
 WINDOW_SAMPLES = 400  # 25 ms
 HOP_SAMPLES = 160  # 10 ms
+MAX_SAMPLES = int(MAX_SECONDS * SAMPLE_RATE)
 BLOCK_FRAMES = 1024  # frames a pass on CPU: what they need stays in a core's cache
 
 

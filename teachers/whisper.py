@@ -5,18 +5,17 @@ Knows nothing of Whisper's decoder and never loads it.
 Shapes: B batch, N audio samples, M mel bins, X mel frames (10 ms), R encoder frames (20 ms), E encoder width.
 """
 
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file
 
 from teachers.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
+from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
 
 FRAME_SAMPLES = 2 * HOP_SAMPLES  # the second convolution halves the mel frames
 WEIGHT_PREFIXES = ("model.encoder.", "encoder.")  # of a WhisperForConditionalGeneration and of a WhisperModel
@@ -56,15 +55,9 @@ class WhisperEar(nn.Module):
         with torch.device("meta"):
             encoder = WhisperEncoder(config)
         weights = {}
-        for file in _find_weight_files(path):
-            weights |= _read_encoder_weights(file, dtype)
-        try:
-            encoder.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} holds {len(weights)} encoder tensors, but its config.json describes another encoder; "
-                f"use the weights and the config of one model."
-            ) from error
+        for file in find_safetensors(path):
+            weights |= read_safetensors(file, WEIGHT_PREFIXES, dtype)
+        load_strictly_(encoder, weights, path)
         encoder.embed_positions.requires_grad_(False)
         return cls(encoder)
 
@@ -95,48 +88,10 @@ class WhisperEar(nn.Module):
 
 
 def _load_config(path: str | Path, num_mels: int | None) -> WhisperConfig:
-    file = cached_file(path, "config.json")
-    fields = json.loads(Path(file).read_text())
-    if fields["model_type"] != "whisper":
-        raise ValueError(
-            f"{file} has model_type {fields['model_type']!r}, but a Whisper is needed; name a Whisper folder."
-        )
-    config = WhisperConfig.from_dict(fields)
+    config = WhisperConfig.from_dict(read_model_config(path, "whisper"))
     if num_mels not in (None, config.num_mel_bins):
         raise ValueError(
-            f"{file} has num_mel_bins {config.num_mel_bins}, but num_mels is {num_mels}; "
+            f"{path} has num_mel_bins {config.num_mel_bins}, but num_mels is {num_mels}; "
             f"large-v2 and smaller have 80, large-v3 and turbo 128: name the other model or drop num_mels."
         )
     return config
-
-
-def _find_weight_files(path: str | Path) -> list[str]:
-    """The safetensors files that hold encoder tensors: the only one, or those that the index names."""
-    single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if single is not None:
-        return [single]
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        raise ValueError(
-            f"{path} has no model.safetensors, but weights are read from safetensors only; "
-            f"convert it with transformers' save_pretrained."
-        )
-    shard_of_key = json.loads(Path(index).read_text())["weight_map"]
-    shards = {shard for key, shard in shard_of_key.items() if key.startswith(WEIGHT_PREFIXES)}
-    return [cached_file(path, shard) for shard in sorted(shards)]
-
-
-def _read_encoder_weights(file: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of the encoder by their name inside it."""
-    weights = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - the handle is no mapping
-                prefix = next((prefix for prefix in WEIGHT_PREFIXES if key.startswith(prefix)), None)
-                if prefix is not None:
-                    weights[key.removeprefix(prefix)] = tensors.get_tensor(key).to(dtype)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged ({error}), but whole safetensors are needed; download it again."
-        ) from error
-    return weights

@@ -1,0 +1,128 @@
+"""Reading weights from files that others made: tensors only, never code, and every tensor accounted for.
+
+Knows nothing of any architecture.
+"""
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+# What fairseq's trainer leaves beside the tensors: its options and the numbers of its meters. None of them runs code.
+HARMLESS_TYPES = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+]
+
+
+def read_torch_file(path: str | Path) -> dict:
+    """Load a `torch.save` file onto the CPU without running what it may hold.
+
+    Raises:
+        ValueError: the file is cut short, is no `torch.save` file, holds code, or holds no dictionary.
+    """
+    try:
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python objects, but only tensors and plain values are loaded "
+            f"({str(error).splitlines()[0]}); take the file from its authors, or save its tensors alone."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is {Path(path).stat().st_size} bytes, but they are no whole torch.save file "
+            f"({str(error).splitlines()[0]}); download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but a dictionary is needed; name a checkpoint.")
+    return content
+
+
+def read_model_config(path: str | Path, model_type: str) -> dict:
+    """The `config.json` of a Hugging Face folder or hub id.
+
+    Raises:
+        ValueError: it describes a model of another type.
+    """
+    file = cached_file(path, "config.json")
+    config = json.loads(Path(file).read_text())
+    found = config["model_type"] if "model_type" in config else "unnamed"
+    if found != model_type:
+        raise ValueError(f"{file} has model_type {found}, but {model_type} is needed; name a folder of such a model.")
+    return config
+
+
+def find_safetensors(path: str | Path) -> list[str]:
+    """The safetensors files of a Hugging Face folder or hub id: the only one, or those that its index names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        return [single]
+    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        raise ValueError(
+            f"{path} has no model.safetensors, but weights are read from safetensors only; "
+            f"convert it with transformers' save_pretrained."
+        )
+    return [cached_file(path, file) for file in sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))]
+
+
+def read_safetensors(file: str | Path, prefixes: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors whose names begin with one of `prefixes`, named without it; the others are not read.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    weights = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping
+                prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+                if prefix is not None:
+                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name).to(dtype)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}), but whole safetensors are needed; download it again."
+        ) from error
+    return weights
+
+
+def load_strictly_(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Give a module on the meta device its weights.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the message names the first of each.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if any(faults.values()):
+        report = "; ".join(f"{len(names)} {fault} ({names[0]})" for fault, names in faults.items() if names)
+        raise ValueError(
+            f"{path} holds {len(weights)} tensors, but this {type(module).__name__} has {len(expected)} of other names "
+            f"or shapes: {report}; use the weights and the config of one model of this architecture."
+        )
+    module.load_state_dict(weights, assign=True)
