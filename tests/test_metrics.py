@@ -1,0 +1,187 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from distill.captioning import bleu_4, cider_d, rouge_l, split_words
+from distill.metrics import METRICS, Prediction, build_normaliser, retained_quality, score
+
+
+def asr(*pairs, task="asr"):
+    return [Prediction(f"clip{i}", task, "synth", (right,), heard) for i, (right, heard) in enumerate(pairs)]
+
+
+def test_wer_is_all_errors_over_all_words_not_the_mean_over_clips():
+    predictions = asr(("a b c d e f g h i", "a b c d e f g h i"), ("x", "y"))
+    assert score(predictions, normaliser="none")["asr"].value == pytest.approx(1 / 10)
+
+
+def test_substitutions_deletions_and_insertions_add_up_to_wer():
+    found = score(asr(("one two three four", "one too four five five")), normaliser="basic")["asr"]
+    kinds = [found.extra[kind] for kind in ("substitutions", "deletions", "insertions")]
+    assert sum(kinds) == pytest.approx(found.value) == pytest.approx(4 / 4)
+
+
+def test_cer_counts_characters():
+    assert score(asr(("abcd", "abxd")), normaliser="none")["asr"].extra["cer"] == pytest.approx(1 / 4)
+
+
+def test_an_insertion_heavy_answer_scores_above_one():
+    assert score(asr(("one", "one one one")), normaliser="none")["asr"].value == 2.0
+
+
+def test_an_empty_answer_deletes_every_word_and_a_silent_reference_counts_insertions():
+    predictions = asr(("one two", ""), ("", "three"), ("", ""))
+    assert score(predictions, normaliser="none")["asr"].value == pytest.approx(3 / 2)
+
+
+def test_the_closest_of_several_references_counts():
+    prediction = Prediction("clip", "asr", "synth", ("turn the light on", "turn on the light"), "turn on the light")
+    assert score([prediction])["asr"].value == 0
+
+
+@pytest.mark.parametrize(
+    "text, english, basic",
+    [
+        ("Four, seven.", "47", "four seven"),
+        ("It's the COLOUR, isn't it?", "it is the color is not it", "it s the colour isn t it"),
+        ("uh twenty one dollars", "$21", "uh twenty one dollars"),
+    ],
+)
+def test_normalisers_do_what_their_docstring_says(text, english, basic):
+    assert build_normaliser("english")(text).strip() == english
+    assert build_normaliser("basic")(text).strip() == basic
+    assert build_normaliser("none")(text) == text
+
+
+def test_phones_are_compared_as_they_are():
+    found = score(asr(("S EH V AH N", "s EH V AH N"), task="phone_recognition"))["phone_recognition"]
+    assert (found.metric, found.value) == ("per", pytest.approx(1 / 5))
+
+
+def test_exact_match_ignores_case_and_punctuation_only():
+    pairs = [("yes", "Yes."), ("no", "no, it is not"), ("four", "four "), ("two", "")]
+    assert score(asr(*pairs, task="QA"))["QA"].value == pytest.approx(2 / 4)
+
+
+def test_each_task_is_scored_by_its_metric_and_by_nothing_else():
+    predictions = [p for task in METRICS for p in asr(("a low tone", "a low tone"), ("noise", "clicks"), task=task)]
+    scores = score(predictions)
+    assert {task: found.metric for task, found in scores.items()} == dict(METRICS)
+    assert all(found.num_samples == 2 for found in scores.values())
+
+
+def test_scores_that_need_java_are_not_available_and_never_zero():
+    extra = score(asr(("a low tone", "noise"), ("noise", "noise"), task="audiocaption_v2"))["audiocaption_v2"].extra
+    assert extra["spice"] == extra["meteor"] == "not available"
+
+
+def test_the_share_of_answers_that_ended_is_reported():
+    predictions = asr(("one", "one"), ("two", "two two two two"))
+    predictions[1] = replace(predictions[1], ended=False)
+    assert score(predictions)["asr"].extra["ended"] == 0.5
+
+
+def test_the_interval_holds_the_value_narrows_with_clips_and_repeats_with_its_seed():
+    predictions = asr(*(("one two", "one two" if i % 5 else "one too") for i in range(400)))
+    many, few = (score(part, normaliser="none")["asr"] for part in (predictions, predictions[:40]))
+    assert many.low < many.value < many.high
+    assert many.high - many.low < few.high - few.low
+    assert many == score(predictions, normaliser="none")["asr"] != score(predictions, normaliser="none", seed=1)["asr"]
+    # A proportion's: each of 400 clips has one wrong word of two with probability 0.2.
+    assert many.high - many.low == pytest.approx(2 * 1.96 * math.sqrt(0.2 * 0.8 / 400) / 2, rel=0.1)
+
+
+def test_the_order_of_the_predictions_does_not_matter():
+    predictions = asr(("one two", "one"), ("three", "three"), ("four five", "nine five"))
+    assert score(predictions) == score(predictions[::-1])
+
+
+def test_a_student_that_answers_like_its_teacher_retains_everything():
+    predictions = asr(("one two", "one"), ("three", "three"), ("four five", "nine five"))
+    kept = retained_quality(predictions[::-1], predictions)["asr"]
+    assert (kept.value, kept.low, kept.high) == (1.0, 1.0, 1.0)
+
+
+def test_retained_quality_is_word_accuracy_over_word_accuracy():
+    teacher = asr(("one two", "one two"), ("three four", "three fore"))
+    student = asr(("one two", "one too"), ("three four", "three fore"))
+    assert retained_quality(student, teacher, normaliser="none")["asr"].value == pytest.approx((2 / 4) / (3 / 4))
+
+
+def test_a_teacher_without_quality_has_nothing_to_retain():
+    wrong, right = asr(("one", "two two"), ("three", "")), asr(("one", "one"), ("three", "three"))
+    assert retained_quality(right, wrong) == {}
+    assert retained_quality(wrong, right, normaliser="none")["asr"].value == 0
+
+
+def test_student_and_teacher_must_answer_the_same_clips():
+    predictions = asr(("one", "one"), ("two", "two"))
+    with pytest.raises(
+        ValueError, match=r"student's answers of task asr are 1, but 1 of them .* teacher's 2; evaluate"
+    ):
+        retained_quality(predictions[:1], predictions)
+
+
+def test_an_unknown_task_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"task is 'arc' \(clip0\), but there is a metric for asr, .* only; correct"):
+        score(asr(("one", "one"), task="arc"))
+
+
+def test_an_unknown_normaliser_is_refused():
+    with pytest.raises(ValueError, match="normaliser is 'whisper', but it must be 'english', 'basic' or 'none'"):
+        score(asr(("one", "one")), normaliser="whisper")
+
+
+def test_references_without_a_word_are_refused():
+    with pytest.raises(ValueError, match="the references of task asr are 1 empty texts after normalisation"):
+        score(asr(("[music]", "one")))
+
+
+# Captions. The expected values were computed with pycocoevalcap 1.2 (CiderScorer(n=4, sigma=6), BleuScorer with the
+# closest reference length, Rouge) on the same words.
+HYPOTHESES = ["a dog barks loudly while rain falls", "a low tone followed by noise", "a man is speaking", "birds sing"]
+REFERENCES = [
+    ["a dog barks while the rain falls", "a dog is barking in the rain"],
+    ["a low tone followed by noise", "a low beep then noise"],
+    ["a woman is speaking", "a person talks"],
+    ["many birds sing in a tree", "birds are singing"],
+]
+
+
+def test_cider_d_equals_pycocoevalcap():
+    expected = [2.60612522, 5.82695981, 1.11111111, 1.63752419]
+    assert cider_d(HYPOTHESES, REFERENCES) == pytest.approx(expected, abs=1e-8)
+
+
+def test_bleu_4_equals_pycocoevalcap():
+    assert bleu_4(HYPOTHESES, REFERENCES) == pytest.approx(0.535729495, abs=1e-8)
+
+
+def test_rouge_l_equals_pycocoevalcap():
+    expected = [0.8571428571428571, 1.0, 0.75, 0.45864661654135336]
+    assert [rouge_l(h, r) for h, r in zip(HYPOTHESES, REFERENCES)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_perfect_caption_of_four_words_scores_ten_in_cider_and_one_elsewhere():
+    captions = ["a low tone then noise", "birds sing in the tree"]
+    single = [[caption] for caption in captions]
+    assert cider_d(captions, single) == pytest.approx([10, 10])
+    assert bleu_4(captions, single) == pytest.approx(1)
+    assert rouge_l(captions[0], single[0]) == pytest.approx(1)
+
+
+def test_an_empty_caption_scores_zero():
+    assert cider_d(["", "noise"], [["a low tone"], ["noise"]])[0] == 0
+    assert bleu_4([""], [["a low tone"]]) == 0
+    assert rouge_l("", ["a low tone"]) == 0
+
+
+def test_repeating_a_right_word_does_not_raise_cider():
+    references = [["a dog barks in the rain"], ["a low tone"]]
+    once, often = cider_d(["a dog barks", ""], references)[0], cider_d(["a dog dog dog barks", ""], references)[0]
+    assert often < once
+
+
+def test_words_are_lower_case_without_punctuation():
+    assert split_words("A dog's bark, then 'noise'.") == ("a", "dog", "'s", "bark", "then", "noise")
