@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from distill.head import Head, is_quantised, locate
 from distill.losses import Divergence, bucket_divergence, check_temperature, forward_kl_terms, widen
@@ -217,8 +216,12 @@ class _Fused(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_S: Tensor, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph is True, but the gradient of the fused objective was formed in its forward and cannot be "
+                "differentiated again; use the plain functions of losses.py."
+            )
         gradient_SD, *saved = ctx.saved_tensors
         hidden_grad = (gradient_SD * grad_S[:, None]).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         if ctx.again is None:
