@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +72,13 @@ def open_catalog(
             is missing or foreign.
     """
     names = expand_shards(shards)
-    indexes = _load_all(names, cache, max_member_bytes)
+    listings = _read_listings(names)
+    indexes = _load_all(names, cache, max_member_bytes, listings)
     wrong = next((name for name, index in zip(names, indexes) if set(index.members) != {"audio", "json"}), None)
     if wrong is not None:
         raise ShardError(f"{wrong} holds targets, but audio is asked for; give it as targets.")
-    attested = _check_folders(names, indexes, whole_folder=isinstance(shards, str | Path) and is_folder(str(shards)))
+    if isinstance(shards, str | Path) and is_folder(str(shards)):
+        _check_whole(str(shards), names, listings)
     _check_unique(names, indexes)
     all_tasks = sorted({task for index in indexes for task in index.tasks})
     members = {kind: np.concatenate([index.members[kind] for index in indexes]) for kind in ("audio", "json")}
@@ -85,7 +86,7 @@ def open_catalog(
     target_names = []
     if targets is not None:
         target_names = [_target_name(targets, name) for name in names]
-        target_indexes = _load_all(target_names, cache, max_member_bytes)
+        target_indexes = _load_all(target_names, cache, max_member_bytes, {})
         members["targets"] = np.concatenate(
             [join_targets(audio, target, _wanted(audio, tasks)) for audio, target in zip(indexes, target_indexes)]
         )
@@ -94,7 +95,7 @@ def open_catalog(
         names=names,
         target_names=target_names,
         sizes=sizes,
-        attested=attested,
+        attested=[_folder(name) in listings for name in names],
         shards=np.repeat(np.arange(len(names), dtype=np.int32), [len(index) for index in indexes]),
         keys=np.concatenate([np.array(index.keys, "S") for index in indexes]),
         members=members,
@@ -136,53 +137,56 @@ def join_targets(audio: ShardIndex, targets: ShardIndex, wanted: np.ndarray) -> 
     return table[rows]  # row -1 is the appended one
 
 
-def _load_all(names: list[str], cache: ShardCache, max_member_bytes: int) -> list[ShardIndex]:
+def _load_all(
+    names: list[str], cache: ShardCache, max_member_bytes: int, listings: dict[str, dict[str, dict]]
+) -> list[ShardIndex]:
     """Index of each shard: its sidecar where there is a good one, else a walk over the tar."""
 
     def load(name: str) -> ShardIndex:
+        entry = _find_entry(name, listings)
+        sha256 = None if entry is None else entry["sha256"]
         sidecar = read_small(name + SIDECAR_SUFFIX) if is_remote(name) else None
         index = unpack_sidecar(sidecar) if sidecar is not None else None
-        index = index or load_index(cache.local_path(name), max_member_bytes=max_member_bytes)
-        return replace(index, name=name.rpartition("/")[2])  # a local copy has another one
+        index = index or load_index(cache.local_path(name), sha256=sha256, max_member_bytes=max_member_bytes)
+        for field, actual in (("samples", len(index)), ("bytes", index.size), ("sha256", index.sha256)):
+            if entry is not None and entry[field] != actual:
+                raise ShardError(
+                    f"{name} has {field} {actual}, but {CATALOG} beside it says {entry[field]}; copy or pack it again."
+                )
+        return replace(index, name=_base(name))  # a local copy has another one
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(load, names))
 
 
-def _check_folders(names: list[str], indexes: list[ShardIndex], *, whole_folder: bool) -> list[bool]:
-    """Hold shards against the index.json beside them, if any; whether each is the very file that is listed."""
-    attested = []
-    for folder, group in groupby(zip(names, indexes), key=lambda pair: pair[0].rpartition("/")[0]):
-        pairs = list(group)
-        catalog_name = f"{folder}/{CATALOG}" if folder else CATALOG
-        catalog = read_small(catalog_name)
-        if catalog is None:
-            attested += [False] * len(pairs)
-            continue
-        listed = {shard["name"]: shard for shard in json.loads(catalog)["shards"]}
-        for name, index in pairs:
-            _check_listed(name, index, listed, catalog_name)
-        lost = sorted(set(listed) - {index.name for _, index in pairs})
-        if whole_folder and lost:
-            raise ShardError(
-                f"{folder} has {len(pairs)} shards, but its {CATALOG} lists {len(listed)}: {_shown(lost)} is missing; "
-                f"copy or pack it again."
-            )
-        attested += [True] * len(pairs)
-    return attested
+def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:
+    """What the index.json of each folder says of its shards, for the folders that have one."""
+    listings = {}
+    for folder in dict.fromkeys(_folder(name) for name in names):
+        data = read_small(f"{folder}{CATALOG}")
+        if data is not None:
+            listings[folder] = {shard["name"]: shard for shard in json.loads(data)["shards"]}
+    return listings
 
 
-def _check_listed(name: str, index: ShardIndex, listed: dict[str, dict], catalog_name: str) -> None:
-    if index.name not in listed:
+def _find_entry(name: str, listings: dict[str, dict[str, dict]]) -> dict | None:
+    """What index.json says of a shard; None where there is no index.json."""
+    if _folder(name) not in listings:
+        return None
+    listed = listings[_folder(name)]
+    if _base(name) not in listed:
+        raise ShardError(f"{name} is not one of the {len(listed)} shards of its {CATALOG}; move it, or pack again.")
+    return listed[_base(name)]
+
+
+def _check_whole(folder: str, names: list[str], listings: dict[str, dict[str, dict]]) -> None:
+    listed = {name for listing in listings.values() for name in listing}
+    lost = sorted(listed - {_base(name) for name in names})
+    if lost:
         raise ShardError(
-            f"{name} is not among the {len(listed)} shards of {catalog_name}; move it elsewhere, or pack again."
+            f"{folder} has {len(names)} shards, but its {CATALOG} lists {len(listed)}: {_shown(lost)} is missing; "
+            f"copy or pack it again."
         )
-    entry = listed[index.name]
-    for field, actual in (("samples", len(index)), ("bytes", index.size), ("sha256", index.sha256)):
-        if entry[field] != actual:
-            raise ShardError(
-                f"{name} has {field} {actual}, but {catalog_name} says {entry[field]}; copy or pack it again."
-            )
 
 
 def _check_unique(names: list[str], indexes: list[ShardIndex]) -> None:
@@ -197,7 +201,7 @@ def _check_unique(names: list[str], indexes: list[ShardIndex]) -> None:
 
 def _target_name(targets: str | Path, name: str) -> str:
     """The target shard beside which a shard of this name lies in a target cache."""
-    stem = name.rpartition("/")[2].removesuffix(SHARD_SUFFIX)
+    stem = _base(name).removesuffix(SHARD_SUFFIX)
     target = f"{str(targets).rstrip('/')}/{stem}{TARGETS_SUFFIX}"
     if not is_remote(target) and not Path(target).exists():
         raise ShardError(f"{target} is missing, but {name} needs its targets; run distill/cache.py (again).")
@@ -212,6 +216,14 @@ def _wanted(index: ShardIndex, tasks: Sequence[str] | None) -> np.ndarray:
 
 def _renumber(index: ShardIndex, tasks: list[str]) -> np.ndarray:
     return np.array([tasks.index(task) for task in index.tasks], np.uint16)[index.task_ids]
+
+
+def _folder(name: str) -> str:
+    return name[: len(name) - len(_base(name))]
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _shown(names: list[str]) -> str:

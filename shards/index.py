@@ -45,11 +45,12 @@ class ShardIndex:
         return len(self.keys)
 
 
-def load_index(path: Path, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> ShardIndex:
+def load_index(path: Path, *, sha256: str | None = None, max_member_bytes: int = MAX_MEMBER_BYTES) -> ShardIndex:
     """The index of a local tar: its sidecar, or a new one from a walk over the tar (about 200 MB/s).
 
     Args:
         path: the tar.
+        sha256: of the tar, where pack's index.json gives it; a sidecar of another tar is then an old one.
         max_member_bytes: the largest member allowed.
 
     Raises:
@@ -59,7 +60,7 @@ def load_index(path: Path, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Shard
     sidecar = sidecar_path(path)
     index = unpack_sidecar(sidecar.read_bytes()) if sidecar.exists() else None
     status = path.stat()
-    if index is None:
+    if index is None or sha256 not in (None, index.sha256):
         index = build_index(path, max_member_bytes=max_member_bytes)
         _write_sidecar(sidecar, index)
     elif (index.size, index.mtime_ns) != (status.st_size, status.st_mtime_ns):
@@ -177,8 +178,9 @@ def _compare_again(path: Path, index: ShardIndex) -> ShardIndex:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != index.sha256:
         raise ShardError(
-            f"{path} has {status.st_size} bytes and sha256 {digest[:12]}, but {sidecar} was built from {index.size} "
-            f"bytes and {index.sha256[:12]} ({len(index)} samples); restore it, or delete {sidecar} to accept the new one."
+            f"{path} has {status.st_size} bytes and sha256 {digest[:12]}, but {sidecar} was built from "
+            f"{index.size} bytes and {index.sha256[:12]} ({len(index)} samples); "
+            f"restore it, or delete {sidecar} to accept the new one."
         )
     return replace(index, mtime_ns=status.st_mtime_ns)
 

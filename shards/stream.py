@@ -37,8 +37,8 @@ class ShardStream(IterableDataset):
     """This rank's part of each global batch, as lists of `Sample`.
 
     Rank r gets samples r, r + world_size, … of each global batch. The last batch of an epoch is completed with the
-    first samples of the next, so that steps have constant size; only the very last batch may be short (a rank's part of it
-    empty). A bad sample is left out, counted and logged; nothing takes its place.
+    first samples of the next, so that steps have constant size; only the very last batch may be short (a rank's part
+    of it empty). A bad sample is left out, counted and logged; nothing takes its place.
 
     Args:
         shards: path, URL, brace range, glob or folder of audio shards, or several.
