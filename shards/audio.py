@@ -34,8 +34,8 @@ class AudioError(ValueError):
     """Audio that must not be trained on.
 
     Attributes:
-        reason: one word to count by: decode, truncated, header_mismatch, too_short, too_long, nonfinite, silent, rate,
-            too_large or out_of_range.
+        reason: one word to count by: decode, truncated, header_mismatch, too_short, too_long, nonfinite, silent,
+            impossible_rate, too_large or out_of_range.
         numbers: the measured values behind the message, for a report.
     """
 
@@ -145,16 +145,24 @@ def check_header(header: AudioHeader, *, name: str, limits: AudioLimits) -> None
     """Refuse what the header alone condemns, before a byte is decoded.
 
     Raises:
-        AudioError: reason rate, too_long or too_large.
+        AudioError: reason impossible_rate, too_long or too_large.
     """
     if not MIN_RATE <= header.rate <= MAX_RATE:
         raise AudioError(
-            "rate", f"{name} has rate {header.rate} Hz, but {MIN_RATE} to {MAX_RATE} Hz is accepted; look at the file.",
+            "impossible_rate",
+            f"{name} has rate {header.rate} Hz, but {MIN_RATE} to {MAX_RATE} Hz are accepted; the file is damaged or "
+            "must be resampled first.",
             {"rate": header.rate},
-        )  # fmt: skip
+        )
     seconds = header.seconds or 0.0
-    if seconds > (limits.max_header_seconds if limits.cut else limits.max_seconds):
-        raise _too_long(name, seconds, limits.max_header_seconds if limits.cut else limits.max_seconds)
+    if seconds > limits.max_header_seconds:
+        raise AudioError(
+            "too_large",
+            f"{name} announces {seconds:.0f} s, but {limits.max_header_seconds:g} s are accepted at most; split it.",
+            {"seconds": round(seconds, 3)},
+        )
+    if seconds > limits.max_seconds and not limits.cut:
+        raise _too_long(name, seconds, limits.max_seconds)
     decoded = int(min(seconds or limits.max_seconds, limits.max_seconds) * header.rate) * header.channels * 4
     if decoded > limits.max_decoded_bytes:
         raise AudioError(
@@ -221,13 +229,13 @@ def _read_blocks(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
     """Up to `num_frames` frames; in blocks, because a header may claim 2**63 of them."""
     blocks = []
     while num_frames > 0:
+        wanted = min(BLOCK_FRAMES, num_frames)
         # `read` also seeks to where it stopped, which fails, as it should, in a stream whose header lies.
-        block_NC = file.read(min(BLOCK_FRAMES, num_frames), dtype="float32", always_2d=True)
-        if len(block_NC) == 0:
+        blocks.append(file.read(wanted, dtype="float32", always_2d=True))
+        num_frames -= wanted
+        if len(blocks[-1]) < wanted:
             break
-        blocks.append(block_NC)
-        num_frames -= len(block_NC)
-    return np.concatenate(blocks) if blocks else np.empty((0, file.channels), np.float32)
+    return np.concatenate(blocks)
 
 
 def _check_length(samples_NC: np.ndarray, header: AudioHeader, data: bytes, *, name: str, limits: AudioLimits) -> None:

@@ -4,10 +4,12 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from shards.audio import AudioError, AudioLimits, encode_flac, hash_waveform, is_silent, load_audio, pad_to_window
+from shards.audio import SILENT_PEAK, AudioError, AudioLimits, encode_flac, hash_waveform, load_audio
 from shards.manifest import Entry
 from shards.records import RowError
 from shards.sample import SAMPLE_RATE
@@ -44,6 +46,16 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class _Clip:
+    """A waveform, encoded."""
+
+    flac: bytes
+    sha256: str
+    seconds: float
+    peak: float
+
+
+@dataclass(frozen=True)
 class BadSample:
     """A row that gave no sample: a line of bad_samples.jsonl."""
 
@@ -77,19 +89,25 @@ def encode_rows(rows: list[Entry | RowError], options: EncodeOptions) -> list[li
     Raises:
         StopPacking: a clip is too long and `options.too_long` is error.
     """
+    _load_clip.cache_clear()  # the files may have changed since another call
     return [_encode_row(row, options) for row in rows]
 
 
 def says_silence(entry: Entry) -> bool:
     """Whether the label is about silence, so that a silent clip is what it should be."""
-    return entry.text is not None and entry.task not in WHOLE_CLIP_TASKS and bool(SAYS_SILENCE.search(entry.text))
+    return entry.text is not None and not covers_whole_clip(entry) and bool(SAYS_SILENCE.search(entry.text))
 
 
 def choose_too_long(entry: Entry, too_long: str) -> str:
     """What `auto` means for this entry: skip where the answer covers the whole clip, else cut."""
     if too_long != "auto":
         return too_long
-    return "skip" if entry.text is not None and entry.task in WHOLE_CLIP_TASKS else "cut"
+    return "skip" if covers_whole_clip(entry) else "cut"
+
+
+def covers_whole_clip(entry: Entry) -> bool:
+    """Whether the answer writes down all that is said, so that it is wrong for a part of the clip."""
+    return entry.text is not None and entry.task in WHOLE_CLIP_TASKS
 
 
 def _encode_row(row: Entry | RowError, options: EncodeOptions) -> list[Encoded] | BadSample:
@@ -107,37 +125,43 @@ def _encode_row(row: Entry | RowError, options: EncodeOptions) -> list[Encoded] 
 
 def _encode_entry(entry: Entry, options: EncodeOptions) -> list[Encoded]:
     too_long = choose_too_long(entry, options.too_long)
-    if too_long == "chunk":
-        return _encode_chunks(entry, options.limits)
-    waveform_N = load_audio(entry.paths, limits=replace(options.limits, cut=too_long == "cut"))
-    return [_encode_sample(entry, waveform_N, entry.key)]
+    if too_long == "chunk" and entry.text is None:
+        clips = _load_chunks(entry, options.limits)
+        return [_encode_sample(entry, clip, f"{entry.key}-{number:03d}") for number, clip in enumerate(clips)]
+    clip = _load_clip(entry.paths, replace(options.limits, cut=too_long == "cut"))
+    return [_encode_sample(entry, clip, entry.key)]
 
 
-def _encode_chunks(entry: Entry, limits: AudioLimits) -> list[Encoded]:
-    """Pieces of max_seconds of an unlabelled clip; a labelled one is one piece or none."""
-    if entry.text is not None:
-        return [_encode_sample(entry, load_audio(entry.paths, limits=limits), entry.key)]
+@lru_cache(maxsize=4)  # several captions or questions of one clip stand side by side in a manifest
+def _load_clip(paths: tuple[Path, ...], limits: AudioLimits) -> _Clip:
+    return _encode_clip(load_audio(paths, limits=limits))
+
+
+def _load_chunks(entry: Entry, limits: AudioLimits) -> list[_Clip]:
+    """Pieces of max_seconds of an unlabelled clip; a label would belong to the whole."""
     waveform_N = load_audio(entry.paths, limits=replace(limits, max_seconds=limits.max_header_seconds))
     size = int(limits.max_seconds * SAMPLE_RATE)
     pieces = [waveform_N[start : start + size] for start in range(0, len(waveform_N), size)]
     if len(pieces) > 1 and len(pieces[-1]) < MIN_REST_SECONDS * SAMPLE_RATE:
         pieces.pop()
-    return [_encode_sample(entry, pad_to_window(piece), f"{entry.key}-{i:03d}") for i, piece in enumerate(pieces)]
+    return [_encode_clip(piece) for piece in pieces]
 
 
-def _encode_sample(entry: Entry, waveform_N: np.ndarray, key: str) -> Encoded:
-    if is_silent(waveform_N) and not says_silence(entry):
-        peak = float(np.abs(waveform_N).max(initial=0.0))
-        raise AudioError(
-            "silent", f"{entry.path} is silent (peak {peak:.1e}), but its label is not; drop it.", {"peak": peak}
-        )
-    seconds = len(waveform_N) / SAMPLE_RATE
+def _encode_clip(waveform_N: np.ndarray) -> _Clip:
+    peak = float(np.abs(waveform_N).max())
+    return _Clip(encode_flac(waveform_N), hash_waveform(waveform_N), len(waveform_N) / SAMPLE_RATE, peak)
+
+
+def _encode_sample(entry: Entry, clip: _Clip, key: str) -> Encoded:
+    if clip.peak < SILENT_PEAK and not says_silence(entry):
+        message = f"{entry.path} is silent (peak {clip.peak:.1e}), but its label is not about silence; drop it."
+        raise AudioError("silent", message, {"peak": clip.peak})
     fields = {
         "text": entry.text,
         "task": entry.task,
         "Q": entry.question,
         "source": entry.source,
-        "duration": seconds,
-        "sha256": hash_waveform(waveform_N),
+        "duration": clip.seconds,
+        "sha256": clip.sha256,
     }
-    return Encoded(key, encode_flac(waveform_N), json.dumps(fields, ensure_ascii=False).encode(), seconds)
+    return Encoded(key, clip.flac, json.dumps(fields, ensure_ascii=False).encode(), clip.seconds)
