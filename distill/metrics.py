@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -35,6 +35,7 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 1_000
 
 Normaliser = Callable[[str], str]
+_BASIC = BasicTextNormalizer()
 
 
 @dataclass(frozen=True)
@@ -71,25 +72,22 @@ class Retained:
 
 
 @cache
-def build_normaliser(name: str) -> Normaliser:
+def _english() -> Normaliser:
+    """Whisper's English normaliser: transformers ships its rules, its word list is openai/whisper's (MIT; NOTICE)."""
+    return EnglishTextNormalizer(json.loads((Path(__file__).parent / "spelling.json").read_text()))
+
+
+def normalise_text(text: str, english: bool = True) -> str:
     """What both texts go through before words are compared.
 
-    * `english`: Whisper's, the one papers report with: case, punctuation, contractions, British spelling, numbers. It
-      joins spoken digits (`four seven` becomes `47`, one word), so one wrong digit makes the whole number wrong.
-    * `basic`: case, punctuation and brackets only. The one for digit strings, and for other languages than English.
-    * `none`: words are compared as they are.
-
-    Raises:
-        ValueError: another name.
+    Args:
+        text: an answer or a reference.
+        english: Whisper's English rules, the ones papers report with: case, punctuation, contractions, British
+            spelling, numbers. They join spoken digits (`four seven` becomes `47`, one word), so that one wrong digit
+            makes the whole number wrong. False: case, punctuation and brackets only; the choice for strings of digits
+            and for other languages.
     """
-    if name == "english":
-        # transformers ships the rules without the word list, which is openai/whisper's (MIT; see NOTICE).
-        return EnglishTextNormalizer(json.loads((Path(__file__).parent / "spelling.json").read_text()))
-    if name == "basic":
-        return BasicTextNormalizer()
-    if name == "none":
-        return str.strip
-    raise ValueError(f"normaliser is {name!r}, but it must be 'english', 'basic' or 'none'; choose one of them.")
+    return " ".join((_english() if english else _BASIC)(text).split())
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _tally_words(predictions: Sequence[Prediction], normalise: Normaliser) -> _T
     if not num_words.sum():
         raise ValueError(
             f"the references of task {predictions[0].task} are {len(predictions)} empty texts after normalisation, but "
-            f"an error rate divides by their words; check the manifest's `text`, or choose another normaliser."
+            f"an error rate divides by their words; check the manifest's `text`, or set normalise to False."
         )
     errors = np.array([m.substitutions + m.deletions + m.insertions for m in measures])
     extra = {kind: float(count / num_words.sum()) for kind, count in kinds.items()}
@@ -126,11 +124,11 @@ def _tally_words(predictions: Sequence[Prediction], normalise: Normaliser) -> _T
 
 def _tally_phones(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
     """Phone errors and reference phones: separated by spaces, and no words, so never normalised."""
-    return _tally_words(predictions, build_normaliser("none"))
+    return _tally_words(predictions, str.strip)
 
 
 def _tally_captions(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
-    """CIDEr-D and the others; captions are always lower-cased and stripped of punctuation, whatever the normaliser."""
+    """CIDEr-D and the others; captions are always lower-cased and stripped of punctuation, whatever `normalise` is."""
     hypotheses = [prediction.hypothesis for prediction in predictions]
     references = [prediction.references for prediction in predictions]
     scores = np.array(cider_d(hypotheses, references))
@@ -145,29 +143,28 @@ def _tally_captions(predictions: Sequence[Prediction], normalise: Normaliser) ->
 
 def _tally_exact(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
     """1 where the answer equals a reference without case, punctuation and outer spaces."""
-    plain = build_normaliser("basic")
-    right = [plain(p.hypothesis).strip() in {plain(r).strip() for r in p.references} for p in predictions]
+    plain = partial(normalise_text, english=False)
+    right = [plain(p.hypothesis) in {plain(reference) for reference in p.references} for p in predictions]
     return _Tally(np.array(right, dtype=float), np.ones(len(right)), {})
 
 
 _TALLIES = MappingProxyType(
     {
         "wer": _tally_words,
-        "per": lambda predictions, normalise: _tally_words(
-            predictions, build_normaliser("none")
-        ),  # phones are no words
+        "per": _tally_phones,
         "cider_d": _tally_captions,
         "exact_match": _tally_exact,
     }
 )
 
 
-def score(predictions: Iterable[Prediction], *, normaliser: str = "english", seed: int = 0) -> dict[str, TaskScore]:
+def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: int = 0) -> dict[str, TaskScore]:
     """Score the answers of each task.
 
     Args:
         predictions: answers of one or several tasks, in any order.
-        normaliser: of the words of `wer`; see `build_normaliser`. Say which beside a WER.
+        normalise: Whisper's English rules before `wer`, or case and punctuation only; see `normalise_text`. Say which
+            beside a WER.
         seed: of the bootstrap; the same answers and seed give the same interval.
 
     Returns:
@@ -180,7 +177,7 @@ def score(predictions: Iterable[Prediction], *, normaliser: str = "english", see
     """
     scores = {}
     for task, group in _by_task(predictions).items():
-        tally = _TALLIES[METRICS[task]](group, build_normaliser(normaliser))
+        tally = _TALLIES[METRICS[task]](group, partial(normalise_text, english=normalise))
         gained_N, possible_N = _resample(tally, seed)
         low, high = _interval(gained_N / np.maximum(possible_N, 1))
         value = float(tally.gained.sum() / tally.possible.sum())
@@ -190,7 +187,7 @@ def score(predictions: Iterable[Prediction], *, normaliser: str = "english", see
 
 
 def retained_quality(
-    student: Iterable[Prediction], teacher: Iterable[Prediction], *, normaliser: str = "english", seed: int = 0
+    student: Iterable[Prediction], teacher: Iterable[Prediction], *, normalise: bool = True, seed: int = 0
 ) -> dict[str, Retained]:
     """How much of the teacher's quality a student keeps, by task: 1 is all of it, above 1 the student is better.
 
@@ -210,9 +207,8 @@ def retained_quality(
                 f"student's answers of task {task} are {len(keys[0])}, but {len(keys[0] & keys[1])} of them are to "
                 f"clips that are among the teacher's {len(keys[1])}; evaluate both on the same manifest."
             )
-        tallies = [
-            _TALLIES[METRICS[task]](groups[task], build_normaliser(normaliser)) for groups in (students, teachers)
-        ]
+        rules = partial(normalise_text, english=normalise)
+        tallies = [_TALLIES[METRICS[task]](groups[task], rules) for groups in (students, teachers)]
         ours, theirs = (_quality(task, tally.gained.sum(), tally.possible.sum()) for tally in tallies)
         if theirs:
             our_N, their_N = (_quality(task, *_resample(tally, seed)) for tally in tallies)
