@@ -4,6 +4,8 @@ Knows nothing of probabilities. Everything works on flat arrays of many position
 position s owns `counts_S[s]` consecutive entries.
 """
 
+from functools import cache
+
 import numpy as np
 
 
@@ -20,7 +22,7 @@ class Reader:
         left = len(self.data) - self.offset
         if size > left:
             raise ValueError(
-                f"payload is {len(self.data)} bytes, but its header promises {size - left} more; cache this sample again."
+                f"payload is {len(self.data)} bytes, but its header promises {size - left} more; cache again."
             )
         values = np.frombuffer(self.data, dtype, count, self.offset)
         self.offset += size
@@ -36,36 +38,52 @@ class Reader:
 
 def pack_bits(values: np.ndarray, width: int) -> bytes:
     """Write unsigned integers below `2**width`: whole bytes as planes, the rest eight values to `width % 8` bytes."""
-    values = np.ascontiguousarray(values).astype("<u4", copy=False).ravel()
-    octets = values.view(np.uint8).reshape(-1, 4)
+    octets = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)
     planes = [octets[:, i].tobytes() for i in range(width // 8)]
     rest = width % 8
-    if rest == 0:
-        return b"".join(planes)
-    groups = np.zeros((-(-len(values) // 8), 8), np.uint8)
-    groups.reshape(-1)[: len(values)] = octets[:, width // 8] & (2**rest - 1)
-    words = np.zeros(len(groups), "<u8")
-    for i in range(8):
-        words |= groups[:, i].astype("<u8") << np.uint64(i * rest)
-    return b"".join([*planes, words.view(np.uint8).reshape(-1, 8)[:, :rest].tobytes()])
+    if rest:
+        words = np.zeros(-(-len(octets) // 8), "<u8")
+        words.view(np.uint8)[: len(octets)] = octets[:, width // 8]
+        planes.append(_squeeze(words, rest).view(np.uint8).reshape(-1, 8)[:, :rest].tobytes())
+    return b"".join(planes)
 
 
 def unpack_bits(reader: Reader, count: int, width: int) -> np.ndarray:
     """Read back `count` integers of `pack_bits` as int32."""
-    values = np.zeros((count, 4), np.uint8)
-    for i in range(width // 8):
-        values[:, i] = reader.take("u1", count)
+    planes = [reader.take("u1", count) for _ in range(width // 8)]
     rest = width % 8
     if rest:
-        num_groups = -(-count // 8)
-        octets = np.zeros((num_groups, 8), np.uint8)
-        octets[:, :rest] = reader.take("u1", num_groups * rest).reshape(-1, rest)
-        words = octets.view("<u8").ravel()
-        groups = np.empty((num_groups, 8), np.uint8)
-        for i in range(8):
-            groups[:, i] = (words >> np.uint64(i * rest)) & np.uint64(2**rest - 1)
-        values[:, width // 8] = groups.ravel()[:count]
-    return values.view("<i4").ravel()
+        num_words = -(-count // 8)
+        octets = np.zeros((num_words, 8), np.uint8)
+        octets[:, :rest] = reader.take("u1", num_words * rest).reshape(-1, rest)
+        planes.append(_stretch(octets.view("<u8").ravel(), rest).view(np.uint8)[:count])
+    values = planes.pop().astype(np.int32)
+    while planes:
+        values = (values << 8) | planes.pop()
+    return values
+
+
+def _squeeze(words: np.ndarray, bits: int) -> np.ndarray:
+    """Move the low `bits` of each of a word's 8 bytes together at its low end, in three halvings."""
+    for lane in (8, 16, 32):
+        used, low = _lane_mask(lane, bits)
+        words = (words & low) | ((words >> (lane - used)) & (low << used))
+    return words
+
+
+def _stretch(words: np.ndarray, bits: int) -> np.ndarray:
+    """Undo `_squeeze`."""
+    for lane in (32, 16, 8):
+        used, low = _lane_mask(lane, bits)
+        words = (words & low) | ((words & (low << used)) << (lane - used))
+    return words
+
+
+@cache
+def _lane_mask(lane: int, bits: int) -> tuple[int, int]:
+    """How many bits of a lane are used when each byte uses `bits`, and those bits of every second lane of a word."""
+    used = bits * lane // 8
+    return used, sum((2**used - 1) << start for start in range(0, 64, 2 * lane))
 
 
 def _split_sets(counts_S: np.ndarray, universe: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,7 +132,9 @@ def unpack_sets(reader: Reader, counts_S: np.ndarray, universe: int) -> np.ndarr
     high -= np.repeat(offsets[:-1] - starts_S, counts_S)
     widths = np.unique(width_S[counts_S > 0])
     if len(widths) == 1:
-        return (high << widths[0]) | unpack_bits(reader, total, int(widths[0]))
+        high <<= widths[0]
+        high |= unpack_bits(reader, total, int(widths[0]))
+        return high
     width = np.repeat(width_S, counts_S)
     ids = high << width
     for w in widths:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def log1mexp(log_x: Tensor) -> Tensor:
-    """`log(1 - exp(log_x))` for `log_x <= 0`, exact at both ends (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    """`log(1 - exp(log_x))` for `log_x <= 0`, exact at both ends (Maechler 2012, the note on log1mexp)."""
     log_x = log_x.clamp(max=0)
     return torch.where(log_x > -0.6931472, torch.log(-torch.expm1(log_x)), torch.log1p(-torch.exp(log_x)))
 
@@ -57,7 +57,7 @@ class Distribution:
             t: torch.logsumexp(logprobs_SV / t, -1) if t != 1 else logprobs_SV.new_zeros(len(logprobs_SV))
             for t in temperatures
         }
-        # the mass outside is summed over what is outside: one minus the rest would leave rounding where a teacher is sure
+        # summed over what is outside: one minus the rest would leave only rounding where the teacher is sure
         rest_SV = logprobs_SV.scatter_(-1, ids_SK, -torch.inf)
         log_residual_S = {t: torch.logsumexp(rest_SV / t, -1) - log_partition_S[t] for t in temperatures}
         ids_SK = ids_SK.masked_fill(logprobs_SK == -torch.inf, 0)
