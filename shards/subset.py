@@ -1,0 +1,137 @@
+"""`distill subset`: a smaller manifest: chosen tasks, a share of each task, a number of hours. Always the same rows."""
+
+import argparse
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shards.manifest import Entry, read_manifest, write_manifest
+from shards.pool import count_cpus
+from shards.stats import measure_seconds
+
+
+@dataclass(frozen=True)
+class SubsetReport:
+    """What was chosen."""
+
+    num_rows: int
+    num_chosen: int
+    seconds: float | None  # of the chosen rows; None: not measured, because no hours were asked for
+
+    def __str__(self) -> str:
+        hours = "" if self.seconds is None else f" ({self.seconds / 3600:.2f} h)"
+        return f"{self.num_chosen} of {self.num_rows} rows{hours}"
+
+
+def subset(
+    manifest: Path,
+    out: Path,
+    *,
+    tasks: Collection[str] | None = None,
+    share: float = 1.0,
+    hours: float | None = None,
+    seed: int = 0,
+    root: Path | None = None,
+    workers: int | None = None,
+) -> SubsetReport:
+    """Write a part of a manifest, in its order; the same manifest and seed give the same rows.
+
+    A smaller share is a part of a larger one.
+
+    Args:
+        manifest: what to choose from.
+        out: the manifest to write.
+        tasks: those to keep; None keeps all.
+        share: of each task's rows.
+        hours: of what is left, the most audio; needs the header of every recording.
+        seed: of the draw.
+        root: the folder that paths are relative to, if not the manifest's own.
+        workers: processes that read headers; by default one a CPU.
+
+    Raises:
+        ValueError: a task that no row has, or nothing is left.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be over 0 and at most 1; use 0.1 for a tenth.")
+    row_tasks, order = [], []
+    for entry in read_manifest(manifest, root=root):
+        row_tasks.append(entry.task)
+        order.append(_draw(entry, seed))
+    row_tasks, order = np.array(row_tasks), np.array(order, np.uint64)
+    is_chosen = _choose_share(row_tasks, order, tasks, share, manifest)
+    seconds = None
+    if hours is not None:
+        entries = (entry for entry in read_manifest(manifest, root=root) if is_chosen[entry.number])
+        lengths = np.zeros(len(order))
+        lengths[is_chosen] = list(measure_seconds(entries, workers=workers))
+        is_chosen, seconds = _choose_hours(is_chosen, lengths, order, hours)
+    if not is_chosen.any():
+        raise ValueError(f"{manifest} has {len(order)} rows, but none is left; raise share or hours.")
+
+    def rows() -> Iterator[Entry]:
+        return (entry for entry in read_manifest(manifest, root=root) if is_chosen[entry.number])
+
+    return SubsetReport(len(order), write_manifest(out, rows()), seconds)
+
+
+def _draw(entry: Entry, seed: int) -> int:
+    """A row's place in the draw: 64 bits of a hash of the seed and the row."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {entry.key}".encode(), digest_size=8).digest())
+
+
+def _choose_share(
+    row_tasks: np.ndarray, order: np.ndarray, tasks: Collection[str] | None, share: float, manifest: Path
+) -> np.ndarray:
+    """Of each task the rows that come first in the draw; at least one."""
+    is_chosen = np.zeros(len(order), bool)
+    present = sorted(set(row_tasks.tolist()))
+    for task in present if tasks is None else tasks:
+        if task not in present:
+            raise ValueError(f"{manifest} has no task {task!r}, but it was asked for; it has {', '.join(present)}.")
+        rows = np.flatnonzero(row_tasks == task)
+        count = max(1, round(share * len(rows)))
+        is_chosen[rows[np.argsort(order[rows], kind="stable")[:count]]] = True
+    return is_chosen
+
+
+def _choose_hours(
+    is_chosen: np.ndarray, lengths: np.ndarray, order: np.ndarray, hours: float
+) -> tuple[np.ndarray, float]:
+    """The rows that come first in the draw and fit; a row whose length is unknown (NaN) is left out."""
+    rows = np.flatnonzero(is_chosen & np.isfinite(lengths))
+    rows = rows[np.argsort(order[rows], kind="stable")]
+    fitting = rows[np.cumsum(lengths[rows]) <= hours * 3600]
+    is_fitting = np.zeros_like(is_chosen)
+    is_fitting[fitting] = True
+    return is_fitting, float(lengths[fitting].sum())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill subset` takes."""
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("out", type=Path, help="manifest to write")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these")
+    parser.add_argument("--share", type=float, default=1.0, help="of each task's rows (%(default)g)")
+    parser.add_argument("--hours", type=float, help="of audio, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (its own)")
+    parser.add_argument("--workers", type=int, default=count_cpus(), help="processes that read headers (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill subset`."""
+    report = subset(
+        args.manifest,
+        args.out,
+        tasks=args.tasks,
+        share=args.share,
+        hours=args.hours,
+        seed=args.seed,
+        root=args.root,
+        workers=args.workers,
+    )
+    print(report)
+    return 0
