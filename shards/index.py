@@ -222,7 +222,9 @@ def _read_facts(data: bytes) -> tuple[float, str, bool]:
 def _checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> int:
     crc = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(arrays):
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
+        array = arrays[name]
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(array.tobytes(), crc)
     return crc
 
 
