@@ -3,11 +3,11 @@
 Knows nothing of encoders and their weights. Windows and filter banks are built once a device; all arithmetic is
 float32 with autocast off, because the energies of a waveform scaled by 2**15 overflow in float16.
 
-Shapes: B batch, N audio samples, X mel frames, M mel bins.
+Shapes: B batch, N audio samples, X mel frames, M mel bins, F real and imaginary parts of a spectrum's bins.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from shards.sample import MAX_SECONDS, SAMPLE_RATE
 
 WINDOW_SAMPLES = 400  # 25 ms
 HOP_SAMPLES = 160  # 10 ms
+KALDI_FFT = 512  # WINDOW_SAMPLES rounded up to a power of two
 MAX_SAMPLES = int(MAX_SECONDS * SAMPLE_RATE)
-BLOCK_FRAMES = 1024  # frames a pass on CPU: what they need stays in a core's cache
+BLOCK_FRAMES = 2048  # frames a pass on CPU; far more of them leave the cache and cost twice the time
 
 
 @dataclass(frozen=True)
@@ -44,23 +45,42 @@ class WhisperLogMel:
         Returns:
             mel_BMX, float32, X = num_frames.
         """
-        limit = self.num_frames * HOP_SAMPLES
+        device = waveforms_BN.device
+        frames_BXN = self.frame(waveforms_BN)
+        bank = whisper_bank(self.num_mels, device)
+        mel_BMX = frames_BXN.new_empty(len(frames_BXN), self.num_mels, self.num_frames)
+        with torch.autocast(device.type, enabled=False):
+            for place, squares_BXF in square_spectra(frames_BXN, WINDOW_SAMPLES, window_frames):
+                self.write_logs_(mel_BMX[..., place], bank(squares_BXF))
+        return self.finish_(mel_BMX, frames_BXN.shape[1])
+
+    def frame(self, waveforms_BN: Tensor) -> Tensor:
+        """Overlapping frames, centred on multiples of 10 ms, up to the last that sees audio: frames_BXN."""
+        limit, half = self.num_frames * HOP_SAMPLES, WINDOW_SAMPLES // 2
         waveforms_BN = waveforms_BN[:, :limit].float()
-        num_heard = min(self.num_frames, -(-(waveforms_BN.shape[1] + WINDOW_SAMPLES // 2) // HOP_SAMPLES))
-        # The extractor pads to `limit` and reflects there; short of it the last heard frame ends in zeros.
-        length = min(limit, num_heard * HOP_SAMPLES + WINDOW_SAMPLES)
-        padded_BN = F.pad(waveforms_BN, (0, length - waveforms_BN.shape[1]))
-        padded_BN = F.pad(padded_BN, (WINDOW_SAMPLES // 2, WINDOW_SAMPLES // 2), mode="reflect")
-        frames_BXN = padded_BN.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)[:, :num_heard]
-        window_N = whisper_window(padded_BN.device)
-        filters_FM = whisper_filters(self.num_mels, padded_BN.device)
-        mel_BXM = mel_energies(frames_BXN, lambda frames: frames * window_N, filters_FM)
-        log_BXM = mel_BXM.clamp_(min=1e-10).log10_()
-        floor_B11 = log_BXM.amax((1, 2), keepdim=True).clamp_(min=-10.0) - 8.0
-        log_BXM = torch.maximum(log_BXM, floor_B11)
-        silence_B1X = floor_B11.clamp(min=-10.0).expand(-1, -1, self.num_frames - num_heard)
-        silence_BMX = silence_B1X.expand(-1, self.num_mels, -1)
-        return (torch.cat([log_BXM.transpose(1, 2), silence_BMX], 2) + 4.0) / 4.0
+        num_samples = waveforms_BN.shape[1]
+        num_heard = min(self.num_frames, -(-(num_samples + half) // HOP_SAMPLES))
+        # The extractor pads to `limit` and reflects there; short of it, the last frame that hears ends in zeros.
+        length = min(limit, num_heard * HOP_SAMPLES + half)
+        padded_BN = F.pad(waveforms_BN, (half, length - num_samples + half))
+        padded_BN[:, :half] = padded_BN[:, half + 1 : 2 * half + 1].flip(1)
+        if length == limit:
+            padded_BN[:, -half:] = padded_BN[:, -2 * half - 1 : -half - 1].flip(1)
+        return padded_BN.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)[:, :num_heard]
+
+    def write_logs_(self, out_BMX: Tensor, energies_BXM: Tensor) -> None:
+        """Write `log10 / 4 + 1` of a block of energies."""
+        logs_BXM = energies_BXM.clamp_(min=1e-10).log10_().mul_(0.25).add_(1.0)
+        out_BMX.copy_(logs_BXM.transpose(1, 2))
+
+    def finish_(self, mel_BMX: Tensor, num_heard: int) -> Tensor:
+        """Lift what lies 80 dB under a row's maximum, and fill the frames past the first `num_heard`."""
+        silence = (-10.0 + 4.0) / 4.0  # what an energy of 1e-10 gives
+        heard_BMX = mel_BMX[..., :num_heard]
+        floor_B11 = heard_BMX.amax((1, 2), keepdim=True).clamp_(min=silence).sub_(2.0)
+        torch.maximum(heard_BMX, floor_B11, out=heard_BMX)
+        mel_BMX[..., num_heard:] = floor_B11.clamp_(min=silence)
+        return mel_BMX
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,7 @@ class KaldiFbank:
 
     @torch.no_grad()
     def __call__(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the normalised features; frames past a row's own count hold what an energy's log of 0 gives.
+        """Compute the normalised features; frames past a row's own count hold what a log energy of 0 gives.
 
         Args:
             waveforms_BN: 16 kHz in [-1, 1], padded with zeros.
@@ -85,43 +105,82 @@ class KaldiFbank:
         Returns:
             mel_BXM, float32, and num_frames_B.
         """
+        device = waveforms_BN.device
         waveforms_BN = waveforms_BN.float()
         if self.removes_mean:
             waveforms_BN = waveforms_BN - waveforms_BN.sum(1, keepdim=True) / num_samples_B[:, None]
-        waveforms_BN = F.pad(waveforms_BN * self.scale, (0, max(0, WINDOW_SAMPLES - waveforms_BN.shape[1])))
-        window_N = kaldi_window(self.window, waveforms_BN.device)
-        filters_FM = kaldi_filters(self.num_mels, waveforms_BN.device)
+        waveforms_BN = F.pad(waveforms_BN, (0, max(0, WINDOW_SAMPLES - waveforms_BN.shape[1])))
+        frames_BXN = waveforms_BN.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)
+        bank = kaldi_bank(self.num_mels, device)
+        mel_BXM = frames_BXN.new_empty(*frames_BXN.shape[:2], self.num_mels)
+        with torch.autocast(device.type, enabled=False):
+            for place, squares_BXF in square_spectra(frames_BXN, KALDI_FFT, self.prepare):
+                mel_BXM[:, place] = self.normalise_(bank(squares_BXF))
+        return self.mask_(mel_BXM, num_samples_B)
 
-        def prepare(frames_BXN):
-            centred_BXN = frames_BXN - frames_BXN.mean(2, keepdim=True)
-            # Both windows begin with 0, so Kaldi's special case for a frame's first sample never counts.
-            return torch.sub(centred_BXN[..., 1:], centred_BXN[..., :-1], alpha=0.97).mul_(window_N[1:])
+    def prepare(self, frames_BXN: Tensor, out_BXN: Tensor) -> None:
+        """Remove each frame's mean, emphasise high frequencies, apply the window.
 
-        mel_BXM = mel_energies(waveforms_BN.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES), prepare, filters_FM)
-        log_BXM = mel_BXM.clamp_(min=torch.finfo(torch.float32).eps).log_()
-        num_frames_B = count_frames(num_samples_B)
-        is_padding_BX = torch.arange(log_BXM.shape[1], device=log_BXM.device) >= num_frames_B[:, None]
-        log_BXM.masked_fill_(is_padding_BX[..., None], 0.0)
-        return log_BXM.sub_(self.mean).div_(self.std), num_frames_B
+        Both windows begin with 0, so that Kaldi's special case for a frame's first sample never counts; without that
+        sample all others move by one place, which a power spectrum does not see.
+        """
+        window_N = kaldi_window(self.window, frames_BXN.device) * self.scale
+        centred_BXN = frames_BXN - frames_BXN.mean(2, keepdim=True)
+        heard = out_BXN[..., : WINDOW_SAMPLES - 1]
+        torch.sub(centred_BXN[..., 1:], centred_BXN[..., :-1], alpha=0.97, out=heard)
+        heard.mul_(window_N[1:])
+
+    def normalise_(self, energies_BXM: Tensor) -> Tensor:
+        """Energies to normalised logs."""
+        return energies_BXM.clamp_(min=torch.finfo(torch.float32).eps).log_().sub_(self.mean).div_(self.std)
+
+    def mask_(self, mel_BXM: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the frames that run past their row's end the value of a log energy of 0."""
+        num_frames_B = ((num_samples_B - WINDOW_SAMPLES) // HOP_SAMPLES + 1).clamp(min=0)
+        is_padding_BX = torch.arange(mel_BXM.shape[1], device=mel_BXM.device) >= num_frames_B[:, None]
+        return mel_BXM.masked_fill_(is_padding_BX[..., None], -self.mean / self.std), num_frames_B
 
 
-def count_frames(num_samples_B: Tensor) -> Tensor:
-    """Number of whole 25 ms frames in each row."""
-    return ((num_samples_B - WINDOW_SAMPLES) // HOP_SAMPLES + 1).clamp(min=0)
+@dataclass(frozen=True)
+class MelBank:
+    """A mel bank in bands: neighbouring mel bins see few of a spectrum's bins, so most of the products are spared."""
+
+    bands: tuple[tuple[int, int, Tensor], ...]  # first F, last F + 1, filters_FM
+
+    def __call__(self, squares_BXF: Tensor) -> Tensor:
+        """Energies of the mel bins, mel_BXM."""
+        return torch.cat([squares_BXF[..., first:last] @ filters_FM for first, last, filters_FM in self.bands], -1)
+
+    @classmethod
+    def from_filters(cls, filters: Tensor, num_bands: int = 4) -> "MelBank":
+        """Cut a bank of spectrum bins times mel bins; each filter serves a bin's real and its imaginary part."""
+        filters_FM = filters.repeat_interleave(2, 0)
+        bands = []
+        for band_FM in filters_FM.chunk(num_bands, 1):
+            used = band_FM.any(1).nonzero()
+            first, last = int(used[0]), int(used[-1]) + 1
+            bands.append((first, last, band_FM[first:last].contiguous()))
+        return cls(tuple(bands))
 
 
-def mel_energies(frames_BXN: Tensor, prepare: Callable[[Tensor], Tensor], filters_FM: Tensor) -> Tensor:
-    """Energies of a mel bank over the power spectra of prepared frames, mel_BXM; on CPU in blocks fit for its cache."""
-    fft_size = filters_FM.shape[0] - 2
+def square_spectra(
+    frames_BXN: Tensor, fft_size: int, prepare: Callable[[Tensor, Tensor], None]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of frames: their place and squares_BXF, the squared parts of their spectra; on CPU as its cache has room.
+
+    Args:
+        frames_BXN: raw frames.
+        fft_size: length that frames are padded to with zeros.
+        prepare: writes windowed frames into the first places of its second argument, which keeps zeros behind them.
+    """
     batch_size, num_frames = frames_BXN.shape[:2]
-    block = max(1, BLOCK_FRAMES // batch_size) if frames_BXN.device.type == "cpu" else num_frames
-    mel_BXM = frames_BXN.new_empty(batch_size, num_frames, filters_FM.shape[1])
-    with torch.autocast(frames_BXN.device.type, enabled=False):
-        for start in range(0, num_frames, block):
-            spectrum = torch.fft.rfft(prepare(frames_BXN[:, start : start + block]), n=fft_size)
-            squares_BXF = torch.view_as_real(spectrum).square_().flatten(2)
-            mel_BXM[:, start : start + block] = squares_BXF @ filters_FM
-    return mel_BXM
+    size = max(1, BLOCK_FRAMES // batch_size) if frames_BXN.device.type == "cpu" else num_frames
+    padded_BXN = frames_BXN.new_zeros(batch_size, min(size, num_frames), fft_size)
+    for start in range(0, num_frames, size):
+        stop = min(start + size, num_frames)
+        block_BXN = padded_BXN[:, : stop - start]
+        prepare(frames_BXN[:, start:stop], block_BXN)
+        yield slice(start, stop), torch.view_as_real(torch.fft.rfft(block_BXN)).square_().flatten(2)
 
 
 def check_lengths(num_samples_B: Tensor, shortest: int, longest: int, ear: str) -> None:
@@ -133,9 +192,14 @@ def check_lengths(num_samples_B: Tensor, shortest: int, longest: int, ear: str) 
     for row, num_samples in enumerate(num_samples_B.tolist()):
         if not shortest <= num_samples <= longest:
             raise ValueError(
-                f"waveforms_BN[{row}] is {num_samples / SAMPLE_RATE:.3f} s, but {ear} hears "
-                f"{shortest / SAMPLE_RATE:.3f} to {longest / SAMPLE_RATE:.3f} s; cut, pad or leave out the clip."
+                f"waveforms_BN[{row}] is {num_samples} samples ({num_samples / SAMPLE_RATE:.3f} s), but {ear} hears "
+                f"{shortest} to {longest} ({longest / SAMPLE_RATE:.3f} s); cut, pad or leave out the clip."
             )
+
+
+def window_frames(frames_BXN: Tensor, out_BXN: Tensor) -> None:
+    """Apply Whisper's window."""
+    torch.mul(frames_BXN, whisper_window(frames_BXN.device), out=out_BXN)
 
 
 @functools.cache
@@ -145,12 +209,11 @@ def whisper_window(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def whisper_filters(num_mels: int, device: torch.device) -> Tensor:
-    """Slaney mel bank, each row twice: for the squares of a bin's real and of its imaginary part."""
-    bank = mel_filter_bank(
-        1 + WINDOW_SAMPLES // 2, num_mels, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-    )
-    return torch.from_numpy(bank).to(device, torch.float32).repeat_interleave(2, 0)
+def whisper_bank(num_mels: int, device: torch.device) -> MelBank:
+    """Slaney mel bank over 400-point spectra."""
+    num_bins = 1 + WINDOW_SAMPLES // 2
+    filters = mel_filter_bank(num_bins, num_mels, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    return MelBank.from_filters(torch.from_numpy(filters).to(device, torch.float32))
 
 
 @functools.cache
@@ -160,8 +223,13 @@ def kaldi_window(name: str, device: torch.device) -> Tensor:
     return {"povey": hann_N.pow(0.85), "hanning": hann_N}[name]
 
 
+def kaldi_filters(num_mels: int) -> Tensor:
+    """Kaldi's mel bank from 20 to 8000 Hz, spectrum bins times mel bins."""
+    filters, _ = kaldi.get_mel_banks(num_mels, KALDI_FFT, float(SAMPLE_RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
+    return F.pad(filters, (0, 1)).T
+
+
 @functools.cache
-def kaldi_filters(num_mels: int, device: torch.device) -> Tensor:
-    """HTK mel bank from 20 to 8000 Hz over 512-point spectra, rows twice as in `whisper_filters`."""
-    bank_MF, _ = kaldi.get_mel_banks(num_mels, 512, float(SAMPLE_RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
-    return F.pad(bank_MF, (0, 1)).T.contiguous().to(device).repeat_interleave(2, 0)
+def kaldi_bank(num_mels: int, device: torch.device) -> MelBank:
+    """Kaldi's mel bank on a device."""
+    return MelBank.from_filters(kaldi_filters(num_mels).to(device))

@@ -58,9 +58,9 @@ def read_model_config(path: str | Path, model_type: str) -> dict:
     """
     file = cached_file(path, "config.json")
     config = json.loads(Path(file).read_text())
-    found = config["model_type"] if "model_type" in config else "unnamed"
-    if found != model_type:
-        raise ValueError(f"{file} has model_type {found}, but {model_type} is needed; name a folder of such a model.")
+    if "model_type" not in config or config["model_type"] != model_type:
+        found = f"model_type {config['model_type']}" if "model_type" in config else "no model_type"
+        raise ValueError(f"{file} has {found}, but {model_type} is needed; name a folder of such a model.")
     return config
 
 

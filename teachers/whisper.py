@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import cached_file
 
 from teachers.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
 from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
