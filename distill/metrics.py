@@ -14,7 +14,6 @@ from types import MappingProxyType
 
 import jiwer
 import numpy as np
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from distill.captioning import bleu_4, cider_d, rouge_l
 
@@ -35,7 +34,6 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 1_000
 
 Normaliser = Callable[[str], str]
-_BASIC = BasicTextNormalizer()
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,13 @@ class Retained:
 
 
 @cache
-def _english() -> Normaliser:
-    """Whisper's English normaliser: transformers ships its rules, its word list is openai/whisper's (MIT; NOTICE)."""
+def _build_normaliser(english: bool) -> Normaliser:
+    """Whisper's normalisers: transformers ships the rules, the list of words is openai/whisper's (MIT; see NOTICE)."""
+    # Imported here: transformers takes seconds, and who only shows scores needs none of it.
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    if not english:
+        return BasicTextNormalizer()
     return EnglishTextNormalizer(json.loads((Path(__file__).parent / "spelling.json").read_text()))
 
 
@@ -87,7 +90,7 @@ def normalise_text(text: str, english: bool = True) -> str:
             makes the whole number wrong. False: case, punctuation and brackets only; the choice for strings of digits
             and for other languages.
     """
-    return " ".join((_english() if english else _BASIC)(text).split())
+    return " ".join(_build_normaliser(english)(text).split())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ versions. Splits share no utterance (words and voice) and no sound; two voices a
 
 import hashlib
 import json
-import os
 import random
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ import soxr
 from rich.progress import Progress
 
 from shards.espeak import FEMALE, MALE, Synthesiser, voice_names
+from shards.index import write_atomically
 from shards.sounds import CAPTIONS, SAMPLE_RATE, Scene, Sound, draw_sound
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -244,7 +244,8 @@ def write_corpus(
     manifests = {"train_full": manifests["train"], **manifests}
     manifests["train"] = _drop_texts(manifests["train"], unlabelled_share, random.Random(f"{seed}/unlabelled"))
     for name, annotation in manifests.items():
-        _write_manifest(folder / f"{name}.json", annotation)
+        text = json.dumps({"annotation": annotation}, indent=1) + "\n"
+        write_atomically(folder / f"{name}.json", text.encode())
 
 
 def _write_clips(
@@ -265,10 +266,3 @@ def _drop_texts(annotation: list[dict], share: float, rng: random.Random) -> lis
         {key: value for key, value in entry.items() if not (number in unlabelled and key == "text")}
         for number, entry in enumerate(annotation)
     ]
-
-
-def _write_manifest(path: Path, annotation: list[dict]) -> None:
-    """Write a manifest under a temporary name, then rename it."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps({"annotation": annotation}, indent=1) + "\n")
-    os.replace(partial, path)

@@ -1,0 +1,158 @@
+"""The scorecard of a distillation: quality, size, memory and speed of teacher and student, in the terminal and as JSON.
+
+Knows figures and how to show them; it measures nothing itself.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from distill.metrics import Retained, TaskScore
+from shards.index import write_atomically
+
+SCORECARD = "scorecard.json"
+_METRIC_NAMES = {
+    "wer": "WER ↓",
+    "per": "phone error rate ↓",
+    "exact_match": "exact match ↑",
+    "cider_d": "CIDEr-D ↑",
+}
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a model answers and what it costs. A figure that was not measured is None."""
+
+    name: str
+    num_parameters: int
+    scores: dict[str, TaskScore] = field(default_factory=dict)  # by task
+    weights_mb: float | None = None  # in memory; 1 MB is 10^6 bytes
+    peak_mb: float | None = None  # GPU memory at its peak while answering
+    checkpoint_mb: float | None = None  # on disk
+    first_token_ms: float | None = None  # audio to first token, one clip
+    next_token_ms: float | None = None  # each token after it
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """Teacher and student side by side."""
+
+    name: str
+    teacher: ModelFigures
+    student: ModelFigures
+    retained: dict[str, Retained] = field(default_factory=dict)  # by task
+    training: dict[str, float | str] = field(default_factory=dict)  # name with unit to figure: steps, seconds, …
+
+    def to_json(self) -> str:
+        """As text; `from_json` gives an equal scorecard back."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Scorecard":
+        """The scorecard of a text that `to_json` made."""
+        fields = json.loads(text)
+        models = {}
+        for role in ("teacher", "student"):
+            scores = {task: TaskScore(**score) for task, score in fields[role]["scores"].items()}
+            models[role] = ModelFigures(**{**fields[role], "scores": scores})
+        retained = {task: Retained(**kept) for task, kept in fields["retained"].items()}
+        return cls(**{**fields, **models, "retained": retained})
+
+
+def write_scorecard(card: Scorecard, run_folder: Path) -> Path:
+    """Write `scorecard.json` into the run's folder, under its final name at once, and return its path."""
+    path = Path(run_folder) / SCORECARD
+    write_atomically(path, card.to_json().encode())
+    return path
+
+
+def read_scorecard(run_folder: Path) -> Scorecard:
+    """The scorecard of a run.
+
+    Raises:
+        FileNotFoundError: the run was not evaluated.
+    """
+    path = Path(run_folder) / SCORECARD
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing, but a scorecard is made by evaluating; run `distill evaluate` first."
+        )
+    return Scorecard.from_json(path.read_text())
+
+
+# Rows: what a figure is, the teacher's, the student's, and how they compare.
+Row = tuple[str, str, str, str]
+
+
+def score_rows(card: Scorecard) -> list[Row]:
+    """One row a task: both scores with their intervals, and the quality retained."""
+    rows = []
+    for task in sorted(card.teacher.scores.keys() | card.student.scores.keys()):
+        found = [model.scores.get(task) for model in (card.teacher, card.student)]
+        metric = next(score.metric for score in found if score)
+        kept = card.retained.get(task)
+        rows.append(
+            (
+                f"{task}: {_METRIC_NAMES[metric]}",
+                *(_show_score(score) if score else "not measured" for score in found),
+                f"{kept.value:.1%} ({kept.low:.1%} to {kept.high:.1%})" if kept else "–",
+            )
+        )
+    return rows
+
+
+def cost_rows(card: Scorecard) -> list[Row]:
+    """One row a cost: size, memory, time. The last column is student over teacher."""
+    costs = {
+        "parameters (M)": lambda model: model.num_parameters / 1e6,
+        "weights in memory (MB)": lambda model: model.weights_mb,
+        "peak GPU memory (MB)": lambda model: model.peak_mb,
+        "checkpoint (MB)": lambda model: model.checkpoint_mb,
+        "first token (ms)": lambda model: model.first_token_ms,
+        "each further token (ms)": lambda model: model.next_token_ms,
+    }
+    rows = []
+    for name, figure in costs.items():
+        teacher, student = figure(card.teacher), figure(card.student)
+        if teacher is not None or student is not None:
+            ratio = f"{student / teacher:.2f}×" if teacher and student is not None else "–"
+            rows.append((name, *("not measured" if v is None else f"{v:,.4g}" for v in (teacher, student)), ratio))
+    return rows
+
+
+def _show_score(score: TaskScore) -> str:
+    if score.metric == "cider_d":
+        return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})"
+    return f"{score.value:.1%} ({score.low:.1%} to {score.high:.1%})"
+
+
+def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
+    """Print the scorecard as a table.
+
+    Args:
+        card: what is shown.
+        console: where; the terminal when None.
+    """
+    console = console or Console()
+    table = Table(title=f"Scorecard of {card.name}", title_justify="left")
+    for header, justify in (("", "left"), (card.teacher.name, "right"), (card.student.name, "right")):
+        table.add_column(header, justify=justify)
+    table.add_column("student ÷ teacher", justify="right")
+    for row in score_rows(card):
+        table.add_row(*row)
+    table.add_section()
+    for row in cost_rows(card):
+        table.add_row(*row)
+    console.print(table)
+    counts = ", ".join(f"{task} {score.num_samples}" for task, score in sorted(card.student.scores.items()))
+    console.print(f"Clips: {counts}. In brackets: 95 % bootstrap interval over clips.", soft_wrap=True)
+    if card.training:
+        console.print("Training: " + show_training(card.training), soft_wrap=True)
+
+
+def show_training(training: dict[str, float | str]) -> str:
+    """The training's figures in one line."""
+    return ", ".join(f"{key} {value if isinstance(value, str) else f'{value:,.5g}'}" for key, value in training.items())
