@@ -98,7 +98,7 @@ def score_rows(card: Scorecard) -> list[Row]:
             (
                 f"{task}: {_METRIC_NAMES[metric]}",
                 *(_show_score(score) if score else "not measured" for score in found),
-                f"{kept.value:.1%} ({kept.low:.1%} to {kept.high:.1%})" if kept else "–",
+                _show_interval(kept, "{:.1%}", 100) if kept else "–",
             )
         )
     return rows
@@ -108,11 +108,11 @@ def cost_rows(card: Scorecard) -> list[Row]:
     """One row a cost: size, memory, time. The last column is student over teacher."""
     costs = {
         "parameters (M)": lambda model: model.num_parameters / 1e6,
-        "weights in memory (MB)": lambda model: model.weights_mb,
-        "peak GPU memory (MB)": lambda model: model.peak_mb,
+        "weights (MB)": lambda model: model.weights_mb,
+        "peak on GPU (MB)": lambda model: model.peak_mb,
         "checkpoint (MB)": lambda model: model.checkpoint_mb,
         "first token (ms)": lambda model: model.first_token_ms,
-        "each further token (ms)": lambda model: model.next_token_ms,
+        "next token (ms)": lambda model: model.next_token_ms,
     }
     rows = []
     for name, figure in costs.items():
@@ -124,9 +124,13 @@ def cost_rows(card: Scorecard) -> list[Row]:
 
 
 def _show_score(score: TaskScore) -> str:
-    if score.metric == "cider_d":
-        return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})"
-    return f"{score.value:.1%} ({score.low:.1%} to {score.high:.1%})"
+    return _show_interval(score, "{:.2f}", 1) if score.metric == "cider_d" else _show_interval(score, "{:.1%}", 100)
+
+
+def _show_interval(figure: TaskScore | Retained, form: str, scale: int) -> str:
+    """The value and its interval: `91.7% [85.0, 98.3]`."""
+    plain = form.replace("%", "f")
+    return f"{form.format(figure.value)} [{plain.format(figure.low * scale)}, {plain.format(figure.high * scale)}]"
 
 
 def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
@@ -138,9 +142,9 @@ def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
     """
     console = console or Console()
     table = Table(title=f"Scorecard of {card.name}", title_justify="left")
-    for header, justify in (("", "left"), (card.teacher.name, "right"), (card.student.name, "right")):
-        table.add_column(header, justify=justify)
-    table.add_column("student ÷ teacher", justify="right")
+    table.add_column("")
+    for header in (card.teacher.name, card.student.name, "student ÷ teacher"):
+        table.add_column(header, justify="right", no_wrap=True)  # a narrow terminal wraps words, not figures
     for row in score_rows(card):
         table.add_row(*row)
     table.add_section()
@@ -148,7 +152,7 @@ def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
         table.add_row(*row)
     console.print(table)
     counts = ", ".join(f"{task} {score.num_samples}" for task, score in sorted(card.student.scores.items()))
-    console.print(f"Clips: {counts}. In brackets: 95 % bootstrap interval over clips.", soft_wrap=True)
+    console.print(f"Clips: {counts}. In brackets: the 95 % bootstrap interval over clips.", soft_wrap=True)
     if card.training:
         console.print("Training: " + show_training(card.training), soft_wrap=True)
 

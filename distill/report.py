@@ -92,7 +92,7 @@ def _scorecard_html(card: Scorecard) -> list[str]:
     for rows in (score_rows(card), cost_rows(card)):
         lines = [_row_html("th", headers), *(_row_html("td", row) for row in rows)]
         parts += ["<table>", *lines, "</table>"]
-    parts.append("<p>In brackets: 95 % bootstrap interval over clips. 1 MB is 10<sup>6</sup> bytes.</p>")
+    parts.append("<p>In brackets: the 95 % bootstrap interval over clips. 1 MB is 10<sup>6</sup> bytes.</p>")
     further = [
         (f"{task}: {name}", *(_show_extra(model.scores[task].extra.get(name)) if task in model.scores else "–"
                               for model in (card.teacher, card.student)))
