@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.audio import SILENT_PEAK, AudioError, AudioLimits, encode_flac, hash_waveform, load_audio
+from shards.audio import SILENT_PEAK, encode_flac, hash_waveform, load_audio
+from shards.container import AudioError, AudioLimits
 from shards.manifest import Entry
 from shards.records import RowError
 from shards.sample import SAMPLE_RATE
@@ -128,18 +129,19 @@ def _encode_entry(entry: Entry, options: EncodeOptions) -> list[Encoded]:
     if too_long == "chunk" and entry.text is None:
         clips = _load_chunks(entry, options.limits)
         return [_encode_sample(entry, clip, f"{entry.key}-{number:03d}") for number, clip in enumerate(clips)]
-    clip = _load_clip(entry.paths, replace(options.limits, cut=too_long == "cut"))
+    clip = _load_clip(entry.paths, entry.start, entry.end, replace(options.limits, cut=too_long == "cut"))
     return [_encode_sample(entry, clip, entry.key)]
 
 
 @lru_cache(maxsize=4)  # several captions or questions of one clip stand side by side in a manifest
-def _load_clip(paths: tuple[Path, ...], limits: AudioLimits) -> _Clip:
-    return _encode_clip(load_audio(paths, limits=limits))
+def _load_clip(paths: tuple[Path, ...], start: float, end: float | None, limits: AudioLimits) -> _Clip:
+    return _encode_clip(load_audio(paths, start=start, end=end, limits=limits))
 
 
 def _load_chunks(entry: Entry, limits: AudioLimits) -> list[_Clip]:
     """Pieces of max_seconds of an unlabelled clip; a label would belong to the whole."""
-    waveform_N = load_audio(entry.paths, limits=replace(limits, max_seconds=limits.max_header_seconds))
+    whole = replace(limits, max_seconds=limits.max_header_seconds)
+    waveform_N = load_audio(entry.paths, start=entry.start, end=entry.end, limits=whole)
     size = int(limits.max_seconds * SAMPLE_RATE)
     pieces = [waveform_N[start : start + size] for start in range(0, len(waveform_N), size)]
     if len(pieces) > 1 and len(pieces[-1]) < MIN_REST_SECONDS * SAMPLE_RATE:

@@ -12,12 +12,10 @@ from shards.audio import (
     GAP_SECONDS,
     SILENT_PEAK,
     WINDOW_SECONDS,
-    AudioError,
-    AudioLimits,
     hash_waveform,
     mix_down,
-    read_samples,
 )
+from shards.container import AudioError, AudioLimits, read_samples, read_segment
 from shards.encode import choose_too_long, covers_whole_clip, says_silence
 from shards.manifest import Entry
 from shards.records import RowError
@@ -130,7 +128,7 @@ def _audit_error(error: RowError) -> RowAudit:
 
 
 def _audit_entry(entry: Entry) -> RowAudit:
-    files = [_audit_file(path) for path in entry.paths]
+    files = [_audit_file(path, entry.start, entry.end) for path in entry.paths]
     # one finding a reason: the first file's
     findings = list({finding.reason: finding for file in reversed(files) for finding in file.findings}.values())
     if any(file.hash is None for file in files):
@@ -164,29 +162,30 @@ def _check_whole(entry: Entry, seconds: float, peak: float) -> list[Finding]:
 
 
 @lru_cache(maxsize=64)  # rows about one recording stand side by side
-def _audit_file(path: Path) -> _FileAudit:
+def _audit_file(path: Path, start: float, end: float | None) -> _FileAudit:
+    limits = AudioLimits(max_seconds=MAX_SECONDS + 1, cut=True)  # a second more tells a long stream of unknown length
     try:
-        data = path.read_bytes()
+        return _measure_file(path, start, end, limits)
     except FileNotFoundError:
         return _FileAudit((Finding("missing", f"{path} does not exist", {}),))
     except OSError as error:
         return _FileAudit((Finding("unreadable", str(error), {}),))
-    limits = AudioLimits(max_seconds=MAX_SECONDS + 1, cut=True)  # a second more tells a long stream of unknown length
-    try:
-        return _measure_file(data, path, limits)
     except AudioError as error:
         finding = Finding(error.reason, str(error), error.numbers)
-        if error.reason != "header_mismatch":
-            return _FileAudit((finding,))
+    if finding.reason != "header_mismatch":
+        return _FileAudit((finding,))
     try:
-        measured = _measure_file(data, path, replace(limits, max_header_gap_seconds=float("inf")))
+        measured = _measure_file(path, start, end, replace(limits, max_header_gap_seconds=float("inf")))
         return replace(measured, findings=(finding, *measured.findings))
     except AudioError as error:
         return _FileAudit((finding, Finding(error.reason, str(error), error.numbers)))
 
 
-def _measure_file(data: bytes, path: Path, limits: AudioLimits) -> _FileAudit:
-    samples_NC, header = read_samples(data, name=str(path), limits=limits)
+def _measure_file(path: Path, start: float, end: float | None, limits: AudioLimits) -> _FileAudit:
+    if end is None:
+        samples_NC, header = read_samples(path.read_bytes(), name=str(path), limits=limits)
+    else:
+        samples_NC, header = read_segment(path, start, end, limits=limits)
     findings = []
     if header.channels > 1:
         findings.append(Finding("stereo", f"{path} has {header.channels} channels", {"channels": header.channels}))

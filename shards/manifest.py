@@ -1,8 +1,8 @@
 """Manifests: which recording goes with which answer. Knows paths and fields, and never opens an audio file.
 
 Two forms are read, in memory that does not grow with them: SALMONN's `{"annotation": [{"path", "text", "task", "Q"?,
-"expand_wav"?}, ...]}` and JSON Lines with the same fields. `source` and `speaker` may be there too; a manifest without
-`source` belongs to the data set its folder is named after.
+"expand_wav"?}, ...]}` and JSON Lines with the same fields. `source`, `speaker`, and `start` and `end` (seconds, for a
+part of a long recording) may be there too; a manifest without `source` belongs to the data set its folder is named after.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ class Entry:
     source: str = ""  # name of the data set
     more_paths: tuple[Path, ...] = ()  # the row's "expand_wav": recordings that follow the first
     speaker: str | None = None
+    start: float = 0.0  # seconds, where the sample is a part of its recording
+    end: float | None = None  # seconds; None: the sample is the whole recording
     number: int = 0  # of the row, from 0
     place: str = ""  # in the file, for messages: annotation[3]
     digest: str = ""  # of the row's content as written; see `key`
@@ -131,6 +133,8 @@ def to_fields(entry: Entry, folder: Path) -> dict:
     if entry.more_paths:
         fields["expand_wav"] = [_relative(path, folder) for path in entry.more_paths]
     fields["source"] = entry.source
+    if entry.end is not None:
+        fields |= {"start": entry.start, "end": entry.end}
     if entry.speaker is not None:
         fields["speaker"] = entry.speaker
     return fields
@@ -198,10 +202,11 @@ def _to_entry(value: object, path: Path, number: int, place: str, root: Path | N
     text = value.get("text")
     if text is not None and not text.strip():
         raise fail(".text", "empty_text", "is empty, but an answer must say something; use null for unlabelled audio.")
-    more = value.get("expand_wav", [])
+    more = value["expand_wav"] if "expand_wav" in value else []
     if not isinstance(more, list) or not all(isinstance(name, str) for name in more):
         raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")
-    content = [value["path"], more, text, value["task"], value.get("Q")]
+    start, end = _read_part(value, more, fail)
+    content = [value["path"], more, text, value["task"], value.get("Q"), start, end]
     first, *rest = (_locate(name, path, root) for name in (value["path"], *more))
     return Entry(
         path=first,
@@ -211,10 +216,26 @@ def _to_entry(value: object, path: Path, number: int, place: str, root: Path | N
         source=value.get("source") or source,
         more_paths=tuple(rest),
         speaker=value.get("speaker"),
+        start=start,
+        end=end,
         number=number,
         place=f"{path}: {place.rstrip(': ')}",
         digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8],
     )
+
+
+def _read_part(value: dict, more: list, fail: Callable) -> tuple[float, float | None]:
+    """`start` and `end` of a row, both or neither."""
+    if value.get("start") is None and value.get("end") is None:
+        return 0.0, None
+    start, end = value.get("start", 0.0), value.get("end")
+    if not all(isinstance(time, int | float) and not isinstance(time, bool) for time in (start, end)):
+        raise fail(
+            ".end", "type", f"is {_describe(end)} (start {_describe(start)}), but both must be seconds; mend it."
+        )
+    if not 0 <= start < end or more:
+        raise fail(".end", "type", f"is {end} (start {start}), but must be a later part of one recording; mend it.")
+    return float(start), float(end)
 
 
 def _locate(name: str, manifest: Path, root: Path | None) -> Path:

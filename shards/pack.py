@@ -14,7 +14,7 @@ from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
-from shards.audio import AudioLimits
+from shards.container import AudioLimits
 from shards.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
 from shards.manifest import Entry, check_paths, check_tasks, scan_manifest
 from shards.packfolder import PackFolder

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from shards.audio import GAP_SECONDS, UNKNOWN_FRAMES
+from shards.audio import GAP_SECONDS
+from shards.container import UNKNOWN_FRAMES
 from shards.manifest import Entry, missing_file_error, read_manifest
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 
@@ -114,13 +115,18 @@ def measure(path: Path, *, root: Path | None = None, workers: int | None = None,
 def measure_seconds(entries: Iterable[Entry], *, workers: int | None = None) -> Iterator[float]:
     """Length of each entry in seconds by the headers of its recordings; NaN where one does not tell."""
     workers = count_cpus() if workers is None else workers
-    pieces = batched((entry.paths for entry in entries), ROWS_A_PIECE)
+    pieces = batched(entries, ROWS_A_PIECE)
     for lengths in map_in_order(_measure_piece, pieces, workers=workers):
         yield from lengths
 
 
-def _measure_piece(rows: list[tuple[Path, ...]]) -> list[float]:
-    return [sum(map(_header_seconds, paths)) + GAP_SECONDS * (len(paths) - 1) for paths in rows]
+def _measure_piece(entries: list[Entry]) -> list[float]:
+    return [
+        sum(map(_header_seconds, entry.paths)) + GAP_SECONDS * (len(entry.paths) - 1)
+        if entry.end is None
+        else entry.end - entry.start
+        for entry in entries
+    ]
 
 
 def _header_seconds(path: Path) -> float:

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from shards.archive import Walk
-from shards.audio import AudioError, decode_audio, hash_waveform
+from shards.audio import decode_audio, hash_waveform
+from shards.container import AudioError
 from shards.manifest import missing_file_error
 from shards.pool import count_cpus, map_in_order, progress_bar
 from shards.sample import SAMPLE_RATE
