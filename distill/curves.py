@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 WIDTH, HEIGHT = 420, 230  # pixels
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 30, 30  # of the plot's margins, for the labels
+LEFT, RIGHT, TOP, BOTTOM = 62, 26, 30, 30  # of the plot's margins, for the labels
 MAX_POINTS = 400  # more would be narrower than a pixel; each drawn point is the mean of its bin
 NUM_TICKS = 5
 
