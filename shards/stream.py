@@ -11,12 +11,14 @@ pipe, so that /dev/shm stays empty.
 import json
 import logging
 import signal
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.archive import MAX_MEMBER_BYTES
@@ -51,6 +53,8 @@ class ShardStream(IterableDataset):
         num_workers: processes that read and decode; 0: in this one.
         targets: folder of a target cache to join by key.
         tasks: those to read; None: all.
+        labelled_share: share of the samples whose text is given out, chosen by key; the others come as unlabelled.
+        labelled_only: leave unlabelled samples out.
         weights: task -> times an epoch each of its samples comes (1 where not named).
         batch_seconds: most seconds of audio in a global batch, padding included.
         bucket_batches: sort by length within so many batches, so that a batch holds clips of like length; 0: do not.
@@ -80,6 +84,8 @@ class ShardStream(IterableDataset):
         num_workers: int = 0,
         targets: str | Path | None = None,
         tasks: Sequence[str] | None = None,
+        labelled_share: float = 1.0,
+        labelled_only: bool = False,
         weights: Mapping[str, float] | None = None,
         batch_seconds: float | None = None,
         bucket_batches: int = 0,
@@ -104,7 +110,8 @@ class ShardStream(IterableDataset):
         self._check_tasks("tasks", tasks or ())
         self._check_tasks("weights", order.weights)
         self.tasks = sorted(self.catalog.tasks if tasks is None else set(tasks))
-        groups = [(self.catalog.task_rows(task), order.weights.get(task, 1.0)) for task in self.tasks]
+        self.labelled_share, self.labelled_only = labelled_share, labelled_only
+        groups = [(self._rows(task), order.weights.get(task, 1.0)) for task in self.tasks]
         self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
         self._reader = Reader(self.catalog, cache, augmentation, seed)
         self._position = Position()
@@ -148,7 +155,7 @@ class ShardStream(IterableDataset):
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
-            samples = [sample for sample in batch if isinstance(sample, Sample)]
+            samples = [self._hide_text(sample) for sample in batch if isinstance(sample, Sample)]
             self._account(batch)
             self._position = after.popleft()
             yield samples
@@ -188,6 +195,18 @@ class ShardStream(IterableDataset):
         for batch, position in self.plan.batches(self._position):
             after.append(position)
             yield [(int(epoch), int(row)) for epoch, row in batch[self.rank :: self.world_size]]
+
+    def _rows(self, task: str) -> np.ndarray:
+        rows = self.catalog.task_rows(task)
+        if not self.labelled_only:
+            return rows
+        return np.array([r for r in rows if self.catalog.has_text[r] and self._shows_text(self.catalog.key(r))], int)
+
+    def _shows_text(self, key: str) -> bool:
+        return self.labelled_share >= 1 or zlib.crc32(key.encode()) < self.labelled_share * 2**32
+
+    def _hide_text(self, sample: Sample) -> Sample:
+        return sample if self._shows_text(sample.key) else replace(sample, text=None)
 
     def _account(self, batch: list[Sample | BadSample]) -> None:
         bad = [sample for sample in batch if isinstance(sample, BadSample)]

@@ -1,0 +1,164 @@
+"""Checkpoints of a run: trainable tensors, AdamW's moments and where the stream stands, whole or not at all.
+
+The moments are written by parameter name, the same file under DDP and ZeRO, so that a run can go on with another number
+of ranks. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.ranks import is_deepspeed
+
+PREFIX, STATE, WEIGHTS, MOMENTS, MANIFEST = (
+    "step-", "state.json", "trainable.safetensors", "moments.safetensors", "manifest.json",
+)  # fmt: skip
+KINDS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    step: int
+    state: dict
+
+
+def maybe_crash(point: str) -> None:
+    """End the process at a named point when the tests' environment asks for it."""
+    if os.environ.get("DISTILL_CRASH_AT") == point:
+        os._exit(86)
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict, weights: dict[str, Tensor], moments: dict[str, Tensor]
+) -> Path:
+    """Write `folder/step-NNNNNN`: to a temporary name, synced, with a hash of each file, then renamed."""
+    final = folder / f"{PREFIX}{step:06d}"
+    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(weights, temporary / WEIGHTS)
+        maybe_crash("checkpoint:weights")
+        save_file(moments, temporary / MOMENTS)
+        maybe_crash("checkpoint:moments")
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        manifest = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in temporary.iterdir():
+            _sync(file)
+        maybe_crash("checkpoint:rename")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync(folder)
+    except OSError as error:
+        raise OSError(
+            f"checkpoint {final} cannot be written ({error.strerror or error}), but a run must be able to go on from it; "
+            f"free space or change runs=, then start again: the checkpoints before it are whole."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def find_checkpoint(folder: Path, say) -> Saved | None:
+    """The newest whole checkpoint; those that are damaged are named through `say` and passed over."""
+    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        problem = damage(path)
+        if problem is None:
+            state = json.loads((path / STATE).read_text())
+            return Saved(path, state["step"], state)
+        say(f"{path} is passed over: {problem}")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, (size, sha256) in manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is not there with {size} bytes"
+        if _sha256(file) != sha256:
+            return f"{name} has another sha256 than {sha256[:16]}"
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
+        shutil.rmtree(path)
+
+
+def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's moments by `NAME.exp_avg` and `NAME.exp_avg_sq`, float32 on the CPU. Every rank must call it."""
+    moments: dict[str, Tensor] = {}
+    if is_deepspeed(accelerator):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in named.items():
+            for kind in KINDS:
+                moments[f"{name}.{kind}"] = safe_get_full_optimizer_state(parameter, kind).float().cpu().clone()
+        return moments
+    state = inner_optimizer(optimizer).state
+    for name, parameter in named.items():
+        for kind in KINDS:
+            moments[f"{name}.{kind}"] = state[parameter][kind].float().cpu()
+    return moments
+
+
+def restore_moments_(
+    accelerator: Accelerator, optimizer, named: dict[str, nn.Parameter], file: Path, step: int
+) -> None:
+    """Put AdamW's moments and step count back, in place; every rank must call it."""
+    moments = load_file(file)
+    state = inner_optimizer(optimizer).state
+    if not is_deepspeed(accelerator):
+        for name, parameter in named.items():
+            state[parameter] = {kind: moments[f"{name}.{kind}"].to(parameter.device) for kind in KINDS}
+            state[parameter]["step"] = torch.tensor(float(step))
+        return
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    zero = optimizer.optimizer  # accelerate's wrapper around DeepSpeed's
+    for group in inner_optimizer(optimizer).param_groups:
+        for flat in group["params"]:
+            state[flat] = {kind: torch.zeros_like(flat) for kind in KINDS} | {"step": torch.tensor(float(step))}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in named.items():
+        for kind in KINDS:
+            safe_set_full_optimizer_state(parameter, moments[f"{name}.{kind}"].to(parameter.device), kind)
+
+
+def inner_optimizer(optimizer) -> torch.optim.Optimizer:
+    """torch's own optimizer inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

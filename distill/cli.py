@@ -1,0 +1,89 @@
+"""The command line: `distill COMMAND …`, a map of the pipeline. Imports a stage only when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+STAGES = {
+    # command: (module, what the help says)
+    "pipeline": ("distill.pipeline", "every stage below for one config, from raw audio to scorecard"),
+    "audit": ("shards.audit", "find bad audio and text before training; nothing is replaced"),
+    "pack": ("shards.pack", "manifest and audio files to WebDataset shards"),
+    "split": ("shards.split", "cut a manifest into train and valid without leakage, or take a mini set"),
+    "stats": ("shards.stats", "counts, hours and lengths of a data set"),
+    "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
+    "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
+    "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
+    "report": ("distill.report", "a run's curves and scorecard as one HTML file"),
+    "transcribe": ("distill.transcribe", "let a saved model answer about an audio file"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the top level alone; a command's own is built when it is chosen."""
+    lines = "\n".join(f"  {name:<11} {text}" for name, (_, text) in STAGES.items())
+    return argparse.ArgumentParser(
+        prog="distill",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Distil a SALMONN audio language model into a small 4-bit student.",
+        epilog=f"commands, in the order of the pipeline:\n{lines}\n\n"
+        "`distill COMMAND --help` tells more. Errors are one line; --debug shows where they come from.",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    parser.add_argument("command", nargs="?", choices=STAGES, metavar="COMMAND")
+    if not words or words[0] not in STAGES:
+        parser.parse_args(words)
+        parser.print_help()
+        return 0 if not words else 2
+    command, *rest = words
+    module = importlib.import_module(STAGES[command][0])
+    own = argparse.ArgumentParser(prog=f"distill {command}", description=(module.__doc__ or "").split("\n\n")[0])
+    own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(own)
+    args = own.parse_args(rest)
+    return guard(lambda: module.main(args), debug=args.debug)
+
+
+def guard(work, *, debug: bool) -> int:
+    """Run `work` and turn a user's error into one line and an exit code.
+
+    `KeyError` and the like are bugs of ours and keep their traceback.
+    """
+    try:
+        return int(work() or 0)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """A config file and `key=value` words, as every stage of the pipeline takes them."""
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, such as train.steps=200")
+
+
+def run_stage(stage, argv: Sequence[str] | None = None) -> int:
+    """What `accelerate launch distill/STAGE.py CONFIG [key=value …]` does: `stage(config)` behind the guard."""
+    parser = argparse.ArgumentParser(description=(sys.modules[stage.__module__].__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_config_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def work() -> int:
+        from distill.config import load_config
+
+        result = stage(load_config(args.config, args.overrides))
+        return result if isinstance(result, int) else 0
+
+    return guard(work, debug=args.debug)

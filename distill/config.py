@@ -1,0 +1,265 @@
+"""The configuration of a run: every field, its unit and its only default. Knows YAML, nothing of models.
+
+A file is read over these defaults, `key=value` words over the file; unknown keys and wrong types are refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where samples come from before they are shards."""
+
+    kind: str = "manifest"  # "manifest": the files below; "synth": the embedded corpus is written first
+    train: str = ""  # manifest of the training samples
+    valid: str = ""  # manifest of the samples that choose the best checkpoint; empty: a share of train
+    test: str = ""  # manifest of the samples that are scored
+    valid_share: float = 0.02  # of train, when valid is empty
+    num_train: int = 2400  # samples of the embedded corpus
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The shards that are read, and how."""
+
+    folder: str = "data"  # holds train/, valid/ and test/, each a folder of shards
+    labelled_share: float = 1.0  # share of the training samples whose text the student may see
+    labelled_only: bool = False  # leave samples without text out instead of learning the teacher's answers
+    workers: int = 0  # processes that read and decode, on each rank
+    max_bad: float = 0.001  # share of unreadable samples (and at least 10) above which a run stops
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model that is learned from."""
+
+    kind: str = "salmonn"  # "salmonn" or "qwen2_audio"
+    path: str = ""  # a saved folder, or a SALMONN checkpoint (.pth) together with the names below
+    llm: str = ""  # the checkpoint's LLM: folder or hub id
+    whisper: str = ""  # the checkpoint's Whisper: folder or hub id
+    second: str = ""  # the checkpoint's second encoder: BEATs or EAT file; empty: none
+    second_kind: str = ""  # "beats" or "eat"
+    online: bool = False  # compute targets in every step instead of reading the cache
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The small model that is trained. It hears with the teacher's frozen ears."""
+
+    llm: str = ""  # folder or hub id
+    quantization: str = "nf4"  # "nf4" (double quantisation) or "none"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
+    qformer_dropout: float = 0.0
+    windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The teacher's targets on disk."""
+
+    folder: str = ""  # empty: `cache` inside the data folder
+    codec: str = "topk"  # "topk", "adaptive", "sampled", "hidden" or "dense"
+    k: int = 64  # ids kept a position
+    temperatures: tuple[float, ...] = (1.0, 2.0)  # those that loss.temperature may be
+    features: str = "int8"  # Q-Former queries as "int8" by row, "float16", or "none"
+    batch_size: int = 16  # samples of one teacher forward, on each rank
+    max_new_tokens: int = 60  # of the teacher's own answer to a clip without text
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective: weights of its terms, each a mean over its own global count."""
+
+    ce: float = 1.0  # cross-entropy on the answer
+    pseudo_ce: float = 1.0  # factor of `ce` where the answer is the teacher's own
+    kl: float = 1.0  # forward KL to the teacher, times temperature squared
+    feature: float = 1.0  # distance of the Q-Former queries to the teacher's
+    feature_kind: str = "mse"  # "mse", "cosine" or "smooth_l1"
+    temperature: float = 1.0  # of the KL; must be one of those the cache keeps
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop. A step is one optimizer update on `batch_size` samples over all ranks."""
+
+    steps: int = 1000
+    batch_size: int = 32  # samples a step, over all ranks
+    micro_batch_size: int = 32  # samples a backward, on each rank
+    learning_rate: float = 1e-4  # peak
+    min_learning_rate: float = 0.0  # at the last step
+    warmup_steps: int = 100
+    weight_decay: float = 0.01  # on matrices only
+    beta2: float = 0.98  # of AdamW; beta1 is 0.9
+    max_grad_norm: float = 1.0
+    eval_every: int = 0  # steps between validations; 0: only at the end
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that stay, beside the best
+    max_bad_steps: int = 3  # non-finite steps in a row after which the run stops
+    resume: str = "auto"  # "auto": go on if there is a checkpoint; "must": refuse if none; "never": refuse if one
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How answers are made and counted."""
+
+    batch_size: int = 32
+    max_new_tokens: int = 60
+    num_beams: int = 1
+    normalise: bool = True  # Whisper's English text normaliser before WER
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """A small teacher trained here from nothing, and the LLM its student starts from. Unused with a real teacher."""
+
+    steps: int = 0  # of the teacher's training; 0: the teacher is given
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    text_steps: int = 300  # of each LLM's pre-training on the corpus' text
+    vocab_size: int = 256  # of the sentencepiece tokenizer
+    seconds: float = 3.6  # longest clip the ears take
+    ear_width: int = 96
+    ear_layers: int = 3
+    llm_width: int = 128
+    llm_layers: int = 3
+    student_width: int = 64
+    student_layers: int = 2
+    qformer_width: int = 96
+    qformer_layers: int = 1
+    window_seconds: float = 0.34
+    num_queries: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    name: str = "run"
+    seed: int = 0
+    runs: str = "runs"  # the run's folder is `runs/NAME`
+    precision: str = "auto"  # of products: "float32", "bf16", or "auto": bf16 on a GPU, float32 on a CPU
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache.folder or Path(self.data.folder) / "cache")
+
+    def shards(self, split: str) -> Path:
+        """The folder of a split's shards: "train", "valid" or "test"."""
+        return Path(self.data.folder) / split
+
+
+CHOICES = {
+    "precision": ("auto", "float32", "bf16"),
+    "corpus.kind": ("manifest", "synth"),
+    "teacher.kind": ("salmonn", "qwen2_audio"),
+    "student.quantization": ("nf4", "none"),
+    "student.connector": ("teacher", "new"),
+    "student.windows": ("audio", "all"),
+    "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
+    "cache.features": ("int8", "float16", "none"),
+    "loss.feature_kind": ("mse", "cosine", "smooth_l1"),
+    "train.resume": ("auto", "must", "never"),
+}
+POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "loss.temperature",
+            "cache.k", "cache.batch_size", "eval.batch_size", "train.save_every", "train.keep")  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and `section.key=value` words over the defaults.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key is unknown, of the wrong type or out of range, or holds what looks like a secret.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
+        raise FileNotFoundError(f"config is {path}, but there is no such file; YAML files beside it: {near}.")
+    for word in overrides:
+        if "=" not in word:
+            raise ValueError(f"override is {word!r}, but must read section.key=value; correct the command.")
+    try:
+        layers = [OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))]
+        for layer in layers[1:]:
+            refuse_secrets(OmegaConf.to_container(layer), str(path))
+        config = OmegaConf.to_object(OmegaConf.merge(*layers))
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ValueError(f"{path}: {key}: {str(error).splitlines()[0]}; correct the file or the override.") from error
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: Config, origin: str = "config") -> None:
+    """The one gate for values that are well-typed and still wrong."""
+    for key, choices in CHOICES.items():
+        if value_at(config, key) not in choices:
+            raise ValueError(
+                f"{origin}: {key} is {value_at(config, key)!r}, but must be one of {', '.join(choices)}; correct it."
+            )
+    for key in POSITIVE:
+        if not value_at(config, key) > 0:
+            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but must be above 0; correct it.")
+    for key in ("data.labelled_share", "corpus.valid_share"):
+        if not 0 <= value_at(config, key) <= 1:
+            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but is a share from 0 to 1; correct it.")
+
+
+def value_at(config: Config, key: str):
+    """The value of a dotted key."""
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def refuse_secrets(tree, origin: str, prefix: str = "") -> None:
+    """Refuse keys named like a credential and values shaped like one; a config is copied into every run folder."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            refuse_secrets(value, origin, f"{prefix}{key}.")
+        elif SECRET.search(str(key)) and key != "end_token" or SECRET_VALUE.search(str(value)):
+            raise ValueError(
+                f"{origin}: {prefix}{key} looks like a credential, but configs are copied into run folders; "
+                f"log in with `hf auth login` or set HF_TOKEN instead."
+            )
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def fingerprint(value) -> str:
+    """sha256 of plain data and dataclasses as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=dataclasses.asdict)
+    return hashlib.sha256(text.encode()).hexdigest()

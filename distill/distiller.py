@@ -1,0 +1,287 @@
+"""The training loop: `Distiller(teacher, student, train=…).fit()`. Knows no file format and no command line.
+
+One step: collate every micro-batch, count what each term has over all ranks, and only then go forward, with each element
+weighted by its term's weight over that count. So the gradient of a step does not depend on how it was split.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from distill import checkpoint as ckpt
+from distill.config import LossConfig, TrainConfig
+from distill.microbatch import Collator, MicroBatch, split
+from distill.objective import TERMS, Counts, Objective, weigh
+from distill.optimizer import group_by_decay, learning_rate
+from distill.progress import Progress
+from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
+from shards.sample import SAMPLE_RATE, Sample
+from shards.stream import ShardStream
+from teachers.loading import load_own_tensors_, own_tensors
+from teachers.salmonn import Salmonn
+from teachers.targets import Targets, check_vocabularies
+
+PREEMPTED = 143  # exit code after SIGTERM, as the shell counts it
+
+
+class BadStepsError(RuntimeError):
+    """Too many steps in a row had a loss that is not finite."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run ended with."""
+
+    run_folder: Path
+    steps: int
+    losses: list[float]  # of every step of this process' life
+    scores: dict = field(default_factory=dict)  # of the last validation, by task
+    preempted: bool = False  # a signal ended the run before its last step
+
+
+class Distiller:
+    """Trains a student on a teacher's targets.
+
+    Args:
+        teacher: `OnlineTeacher`, `CachedTeacher`, or None for cross-entropy alone.
+        student: the model; whatever requires gradients is trained.
+        train: a folder of shards, or a `ShardStream` of global batches.
+        loss: weights of the terms.
+        options: steps, batch sizes, learning rate, checkpoints.
+        run_folder: where metrics and checkpoints go.
+        seed: of the order of samples and of dropout.
+        precision: "auto", "float32" or "bf16".
+        accelerator: the processes; by default those of the environment.
+        evaluate: `evaluate(student) -> scores by task`, called on every rank; the "loss"-like number to lower is
+            `scores["error"]`.
+        identity: what else must not change between a run and its resumption, as plain data.
+
+    Raises:
+        ValueError: the vocabularies of teacher and student differ, or nothing is trainable.
+    """
+
+    def __init__(self, teacher, student: Salmonn, *, train: str | Path | ShardStream,
+                 loss: LossConfig | None = None, options: TrainConfig | None = None,
+                 run_folder: str | Path = "runs/run", seed: int = 0, precision: str = "auto",
+                 accelerator: Accelerator | None = None, evaluate=None, identity: dict | None = None):  # fmt: skip
+        self.teacher, self.student = teacher, student
+        self.loss, self.options = loss or LossConfig(), options or TrainConfig()
+        if teacher is None:
+            self.loss = dataclasses.replace(self.loss, kl=0.0, feature=0.0)
+        else:
+            check_vocabularies(teacher.vocab, student.tokenizer)
+        self.run_folder, self.seed = Path(run_folder), seed
+        self.dtype = resolve_precision(precision)
+        self.accelerator = accelerator or build_accelerator()
+        self.stream = train if isinstance(train, ShardStream) else self._open(train)
+        self.evaluate = evaluate
+        self.identity = {"seed": seed, "batch_size": self.options.batch_size, **(identity or {})}
+        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
+        self._stop = False
+
+    def _open(self, folder: str | Path) -> ShardStream:
+        return ShardStream(
+            folder,
+            batch_size=self.options.batch_size,
+            seed=self.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            targets=getattr(self.teacher, "cache_folder", None),
+        )
+
+    # The run
+
+    def fit(self) -> FitResult:
+        """Train until the last step, or until a signal asks to stop; resume where the run folder says so."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        start = self._prepare()
+        losses: list[float] = []
+        scores: dict = {}
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            batches = iter(self.stream)
+            with Progress(f"train {self.run_folder.name}", self.options.steps, start, self.accelerator) as progress:
+                for step in range(start, self.options.steps):
+                    record = self._step(step, batches)
+                    losses.append(record["loss"])
+                    progress.advance(f"loss {record['loss']:.3f}")
+                    scores = self._after(step + 1, record) or scores
+                    if record["stop"]:
+                        self._save(step + 1)
+                        say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
+                        return FitResult(self.run_folder, step + 1, losses, scores, preempted=True)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return FitResult(self.run_folder, self.options.steps, losses, scores)
+
+    def _prepare(self) -> int:
+        """Load the newest checkpoint if the run is to go on, wrap the student, and return the first step to do."""
+        saved = self._find_checkpoint()
+        if saved is not None:
+            load_own_tensors_(self.student, saved.folder / ckpt.WEIGHTS)
+            self.stream.load_state_dict(saved.state["stream"])
+            say(self.accelerator, f"resumes {self.run_folder} after step {saved.step}")
+        optimizer = torch.optim.AdamW(
+            group_by_decay(self.named, self.options.weight_decay), lr=0.0, betas=(0.9, self.options.beta2)
+        )
+        objective = Objective(self.student, self.loss, self.dtype)
+        if is_deepspeed(self.accelerator):
+            self._configure_deepspeed()
+        self.accelerator.gradient_accumulation_steps = self.num_micro_batches
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.collator = Collator(self.teacher, self.student, self.accelerator.device, self.dtype)
+        self.student.train()
+        if saved is not None:
+            ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, saved.step)
+        self.bad_steps = 0
+        return saved.step if saved is not None else 0
+
+    def _find_checkpoint(self) -> ckpt.Saved | None:
+        """The checkpoint to resume from, checked against `resume` and against this run's identity."""
+        saved = ckpt.find_checkpoint(self.run_folder / "checkpoints", lambda text: say(self.accelerator, text))
+        if saved is None:
+            if self.options.resume == "must":
+                raise FileNotFoundError(
+                    f"train.resume is 'must', but {self.run_folder}/checkpoints holds no whole checkpoint; "
+                    f"use train.resume=auto to start anew."
+                )
+            return None
+        if self.options.resume == "never":
+            raise FileExistsError(
+                f"train.resume is 'never', but {saved.folder} is a checkpoint; choose another name= or remove it."
+            )
+        for key, value in self.identity.items():
+            if saved.state["identity"].get(key) != value:
+                raise ValueError(
+                    f"{key} is {value}, but {saved.folder} was made with {saved.state['identity'].get(key)}; "
+                    f"choose another name= for a new run, or put {key} back."
+                )
+        return saved
+
+    def _configure_deepspeed(self) -> None:
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = self.options.micro_batch_size
+        config["gradient_accumulation_steps"] = self.num_micro_batches
+        config["gradient_clipping"] = self.options.max_grad_norm
+        config["zero_allow_untested_optimizer"] = True
+        config["zero_force_ds_cpu_optimizer"] = False
+        config.setdefault("steps_per_print", 10**9)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Backward passes of a step, the same on every rank."""
+        local = math.ceil(self.options.batch_size / self.accelerator.num_processes)
+        return math.ceil(local / self.options.micro_batch_size)
+
+    # One step
+
+    def _step(self, step: int, batches: Iterator[list[Sample]]) -> dict:
+        began = time.perf_counter()
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
+        rate = learning_rate(step, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        samples = next(batches)
+        micro_batches = [self.collator(part) for part in split(samples, self.num_micro_batches)]
+        counts = [dataclasses.astuple(m.counts) for m in micro_batches]
+        seconds = sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE
+        local = [float(sum(values)) for values in zip(*counts)]
+        *totals, stop, seconds = sum_over_ranks(self.accelerator, [*local, float(self._stop), seconds])
+        terms = self._forward_backward(micro_batches, Counts(*map(int, totals)))
+        norm = self._update(terms)
+        sums = sum_over_ranks(self.accelerator, [terms[name] for name in TERMS])
+        record = {"step": step + 1, "loss": sum(sums), **dict(zip(TERMS, sums)), "learning_rate": rate,
+                  "grad_norm": norm, "positions": int(totals[0]), "audio_seconds": seconds}  # fmt: skip
+        self._check_finite(record, [s.key for s in samples])
+        return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}
+
+    def _forward_backward(self, micro_batches: list[MicroBatch], totals: Counts) -> dict[str, float]:
+        # accelerate and DeepSpeed divide by the micro-batches, DDP and ZeRO by the ranks; the weights already did
+        scale = self.accelerator.num_processes * self.num_micro_batches
+        terms = dict.fromkeys(TERMS, 0.0)
+        for number, m in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            context = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
+            with context:
+                weights = weigh(m.batch, m.is_pseudo, self.loss, totals, m.is_real)
+                loss, values = self.objective(m.batch, m.targets, weights, m.frames)
+                self.accelerator.backward(loss * scale)
+            for name, value in values.items():
+                terms[name] += float(value)
+        return terms
+
+    def _update(self, terms: dict[str, float]) -> float:
+        """Clip and step; a gradient that is not finite changes nothing."""
+        if is_deepspeed(self.accelerator):
+            norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return float(norm) if norm is not None else math.nan
+        norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.options.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _check_finite(self, record: dict, keys: list[str]) -> None:
+        if math.isfinite(record["loss"]) and not math.isinf(record["grad_norm"]) and not math.isnan(record["loss"]):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        say(self.accelerator, f"step {record['step']} is skipped: loss {record['loss']}, keys {', '.join(keys[:8])}")
+        if self.bad_steps >= self.options.max_bad_steps:
+            raise BadStepsError(
+                f"loss is {record['loss']} for {self.bad_steps} steps in a row, but must be finite; look at samples "
+                f"{', '.join(keys[:8])}, or lower train.learning_rate; checkpoints before them are kept."
+            )
+
+    # After a step
+
+    def _after(self, step: int, record: dict) -> dict:
+        """Log, and when it is time save and validate."""
+        is_last = step == self.options.steps
+        if self.accelerator.is_main_process:
+            with open(self.run_folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({k: v for k, v in record.items() if k != "stop"}) + "\n")
+        if is_last or step % self.options.save_every == 0:
+            self._save(step)
+        is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
+        return self._validate(step) if is_due and self.evaluate is not None else {}
+
+    def _save(self, step: int) -> None:
+        moments = ckpt.gather_moments(self.accelerator, self.optimizer, self.named)
+        if self.accelerator.is_main_process:
+            folder = self.run_folder / "checkpoints"
+            state = {"identity": self.identity, "stream": self.stream.state_dict()}
+            ckpt.save_checkpoint(folder, step, state, own_tensors(self.student), moments)
+            ckpt.prune(folder, self.options.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _validate(self, step: int) -> dict:
+        self.student.eval()
+        scores = self.evaluate(self.student, self.accelerator)
+        self.student.train()
+        if self.accelerator.is_main_process:
+            with open(self.run_folder / "validation.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **scores}) + "\n")
+        return scores
+
+    def _on_signal(self, number, frame) -> None:
+        """Ask for a stop after this step; a second signal ends the process at once."""
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True

@@ -1,0 +1,111 @@
+"""Answers of a model to a split, counted: WER, exact match and caption scores by task, and what an answer costs.
+
+Knows how to ask a model and whom to ask for scores; the scores themselves are in `metrics.py`.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from distill.config import Config, EvalConfig
+from distill.metrics import Prediction, TaskScore, score
+from distill.progress import Progress
+from distill.ranks import gather
+from shards.sample import Sample
+from shards.stream import ShardStream
+from teachers.salmonn import Salmonn
+
+
+def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
+           title: str = "evaluate") -> list[Prediction]:  # fmt: skip
+    """Let the model answer every labelled sample of a folder of shards; every rank takes its part and gets all.
+
+    Args:
+        model: a SALMONN, teacher or student.
+        folder: the split's shards.
+        options: batch size, length and beams.
+        accelerator: the processes; None: this one alone.
+    """
+    rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    stream = ShardStream(
+        folder, batch_size=options.batch_size * size, shuffle=False, epochs=1, rank=rank, world_size=size
+    )
+    predictions = []
+    with Progress(title, stream.num_samples, accelerator=accelerator, unit="clips") as progress:
+        for samples in stream:
+            labelled = [sample for sample in samples if sample.text is not None]
+            predictions += predict(model, labelled, options) if labelled else []
+            progress.advance(units=len(samples) * size)
+    return predictions if accelerator is None else gather(accelerator, predictions)
+
+
+def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[Prediction]:
+    """One batch of answers beside their references."""
+    batch = model.collate(samples, with_answer=False, first_prompt=True).to(model.device)
+    rows = model.generate_ids(batch, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
+    return [
+        Prediction(
+            key=sample.key,
+            task=sample.task,
+            source=sample.source,
+            references=(sample.text,),
+            hypothesis=model.tokenizer.decode(row, skip_special_tokens=True).strip(),
+            ended=bool(row) and row[-1] in model.end_ids,
+        )
+        for sample, row in zip(samples, rows)
+    ]
+
+
+def evaluate(model: Salmonn, folder: str | Path, config: Config, accelerator: Accelerator | None = None,
+             title: str = "evaluate") -> dict[str, TaskScore]:  # fmt: skip
+    """Scores by task of a model on a split."""
+    return score(answer(model, folder, config.eval, accelerator, title), normalise=config.eval.normalise)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model needs. Latency: one clip, greedy, median over runs."""
+
+    num_parameters: int
+    weight_bytes: int
+    first_token_ms: float
+    next_token_ms: float
+    peak_bytes: int | None  # GPU memory at its peak; None on a CPU
+
+
+@torch.no_grad()
+def measure_cost(model: Salmonn, sample: Sample, runs: int = 5) -> Cost:
+    """Memory of the weights and time to answer one clip, measured."""
+    device = model.device
+
+    def clock(num_tokens: int) -> float:
+        began = time.perf_counter()
+        batch = model.collate([sample], with_answer=False, first_prompt=True).to(device)
+        model.generate_ids(batch, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock(2)
+    first = sorted(clock(1) for _ in range(runs))[runs // 2]
+    many = sorted(clock(9) for _ in range(runs))[runs // 2]
+    return Cost(
+        num_parameters=count_parameters(model),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        first_token_ms=first,
+        next_token_ms=max(0.0, (many - first) / 8),
+        peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    )
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Weights, 4-bit ones counted by their number and not by their bytes."""
+    return sum(
+        p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+        for p in model.parameters()
+    )

@@ -1,0 +1,74 @@
+"""A step's samples cut into micro-batches, collated, with the teacher's targets beside them. Knows no optimizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.objective import Counts, count
+from shards.sample import SAMPLE_RATE, Sample
+from teachers.batch import Batch
+from teachers.salmonn import Salmonn
+from teachers.targets import Targets
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One backward's worth of a step, on this rank."""
+
+    batch: Batch
+    targets: Targets | None
+    is_pseudo: list[bool]  # whether a sample's answer is the teacher's own
+    is_real: bool  # False: a silent stand-in that keeps the ranks in step
+    frames: list[Tensor] | None  # of ears that teacher and student share
+
+    @property
+    def counts(self) -> Counts:
+        return count(self.batch, self.targets, self.is_real)
+
+
+class Collator:
+    """Makes micro-batches of samples.
+
+    Args:
+        teacher: whose targets go along; None for none.
+        student: whose rows the batches are.
+        device: where the tensors go.
+        dtype: of the ears' products, when they are shared and run here.
+    """
+
+    def __init__(self, teacher, student: Salmonn, device: torch.device, dtype: torch.dtype):
+        self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
+        model = getattr(teacher, "model", None)
+        self.shares_ears = model is not None and all(
+            own is theirs for own, theirs in ((student.whisper, model.whisper), (student.second, model.second))
+        )
+
+    def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
+        """Collate, and fetch or compute the targets; no samples make a stand-in of a tenth of a second of silence."""
+        if not samples:
+            return MicroBatch(self.student.collate([self._silence()]).to(self.device), None, [False], False, None)
+        if self.teacher is None:
+            return MicroBatch(self.student.collate(samples).to(self.device), None, [False] * len(samples), True, None)
+        samples, is_pseudo = self.teacher.label(samples)
+        batch = self.student.collate(samples).to(self.device)
+        frames = self._frames(batch) if self.shares_ears else None
+        return MicroBatch(batch, self.teacher.targets(batch, frames), is_pseudo, True, frames)
+
+    @torch.no_grad()
+    def _frames(self, batch: Batch) -> list[Tensor]:
+        """The frozen ears run once, for teacher and student."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.student.frames(batch.waveforms_BN, batch.num_samples_B)
+
+    def _silence(self) -> Sample:
+        task = next(task for task, prompts in self.student.rows.prompts.by_task.items() if "{}" not in prompts[0])
+        return Sample("silence", np.zeros(SAMPLE_RATE // 10, np.float32), "", task, None, "", "")
+
+
+def split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
+    """Cut a list into `parts` runs whose lengths differ by one at most; some are empty when there are too few."""
+    bounds = [round(i * len(samples) / parts) for i in range(parts + 1)]
+    return [samples[a:b] for a, b in zip(bounds, bounds[1:])]

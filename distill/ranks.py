@@ -1,0 +1,60 @@
+"""The processes of a run: one, several under DDP, or several under DeepSpeed ZeRO; on GPUs or on CPUs. Knows no model."""
+
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import gather_object as gather_list
+
+# DeepSpeed looks for an accelerator when it is imported; without a GPU it must be told
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def build_accelerator() -> Accelerator:
+    """The accelerator of this process, from the environment that `accelerate launch` or torchrun sets.
+
+    Products run in the precision that the run's own autocast says, so accelerate's stays "no": trainable tensors and
+    optimizer states are float32 under DDP and ZeRO alike.
+    """
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if not torch.cuda.is_available():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.state.deepspeed_plugin is not None
+
+
+def sum_over_ranks(accelerator: Accelerator, values_: list[float]) -> list[float]:
+    """Each value summed over all ranks, in float64; every rank must call it."""
+    if accelerator.num_processes == 1:
+        return values_
+    device = accelerator.device if accelerator.device.type == "cuda" else "cpu"
+    summed = torch.tensor(values_, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(summed)
+    return summed.tolist()
+
+
+def gather(accelerator: Accelerator, values: list) -> list:
+    """Every rank's list, joined in the order of the ranks."""
+    return values if accelerator.num_processes == 1 else gather_list(values)
+
+
+def say(accelerator: Accelerator | None, text: str) -> None:
+    """A line for the user, from the main process alone."""
+    if accelerator is None or accelerator.is_main_process:
+        print(text, file=sys.stderr, flush=True)
+
+
+def resolve_precision(precision: str) -> torch.dtype:
+    """The type of the products: "auto" is bf16 on a GPU; on a CPU float32, where bf16 is far slower."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "float32"
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]

@@ -1,0 +1,124 @@
+"""Train a student: `accelerate launch distill/run.py CONFIG [key=value …]`. A thin caller of `Distiller`."""
+
+import argparse
+import sys
+
+from distill.cli import add_config_arguments, run_stage
+from distill.config import Config, fingerprint, load_config, to_yaml
+from distill.distiller import PREEMPTED, Distiller
+from distill.evaluate import evaluate
+from distill.ranks import build_accelerator, resolve_precision, say
+from distill.teacher import load_teacher
+from shards.stream import ShardStream
+from students.student import build_student, save_student
+from teachers.loading import write_atomically
+from teachers.lora import Lora
+from teachers.salmonn import Salmonn
+from teachers.targets import CachedTeacher, OnlineTeacher
+
+
+def run(config: Config) -> int:
+    """Distil the config's teacher into its student; returns the exit code."""
+    accelerator = build_accelerator()
+    folder = config.run_folder / "student"
+    model = load_teacher(config).to(accelerator.device)
+    student = build_student(
+        model,
+        student_llm(config),
+        lora=lora_of(config),
+        quantization=config.student.quantization,
+        connector=config.student.connector,
+        qformer_dropout=config.student.qformer_dropout,
+        windows=config.student.windows,
+        dtype=resolve_precision(config.precision),
+        seed=config.seed,
+    ).to(accelerator.device)
+    teacher = wrap_teacher(config, model)
+    if accelerator.is_main_process:
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
+    result = Distiller(
+        teacher,
+        student,
+        train=open_training_stream(config, accelerator, teacher),
+        loss=config.loss,
+        options=config.train,
+        run_folder=config.run_folder,
+        seed=config.seed,
+        precision=config.precision,
+        accelerator=accelerator,
+        evaluate=lambda model, accelerator: validate(model, config, accelerator),
+        identity={key: fingerprint(getattr(config, key)) for key in ("student", "loss", "teacher")},
+    ).fit()
+    if result.preempted:
+        return PREEMPTED
+    if accelerator.is_main_process:
+        save_student(student, folder, lora=lora_of(config), quantization=config.student.quantization)
+        say(accelerator, f"student: {folder}")
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeacher:
+    """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's."""
+    if config.teacher.online:
+        return OnlineTeacher(model, max_new_tokens=config.cache.max_new_tokens)
+    from distill.cache import describe_teacher
+
+    return CachedTeacher(config.cache_folder, describe_teacher(model, config))
+
+
+def open_training_stream(config: Config, accelerator, teacher) -> ShardStream:
+    """The training samples of this rank, with their targets when those are cached."""
+    return ShardStream(
+        config.shards("train"),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.workers,
+        targets=teacher.cache_folder,
+        labelled_share=config.data.labelled_share,
+        labelled_only=config.data.labelled_only,
+        max_bad=config.data.max_bad,
+        bad_samples=config.run_folder / "bad_samples.jsonl",
+    )
+
+
+def validate(model: Salmonn, config: Config, accelerator) -> dict:
+    """Scores on the validation split, and the number to lower: the mean error over the tasks."""
+    scores = evaluate(model, config.shards("valid"), config, accelerator, title="valid")
+    return {task: s.value for task, s in scores.items()}
+
+
+def student_llm(config: Config) -> str:
+    """The student's LLM: `student.llm`, or what `distill/teach.py` made.
+
+    Raises:
+        ValueError: the config names none.
+    """
+    if config.student.llm:
+        return config.student.llm
+    if config.scratch.steps:
+        return str(config.run_folder / "scratch" / "student-llm")
+    raise ValueError("student.llm is empty, but a student needs a LLM; give a folder or a hub id.")
+
+
+def lora_of(config: Config) -> Lora:
+    """The student's LoRA settings."""
+    student = config.student
+    return Lora(student.lora_rank, student.lora_alpha, student.lora_dropout, tuple(student.lora_targets))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill run` takes."""
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill run`."""
+    return run(load_config(args.config, args.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(run))

@@ -1,0 +1,219 @@
+"""The demo's teacher: tokenizer, ears and LLMs made from nothing, then a SALMONN trained on the corpus.
+
+A user with a SALMONN checkpoint skips this stage. Run with `accelerate launch distill/teach.py CONFIG`.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+
+from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
+from distill.distiller import Distiller
+from distill.optimizer import group_by_decay, learning_rate
+from distill.progress import Progress
+from distill.ranks import build_accelerator, say
+from distill.tokenizer import train_tokenizer
+from shards.manifest import read_manifest
+from shards.stream import ShardStream
+from teachers.loading import build_salmonn, save_salmonn
+from teachers.prompts import Prompts, load_prompts
+from teachers.salmonn import Salmonn, SalmonnConfig
+
+DONE = "teach.json"
+
+
+def teach(config: Config) -> Path:
+    """Make the teacher of `config.scratch`; what exists already is used again. Returns the teacher's folder."""
+    accelerator = build_accelerator()
+    folder = config.run_folder / "scratch"
+    mark = fingerprint([config.scratch, config.corpus, config.seed])
+    if is_done(folder, mark):
+        say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
+        return folder / "teacher"
+    if accelerator.is_main_process and not (folder / "parts.json").exists():
+        make_parts(config, folder)
+    accelerator.wait_for_everyone()
+    teacher = build_teacher(config, folder)
+    result = Distiller(
+        None,
+        teacher,
+        train=ShardStream(
+            config.shards("train"),
+            batch_size=config.scratch.batch_size,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=config.data.workers,
+            labelled_only=True,
+        ),
+        options=train_options(config.scratch),
+        run_folder=folder / "run",
+        seed=config.seed,
+        precision=config.precision,
+        accelerator=accelerator,
+        identity={"scratch": mark},
+    ).fit()
+    if result.preempted:
+        raise SystemExit(143)
+    if accelerator.is_main_process:
+        save_salmonn(teacher, folder / "teacher")
+        (folder / DONE).write_text(json.dumps({"fingerprint": mark, "loss": result.losses[-1:]}))
+    accelerator.wait_for_everyone()
+    return folder / "teacher"
+
+
+def is_done(folder: Path, mark: str) -> bool:
+    """Whether a teacher of these settings is there; one of other settings is an error.
+
+    Raises:
+        FileExistsError: the folder holds a teacher of other settings.
+    """
+    done = folder / DONE
+    if not done.exists():
+        return False
+    found = json.loads(done.read_text())["fingerprint"]
+    if found != mark:
+        raise FileExistsError(
+            f"{folder} holds a teacher of settings {found[:12]}, but this config's are {mark[:12]}; "
+            f"choose another name= or remove the folder."
+        )
+    return True
+
+
+def make_parts(config: Config, folder: Path) -> None:
+    """Tokenizer, Whisper-shaped ears with random weights, and two LLMs pre-trained on the corpus' text."""
+    scratch = config.scratch
+    shutil.rmtree(folder, ignore_errors=True)
+    prompts = load_prompts(None, SalmonnConfig("", "").template)
+    texts = corpus_texts(Path(config.corpus.train), prompts)
+    tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=scratch.vocab_size)
+    torch.manual_seed(config.seed)
+    build_whisper(scratch).save_pretrained(folder / "whisper")
+    sizes = {
+        "llm": (scratch.llm_width, scratch.llm_layers),
+        "student-llm": (scratch.student_width, scratch.student_layers),
+    }
+    for name, (width, layers) in sizes.items():
+        llm = build_llm(len(tokenizer), width, layers, tokenizer)
+        pretrain_on_text_(llm, tokenizer, texts, scratch, title=f"text {name}")
+        llm.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "parts.json").write_text("{}")
+
+
+def corpus_texts(manifest: Path, prompts: Prompts) -> list[str]:
+    """Each sample as the LLM will read it, without the audio, in the order of the manifest."""
+    texts = []
+    for row, entry in enumerate(read_manifest(manifest)):
+        before, after = prompts.choose(entry.task, str(row), entry.question)
+        texts.append(before + after + (entry.text or ""))
+    return texts
+
+
+def build_whisper(scratch: ScratchConfig) -> WhisperModel:
+    """Ears with random weights, as long as the corpus' longest clip."""
+    return WhisperModel(
+        WhisperConfig(
+            num_mel_bins=80,
+            d_model=scratch.ear_width,
+            encoder_layers=scratch.ear_layers,
+            encoder_attention_heads=scratch.ear_width // 32,
+            encoder_ffn_dim=4 * scratch.ear_width,
+            decoder_layers=1,
+            decoder_attention_heads=1,
+            decoder_ffn_dim=scratch.ear_width,
+            max_source_positions=round(50 * scratch.seconds),
+            vocab_size=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )
+
+
+def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCausalLM:
+    """A Llama with random weights and tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def pretrain_on_text_(llm: nn.Module, tokenizer, texts: Sequence[str], scratch: ScratchConfig, title: str) -> None:
+    """Next-token training on text alone, in place: what a real LLM brings along."""
+    options = TrainConfig(steps=scratch.text_steps, learning_rate=3e-3, warmup_steps=20)
+    optimizer = torch.optim.AdamW(group_by_decay(dict(llm.named_parameters()), 0.01), lr=0.0)
+    generator = torch.Generator().manual_seed(0)
+    with Progress(title, options.steps) as progress:
+        for step in range(options.steps):
+            picks = torch.randint(len(texts), (16,), generator=generator).tolist()
+            ids = [[*tokenizer.encode(texts[i]), tokenizer.eos_token_id] for i in picks]
+            length = max(map(len, ids))
+            labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
+            loss = llm(input_ids=labels.clamp(min=0), labels=labels).loss
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, options)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.advance(f"loss {loss.item():.3f}")
+
+
+def build_teacher(config: Config, folder: Path) -> Salmonn:
+    """The SALMONN of these parts, everything trainable but Whisper's fixed positions."""
+    scratch = config.scratch
+    model = build_salmonn(
+        SalmonnConfig(
+            llm=str(folder / "llm"),
+            whisper=str(folder / "whisper"),
+            window_seconds=scratch.window_seconds,
+            stride_seconds=scratch.window_seconds,
+            windows="audio",
+            num_queries=scratch.num_queries,
+            qformer_width=scratch.qformer_width,
+            qformer_layers=scratch.qformer_layers,
+            qformer_heads=scratch.qformer_width // 32,
+            qformer_ffn=2 * scratch.qformer_width,
+        )
+    )
+    model.requires_grad_(True)
+    model.whisper.encoder.embed_positions.requires_grad_(False)
+    return model
+
+
+def train_options(scratch: ScratchConfig) -> TrainConfig:
+    """The teacher's training loop."""
+    return dataclasses.replace(
+        TrainConfig(),
+        steps=scratch.steps,
+        batch_size=scratch.batch_size,
+        micro_batch_size=scratch.batch_size,
+        learning_rate=scratch.learning_rate,
+        warmup_steps=100,
+        save_every=200,
+    )
+
+
+if __name__ == "__main__":
+    from distill.cli import run_stage
+
+    sys.exit(run_stage(teach))

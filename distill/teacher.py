@@ -1,0 +1,36 @@
+"""The teacher a config names, loaded: a saved folder, the demo's own, or a released SALMONN checkpoint."""
+
+from pathlib import Path
+
+from distill.config import Config
+from distill.ranks import resolve_precision
+from teachers.loading import load_salmonn
+from teachers.salmonn import Salmonn
+
+
+def teacher_path(config: Config) -> Path:
+    """Where the teacher lies: `teacher.path`, or what `distill/teach.py` made.
+
+    Raises:
+        ValueError: the config names no teacher.
+    """
+    if config.teacher.path:
+        return Path(config.teacher.path)
+    if config.scratch.steps:
+        return config.run_folder / "scratch" / "teacher"
+    raise ValueError("teacher.path is empty, but a teacher is needed; give a saved folder or a SALMONN checkpoint.")
+
+
+def load_teacher(config: Config) -> Salmonn:
+    """The frozen teacher, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is nothing at its path.
+        ValueError: a checkpoint that does not fit its parts.
+    """
+    path, dtype = teacher_path(config), resolve_precision(config.precision)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
+        )
+    return load_salmonn(path, dtype=dtype)

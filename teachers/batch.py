@@ -1,0 +1,162 @@
+"""One batch of the LLM: each sample's prompt, audio places and answer in one contiguous row. Knows token ids, no weights.
+
+Shapes: B batch, T LLM positions, N audio samples, S supervised positions flattened (row after row).
+Right by construction where SALMONN's trainer is not: nothing stands between prompt and answer, the end token is always
+there and always learned, and padding is at the end for training and at the start for generation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards.sample import Sample
+from teachers.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample in token ids.
+
+    `before` and `after` stand around the audio; `answer` ends with the end token and is empty in generation.
+    """
+
+    before: list[int]
+    num_audio_tokens: int
+    after: list[int]
+    answer: list[int]
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.before) + self.num_audio_tokens + len(self.after)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as tensors. `*_S` index positions or rows of the flattened `B x T` grid."""
+
+    samples: list[Sample]
+    rows: list[Row]
+    waveforms_BN: Tensor  # float32, 16 kHz, zero-padded at the end
+    num_samples_B: Tensor
+    input_ids_BT: Tensor  # the pad id stands where audio goes
+    attention_mask_BT: Tensor
+    audio_places: Tensor  # flat positions in B x T of every audio token, row after row
+    predicting_S: Tensor  # flat position in B x T whose hidden state predicts the label
+    labels_S: Tensor
+    row_S: Tensor  # the batch row of each supervised position
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return Batch(**moved)
+
+    @property
+    def num_supervised(self) -> int:
+        return self.labels_S.numel()
+
+
+class RowTokenizer:
+    """Turns a sample into a `Row`: prompt pieces are tokenised apart, without special tokens, as SALMONN does.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+        prompts: the prompts by task.
+        end_token: text of the end token; empty takes the tokenizer's own.
+        num_audio_tokens: how many audio tokens a clip of so many samples gives.
+        max_answer_tokens: longer answers are cut, and the end token still follows.
+    """
+
+    def __init__(self, tokenizer, prompts: Prompts, end_token: str, num_audio_tokens: Callable[[int], int],
+                 max_answer_tokens: int):  # fmt: skip
+        self.tokenizer, self.prompts, self.num_audio_tokens = tokenizer, prompts, num_audio_tokens
+        self.max_answer_tokens = max_answer_tokens
+        self.end_ids = self.encode(end_token) if end_token else [self._own_end_id()]
+        self.bos_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[-1]
+
+    def _own_end_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"eos_token of {self.tokenizer.name_or_path} is None, but answers must end; set teacher.end_token."
+            )
+        return self.tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The answer's ids with the end token."""
+        return self.encode(text)[: self.max_answer_tokens] + self.end_ids
+
+    def byte_ends(self, text: str, num_tokens: int) -> list[int]:
+        """Where each token of the answer ends in the text's UTF-8 bytes; the end token's end is the text's."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ends = [len(text[:end].encode()) for _, end in offsets[: self.max_answer_tokens]]
+        return ends + [len(text.encode())] * (num_tokens - len(ends))
+
+    def row(self, sample: Sample, *, with_answer: bool, first_prompt: bool) -> Row:
+        """One sample's row; an unlabelled sample has no row with an answer.
+
+        Raises:
+            ValueError: the task is unknown, or the sample has no text and an answer is asked for.
+        """
+        before, after = self.prompts.choose(sample.task, sample.key, sample.question, first=first_prompt)
+        if with_answer and sample.text is None:
+            raise ValueError(
+                f"text of sample {sample.key} is None, but training needs an answer; cache the teacher's targets "
+                f"(they bring its own answer) or set data.labelled_only=true."
+            )
+        num_audio_tokens = self.num_audio_tokens(len(sample.waveform_N))
+        answer = self.answer_ids(sample.text) if with_answer else []
+        return Row(self.bos_ids + self.encode(before), num_audio_tokens, self.encode(after), answer)
+
+
+def collate(samples: Sequence[Sample], rows: Sequence[Row], pad_id: int) -> Batch:
+    """Lay rows out as tensors: padded on the right when they have answers, on the left when they have none."""
+    lengths = [row.prompt_length + len(row.answer) for row in rows]
+    size, length = len(rows), max(lengths)
+    on_left = not any(row.answer for row in rows)
+    ids_BT = np.full((size, length), pad_id, dtype=np.int64)
+    mask_BT = np.zeros((size, length), dtype=np.int64)
+    audio, predicting, labels, row_index = [], [], [], []
+    for b, row in enumerate(rows):
+        start = length - lengths[b] if on_left else 0
+        mask_BT[b, start : start + lengths[b]] = 1
+        audio_start = start + len(row.before)
+        after_start = audio_start + row.num_audio_tokens
+        answer_start = after_start + len(row.after)
+        ids_BT[b, start:audio_start] = row.before
+        ids_BT[b, after_start:answer_start] = row.after
+        ids_BT[b, answer_start : answer_start + len(row.answer)] = row.answer
+        audio.append(np.arange(audio_start, after_start) + b * length)
+        predicting.append(np.arange(answer_start - 1, answer_start - 1 + len(row.answer)) + b * length)
+        labels += row.answer
+        row_index += [b] * len(row.answer)
+    waveforms_BN, num_samples_B = pad_waveforms([sample.waveform_N for sample in samples])
+    return Batch(
+        samples=list(samples),
+        rows=list(rows),
+        waveforms_BN=waveforms_BN,
+        num_samples_B=num_samples_B,
+        input_ids_BT=torch.from_numpy(ids_BT),
+        attention_mask_BT=torch.from_numpy(mask_BT),
+        audio_places=torch.from_numpy(np.concatenate(audio)),
+        predicting_S=torch.from_numpy(np.concatenate(predicting)),
+        labels_S=torch.tensor(labels, dtype=torch.long),
+        row_S=torch.tensor(row_index, dtype=torch.long),
+    )
+
+
+def pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Waveforms as one zero-padded float32 tensor [B, N], and their lengths [B]."""
+    lengths = [len(waveform) for waveform in waveforms]
+    padded_BN = np.zeros((len(waveforms), max(lengths)), dtype=np.float32)
+    for b, waveform in enumerate(waveforms):
+        padded_BN[b, : len(waveform)] = waveform
+    return torch.from_numpy(padded_BN), torch.tensor(lengths, dtype=torch.long)

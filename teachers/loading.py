@@ -1,0 +1,204 @@
+"""A SALMONN on disk: built from named parts, saved as its own tensors, loaded back. Knows no training.
+
+A saved folder holds `config.json` (the parts' names, LoRA, and the hash of every frozen part), `model.safetensors`
+(the tensors that are the model's own: all that are trainable, or all when it is exported) and the tokenizer.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from teachers.encoders import load_encoder
+from teachers.lora import Lora, add_lora_
+from teachers.salmonn import Salmonn, SalmonnConfig
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+
+
+def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32,
+                  transform_llm_=None, tokenizer_path: str | Path | None = None,
+                  ears: tuple[nn.Module, nn.Module | None] | None = None) -> Salmonn:  # fmt: skip
+    """Put a model together from pre-trained parts; Q-Former and projection are new. Ears and LLM are frozen.
+
+    Args:
+        config: names of the parts and sizes.
+        lora: LoRA to add to the LLM.
+        dtype: of the LLM's weights.
+        transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
+        tokenizer_path: where the tokenizer lies when not with the LLM.
+        ears: encoders to share instead of loading them by name.
+    """
+    llm = load_llm(config.llm, dtype)
+    if transform_llm_ is not None:
+        transform_llm_(llm)
+    llm.requires_grad_(False)
+    if lora is not None:
+        add_lora_(llm, lora)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or config.llm)
+    whisper, second = ears if ears is not None else load_ears(config)
+    return Salmonn(config, llm, tokenizer, whisper, second)
+
+
+def load_ears(config: SalmonnConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The encoders a config names, frozen and in evaluation mode."""
+    whisper = load_encoder("whisper", config.whisper).requires_grad_(False).eval()
+    second = load_encoder(config.second_kind, config.second).requires_grad_(False).eval() if config.second else None
+    return whisper, second
+
+
+def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
+    """A causal LM from a local folder or hub id; its code is transformers' own, never the repository's.
+
+    Raises:
+        FileNotFoundError: `path` is no folder here and cannot be had from the hub.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"llm is {path}, but it is no folder of a causal LM here and the hub does not give it "
+            f"({str(error).splitlines()[0]}); give a local path, or log in with `hf auth login`."
+        ) from error
+
+
+def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = None) -> None:
+    """Write the model's own (trainable) tensors, its config and its tokenizer; each file appears whole or not at all.
+
+    Args:
+        model: the model.
+        folder: is made if it is not there.
+        settings: what is needed to build the model again beside its config, such as `{"lora": …}`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = own_tensors(model)
+    write_atomically(folder / WEIGHTS, lambda path: save_file(own, path))
+    config = {
+        "model": dataclasses.asdict(model.config),
+        "settings": settings or {},
+        "frozen": hash_frozen_parts(model),
+    }
+    model.tokenizer.save_pretrained(folder / TOKENIZER)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
+
+
+def read_config(folder: str | Path) -> dict:
+    """A saved folder's `config.json`, with `model` as a `SalmonnConfig`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"model folder {folder} holds no {CONFIG}, but a saved model does; check the path.")
+    config = json.loads(path.read_text())
+    return {**config, "model": SalmonnConfig(**config["model"])}
+
+
+def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None) -> Salmonn:
+    """Load a folder that `save_salmonn` wrote, in evaluation mode and frozen.
+
+    Raises:
+        FileNotFoundError: no model there, or one of its parts is gone.
+        ValueError: a frozen part is not the one that the model was trained with, or the tensors do not fit.
+    """
+    config = read_config(folder)
+    lora = config["settings"].get("lora")
+    lora = Lora(**{**lora, "targets": tuple(lora["targets"])}) if lora else None
+    model = build_salmonn(config["model"], lora=lora, dtype=dtype, transform_llm_=transform_llm_,
+                          tokenizer_path=Path(folder) / TOKENIZER)  # fmt: skip
+    load_own_tensors_(model, Path(folder) / WEIGHTS)
+    model.own_names = frozenset(read_names(Path(folder) / WEIGHTS))
+    for part, found in hash_frozen_parts(model).items():
+        expected = config["frozen"].get(part)
+        if found != expected:
+            raise ValueError(
+                f"{part} of {folder} has hash {found[:16]}, but the model was trained with {str(expected)[:16]}; "
+                f"put the original weights back under the path in {CONFIG}."
+            )
+    return model.eval().requires_grad_(False)
+
+
+def own_tensors(model: Salmonn) -> dict[str, Tensor]:
+    """The model's own tensors by name, on the CPU: those it was loaded with, or else all that are trainable."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if (name in model.own_names if model.own_names is not None else parameter.requires_grad)
+    }
+
+
+def read_names(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def load_own_tensors_(model: nn.Module, path: Path) -> None:
+    """Copy a safetensors file into the model, in place, strictly.
+
+    Raises:
+        ValueError: the file names a tensor that the model does not have, or one of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+            tensor = file.get_tensor(name)
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                found = tuple(parameters[name].shape) if name in parameters else "no such tensor"
+                raise ValueError(
+                    f"tensor {name} of {path} has shape {tuple(tensor.shape)}, but the model has {found}; "
+                    f"the file belongs to a model of another config."
+                )
+            parameters[name].data.copy_(tensor)
+
+
+def hash_frozen_parts(model: Salmonn) -> dict[str, str]:
+    """The hash of the checkpoint behind every part that is not wholly the model's own: `llm`, `whisper`, `second`."""
+    own = own_tensors(model)
+    parts = {name.split(".", 1)[0] for name, _ in model.named_parameters() if name not in own}
+    paths = {"llm": model.config.llm, "whisper": model.config.whisper, "second": model.config.second}
+    return {part: hash_checkpoint(path) for part, path in paths.items() if part in parts}
+
+
+def hash_checkpoint(path: str) -> str:
+    """sha256 over the weight files of a folder, of a hub id's local copy, or of one file."""
+    place = Path(path)
+    if not place.exists():
+        place = Path(cached_file(path, "config.json")).parent
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, write) -> None:
+    """Let `write(temporary_path)` write a file, sync it, and only then give it its name."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
