@@ -24,6 +24,8 @@ from distill.fused import fused_ce_kl
 from distill.losses import ce, dense_divergence, forward_kl
 from shards.distributions import Distribution
 
+# Where each peer is installed, found before anything of it is imported; None where it is not.
+PEERS = {package: find_spec(package) for package in ("trl", "liger_kernel")}
 VOCAB_SIZE, NUM_POSITIONS, NUM_SUPERVISED, NUM_KEPT = 128_256, 512, 115, 64
 IGNORE_INDEX = -100
 
@@ -162,8 +164,9 @@ PEERS_ON_SUPERVISED_ROWS = ("trl_chunked_supervised_rows", "liger_jsd_supervised
 
 def _missing() -> dict[str, str]:
     missing = {"liger_triton": "its kernels need a GPU"}
-    for package, prefix in (("trl", "trl_"), ("liger_kernel", "liger_")):
-        if find_spec(package) is None:
+    for package, spec in PEERS.items():
+        prefix = package.split("_")[0] + "_"
+        if spec is None:
             missing |= {name: f"{package} is not installed" for name in METHODS if name.startswith(prefix)}
     return missing
 
@@ -171,8 +174,8 @@ def _missing() -> dict[str, str]:
 MISSING = _missing()  # method to why it cannot run here
 
 
-def _installed(package: str) -> Path:
-    return Path(find_spec(package).submodule_search_locations[0])
+def _trl_folder() -> Path:
+    return Path(PEERS["trl"].submodule_search_locations[0])
 
 
 def _function(path: Path, name: str, names: dict) -> Callable:
@@ -185,14 +188,14 @@ def _function(path: Path, name: str, names: dict) -> Callable:
 
 
 def _gkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    path = _installed("trl") / "experimental" / "gkd" / "gkd_trainer.py"
+    path = _trl_folder() / "experimental" / "gkd" / "gkd_trainer.py"
     function = _function(path, "generalized_jsd_loss", {"torch": torch, "F": F})
     return function(student_logits, teacher_logits, labels=labels, beta=0.5)
 
 
 def _trl_module(name: str) -> types.ModuleType:
     """A module of TRL, whose package and trainers import data sets and pandas, which a loss does not need."""
-    root = _installed("trl") if "trl" not in sys.modules else Path(sys.modules["trl"].__path__[0])
+    root = _trl_folder()
     for package, path in (("trl", root), ("trl.trainer", root / "trainer")):
         if package not in sys.modules:
             sys.modules[package] = types.ModuleType(package)

@@ -1,0 +1,118 @@
+"""Distillation between models whose tokenizers differ.
+
+Two terms. The likelihood of every chunk of the answer at whose ends both tokenizers agree is matched (approximate
+likelihood matching, Minixhofer et al. 2025); it needs the log-probabilities of the answer's own tokens only, which
+every cache holds. And where a chunk is the same single token on both sides, the teacher's kept ids that have a twin in
+the student's vocabulary are a top-K target like any other, all else being the bucket. Ids without a twin are never
+paired by rank: X-Token measured that it hurts.
+
+Shapes: S tokens of the answers, C chunks, M matched tokens, K kept ids, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distill.alignment import NO_CHUNK, Alignment
+from distill.losses import check_temperature, expect, widen
+from shards.distributions import log1mexp
+
+NO_TWIN = -1
+CERTAIN = -1e-6  # nats; the gradient of log(1 - p) has no float32 value nearer to 0
+
+
+def chunk_logprobs(logprobs_S: Tensor, chunk_S: Tensor, num_chunks: int) -> Tensor:
+    """Log-probability of each chunk: the sum over its tokens; logprobs_C."""
+    sums = logprobs_S.new_zeros(num_chunks + 1)
+    # the last place takes the tokens without a chunk
+    return sums.index_add(0, chunk_S.where(chunk_S != NO_CHUNK, num_chunks), logprobs_S)[:num_chunks]
+
+
+def chunk_likelihood(
+    student_logprobs_S: Tensor, teacher_logprobs_S: Tensor, alignment: Alignment, temperature: float = 100.0
+) -> Tensor:
+    """KL between the teacher's and the student's chance of each chunk against all else.
+
+    With p the chance to the power of 1 / temperature it is the KL of (p, 1 - p) times the temperature, which keeps its
+    gradient from vanishing with it. A high temperature brings likely and unlikely chunks to one scale; 100 is ALM's.
+
+    Args:
+        student_logprobs_S: the student's log-probability of each of its label tokens: minus its cross-entropy.
+        teacher_logprobs_S: the teacher's of each of its own, from the cache.
+        alignment: of the answers' tokens.
+        temperature: of the chunk's chance; it is not that of the KL on tokens.
+
+    Returns:
+        chunk_C, nats times temperature; float32, with a gradient for the student only.
+    """
+    check_temperature(temperature)
+    sides = (student_logprobs_S, alignment.student_chunk_S), (teacher_logprobs_S.detach(), alignment.teacher_chunk_S)
+    student_C, teacher_C = (
+        chunk_logprobs(widen(logprobs_S), chunk_S, alignment.num_chunks).clamp(max=CERTAIN) / temperature
+        for logprobs_S, chunk_S in sides
+    )
+    happens_C = expect(teacher_C, teacher_C - student_C)
+    happens_not_C = expect(log1mexp(teacher_C), log1mexp(teacher_C) - log1mexp(student_C))
+    return temperature * (happens_C + happens_not_C)
+
+
+def twin_ids(
+    teacher_pieces: Sequence[bytes], student_pieces: Sequence[bytes], end_ids: Mapping[int, int] | None = None
+) -> Tensor:
+    """The student's id that stands for the same bytes as each of the teacher's, `NO_TWIN` where there is none; twin_V.
+
+    Args:
+        teacher_pieces: bytes of every id, from `alignment.token_bytes`.
+        student_pieces: the student's.
+        end_ids: teacher's end token to the student's: they end an answer alike, though their bytes differ.
+
+    Several ids may stand for the same bytes (byte fallback beside a character of one byte): the first one is taken on
+    both sides, the others have no twin, so that no two ids share one.
+    """
+    student: dict[bytes, int] = {}
+    for index, piece in enumerate(student_pieces):
+        student.setdefault(piece, index)
+    twins = torch.full((len(teacher_pieces),), NO_TWIN, dtype=torch.long)
+    seen = {b""}
+    for index, piece in enumerate(teacher_pieces):
+        if piece in student and piece not in seen:
+            twins[index] = student[piece]
+        seen.add(piece)
+    for teacher_end, student_end in (end_ids or {}).items():
+        twins[twins == student_end] = NO_TWIN
+        twins[teacher_end] = student_end
+    return twins
+
+
+def matched_targets(
+    alignment: Alignment,
+    twin_V: Tensor,
+    teacher_labels_S: Tensor,
+    student_labels_S: Tensor,
+    ids_SK: Tensor,
+    logprobs_SK: Tensor,
+    log_residual_S: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The teacher's top-K in the student's ids, at the tokens that are the same on both sides.
+
+    Args:
+        alignment: of the answers' tokens.
+        twin_V: from `twin_ids`.
+        teacher_labels_S: the answers' ids of the teacher.
+        student_labels_S: the answers' ids of the student.
+        ids_SK: the teacher's kept ids at each of its positions, and their log-probabilities and the residual at the
+            temperature of the loss.
+
+    Returns:
+        The student's positions M, and ids_MK, logprobs_MK (-inf where an id has no twin) and log_residual_M, into which
+        the mass of those has gone: targets for `sparse_divergence` or the fused objective.
+    """
+    teacher_M, student_M = alignment.teacher_single_M, alignment.student_single_M
+    is_same_M = twin_V[teacher_labels_S[teacher_M]] == student_labels_S[student_M]
+    teacher_M, student_M = teacher_M[is_same_M], student_M[is_same_M]
+    ids_MK, logprobs_MK, residual_M = twin_V[ids_SK[teacher_M]], logprobs_SK[teacher_M], log_residual_S[teacher_M]
+    has_twin_MK = ids_MK != NO_TWIN
+    lost_MK = logprobs_MK.masked_fill(has_twin_MK, -torch.inf)
+    residual_M = torch.cat([residual_M[:, None], lost_MK], 1).logsumexp(1)
+    return student_M, ids_MK.where(has_twin_MK, 0), logprobs_MK.masked_fill(~has_twin_MK, -torch.inf), residual_M
