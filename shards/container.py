@@ -222,9 +222,7 @@ def _check_values(samples_NC: np.ndarray, *, name: str) -> None:
 def _missing_bytes(data: bytes) -> int:
     """Bytes that the container announces and the file does not have; libsndfile shortens such files without a word."""
     if data[:4] == b"OggS":
-        last = data.rfind(b"OggS")
-        ends = len(data) > last + 5 and data[last + 5] & 4  # the flag of a stream's last page
-        return 0 if ends else 1
+        return _missing_ogg_bytes(data)
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         return 0
     position = 12
@@ -235,6 +233,17 @@ def _missing_bytes(data: bytes) -> int:
             return 0 if unknown else max(0, position + 8 + size - len(data))
         position += 8 + size + size % 2
     return 0
+
+
+def _missing_ogg_bytes(data: bytes) -> int:
+    """What the last page lacks; at least 1 where it is not flagged as the stream's last (RFC 3533, section 6)."""
+    page = data.rfind(b"OggS")
+    header = data[page : page + 27]
+    if len(header) < 27:
+        return 27 - len(header)
+    num_segments = header[26]
+    missing = page + 27 + num_segments + sum(data[page + 27 : page + 27 + num_segments]) - len(data)
+    return max(missing, 0 if header[5] & 4 else 1)
 
 
 def too_long_error(name: str, seconds: float, limit: float) -> AudioError:

@@ -2,7 +2,7 @@
 
 Two forms are read, in memory that does not grow with them: SALMONN's `{"annotation": [{"path", "text", "task", "Q"?,
 "expand_wav"?}, ...]}` and JSON Lines with the same fields. `source`, `speaker`, and `start` and `end` (seconds, for a
-part of a long recording) may be there too; a manifest without `source` belongs to the data set its folder is named after.
+part of a long recording) may be there too; without `source`, a row belongs to the data set its folder is named after.
 """
 
 import difflib
@@ -202,7 +202,7 @@ def _to_entry(value: object, path: Path, number: int, place: str, root: Path | N
     text = value.get("text")
     if text is not None and not text.strip():
         raise fail(".text", "empty_text", "is empty, but an answer must say something; use null for unlabelled audio.")
-    more = value["expand_wav"] if "expand_wav" in value else []
+    more = value.get("expand_wav") or []
     if not isinstance(more, list) or not all(isinstance(name, str) for name in more):
         raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")
     start, end = _read_part(value, more, fail)
