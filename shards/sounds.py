@@ -14,13 +14,14 @@ SAMPLE_RATE = 16_000  # Hz
 FADE_SECONDS = 0.01
 GAP_SECONDS = 0.1  # of silence between a sound and the one that follows it
 
+# Four words or more: CIDEr-D cannot give a shorter caption its full score.
 CAPTIONS = {
-    "low_tone": "a low tone",
-    "high_tone": "a high tone",
-    "rising_sweep": "a rising sweep",
-    "falling_sweep": "a falling sweep",
-    "noise": "noise",
-    "clicks": "clicks",
+    "low_tone": "a steady low tone",
+    "high_tone": "a steady high tone",
+    "rising_sweep": "a sweep that rises",
+    "falling_sweep": "a sweep that falls",
+    "noise": "a burst of noise",
+    "clicks": "a series of clicks",
 }
 # Hz, at the start and at the end; a tone keeps its start.
 _FREQUENCIES = {

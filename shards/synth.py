@@ -256,7 +256,8 @@ def _write_clips(
         path = Path("audio") / f"{split}-{number:05d}.{('wav', 'flac')[number % 2]}"
         soundfile.write(folder / path, render_clip(clip, synthesiser, rng), SAMPLE_RATE, subtype="PCM_16")
         entry = {"path": path.as_posix(), "text": clip.text, "task": clip.task}
-        yield entry if clip.question is None else {**entry, "Q": clip.question}
+        entry |= {"Q": clip.question} if clip.question is not None else {}
+        yield entry | ({"speaker": clip.content.voice} if isinstance(clip.content, Utterance) else {})
 
 
 def _drop_texts(annotation: list[dict], share: float, rng: random.Random) -> list[dict]:

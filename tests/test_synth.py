@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from distill.metrics import Prediction, score
 from shards.espeak import FEMALE, MALE, Synthesiser
+from shards.manifest import read_manifest
 from shards.sounds import CAPTIONS, SAMPLE_RATE, draw_sound, render_sound
 from shards.synth import (
     HELD_OUT,
@@ -71,6 +73,21 @@ def test_each_task_has_its_share_and_only_questions_have_a_q(corpus):
     train = read(corpus, "train")
     assert Counter(entry["task"] for entry in train) == {task: share * 40 for task, share in TASK_SHARES.items()}
     assert all(("Q" in entry) == (entry["task"] == "QA") for entry in train)
+
+
+def test_the_manifest_names_the_voice_of_speech_and_reads_as_any_manifest(corpus):
+    entries = list(read_manifest(corpus / "train.json"))
+    assert len(entries) == 40 and sum(entry.text is None for entry in entries) == 10
+    assert all(entry.path.exists() for entry in entries)
+    assert all(entry.speaker.split("+")[1] in MALE + FEMALE for entry in entries if entry.task == "asr")
+    assert all(entry.speaker is None for entry in entries if entry.task == "audiocaption_v2")
+
+
+def test_a_perfect_model_gets_full_marks():
+    clips = plan_clips("test", 240)
+    predictions = [Prediction(str(i), clip.task, "synth", (clip.text,), clip.text) for i, clip in enumerate(clips)]
+    values = {task: found.value for task, found in score(predictions).items()}
+    assert values == pytest.approx({"asr": 0, "audiocaption_v2": 10, "gender_recognition": 1, "QA": 1})
 
 
 def test_splits_share_no_utterance_and_no_sound():
