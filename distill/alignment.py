@@ -82,8 +82,8 @@ def byte_ends(ids: Sequence[int], pieces: Sequence[bytes], text: str) -> list[in
     for index in ids:
         spelled += pieces[index]
         ends.append(len(spelled))
-    # sentencepiece may put a space before the first word
-    extra = 1 if spelled.startswith(b" ") and not data.startswith(b" ") else 0
+    # Llama 2's sentencepiece puts a space before the first word, whatever the text starts with.
+    extra = 1 if spelled.startswith(b" ") and not data.startswith(spelled) else 0
     if not data.startswith(spelled[extra:]):
         raise ValueError(
             f"tokens of the answer spell {spelled[extra:].decode(errors='replace')!r}, but its text is {text!r}; "
