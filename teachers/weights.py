@@ -32,22 +32,26 @@ def read_torch_file(path: str | Path) -> dict:
     Raises:
         ValueError: the file is cut short, is no `torch.save` file, holds code, or holds no dictionary.
     """
-    try:
-        with torch.serialization.safe_globals(HARMLESS_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds Python objects, but only tensors and plain values are loaded "
-            f"({str(error).splitlines()[0]}); take the file from its authors, or save its tensors alone."
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is {Path(path).stat().st_size} bytes, but they are no whole torch.save file "
-            f"({str(error).splitlines()[0]}); download it again."
-        ) from error
+    with open(path, "rb") as file, torch.serialization.safe_globals(HARMLESS_TYPES):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds Python objects or is no torch.save file, but only tensors and plain values are loaded "
+                f"({_first_line(error)}); take the file from its authors, or save its tensors alone."
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(
+                f"{path} is {Path(path).stat().st_size} bytes, but they are no whole torch.save file "
+                f"({_first_line(error)}); download it again."
+            ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, but a dictionary is needed; name a checkpoint.")
     return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_model_config(path: str | Path, model_type: str) -> dict:
