@@ -44,11 +44,11 @@ class Inputs:
     targets: Distribution
 
     @classmethod
-    def build(cls, width: int) -> "Inputs":
+    def build(cls, width: int, vocab_size: int = VOCAB_SIZE) -> "Inputs":
         """Answers of about a fifth of the positions; a teacher whose logits spread by some nats."""
         torch.manual_seed(0)
-        weight_VD = torch.randn(VOCAB_SIZE, width) * width**-0.5
-        teacher_weight_VD = torch.randn(VOCAB_SIZE, width) * 3 * width**-0.5
+        weight_VD = torch.randn(vocab_size, width) * width**-0.5
+        teacher_weight_VD = torch.randn(vocab_size, width) * 3 * width**-0.5
         teacher_hidden_PD = torch.randn(NUM_POSITIONS, width)
         teacher_logits_PV = teacher_hidden_PD @ teacher_weight_VD.T
         positions_S = torch.randperm(NUM_POSITIONS)[:NUM_SUPERVISED].sort().values
@@ -101,16 +101,8 @@ def torch_top_64(x: Inputs) -> None:
 
 
 def trl_gkd(x: Inputs) -> None:
-    """As `GKDTrainer.compute_loss` does: logits of all positions; those of the teacher are given."""
-    loss = _gkd_loss(x.hidden_PD @ x.weight_VD.T, x.teacher_logits_PV, labels=x.labels_P)
-    loss.backward()
-
-
-def trl_gkd_and_teacher_head(x: Inputs) -> None:
-    """The same with the teacher's logits computed, as its user's step does."""
-    with torch.no_grad():
-        teacher_logits_PV = x.teacher_hidden_PD @ x.teacher_weight_VD.T
-    _gkd_loss(x.hidden_PD @ x.weight_VD.T, teacher_logits_PV, labels=x.labels_P).backward()
+    """As `GKDTrainer.compute_loss` does: logits of all positions; those of the teacher are given and not counted."""
+    _gkd_loss(x.hidden_PD @ x.weight_VD.T, x.teacher_logits_PV, labels=x.labels_P).backward()
 
 
 def _trl_chunked(x: Inputs, hidden: Tensor, teacher_hidden: Tensor, weight: Tensor) -> None:
@@ -153,7 +145,6 @@ METHODS: dict[str, Callable[[Inputs], None]] = {
     "torch_supervised_rows": torch_supervised_rows,
     "torch_all_rows": torch_all_rows,
     "trl_gkd": trl_gkd,
-    "trl_gkd_and_teacher_head": trl_gkd_and_teacher_head,
     "trl_chunked_supervised_rows": trl_chunked_supervised_rows,
     "trl_chunked_all_rows": trl_chunked_all_rows,
     "liger_jsd_supervised_rows": liger_jsd_supervised_rows,
