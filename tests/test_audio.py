@@ -18,6 +18,7 @@ WAV = to_bytes(tone(5.0))
 LONG_OGG = to_bytes(
     np.random.default_rng(0).uniform(-0.5, 0.5, 160_000).astype(np.float32), form="OGG", subtype="VORBIS"
 )
+MP3 = to_bytes(tone(5.0), form="MP3", subtype="MPEG_LAYER_III")
 OGG = to_bytes(tone(5.0), form="OGG", subtype="VORBIS")
 
 
@@ -48,6 +49,7 @@ def with_wav_rate(rate: int) -> bytes:
         "wav cut in its data": ("truncated", WAV[: len(WAV) // 2]),
         "ogg cut in a page": ("truncated", OGG[: len(OGG) // 2]),
         "ogg without its last page": ("truncated", LONG_OGG[: LONG_OGG.rindex(b"OggS")]),
+        "mp3 cut in half": ("header_mismatch", MP3[: len(MP3) // 2]),
         "wav of no samples": ("too_short", to_bytes(np.zeros(0, np.float32))),
         "one sample": ("too_short", to_bytes(np.ones(1, np.float32))),
         "under a tenth of a second": ("too_short", to_bytes(tone(0.09))),

@@ -1,0 +1,207 @@
+"""Manifests: what is read, what each refusal names, and that memory does not grow."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from clips import write_annotation
+
+from shards.manifest import check_paths, check_tasks, read_manifest, scan_manifest, write_manifest
+from shards.records import RowError
+
+ROW = {"path": "a.wav", "text": "one", "task": "asr"}
+
+
+def test_both_forms_give_the_same_entries(tmp_path):
+    rows = [ROW, {**ROW, "Q": "what?", "task": "QA", "expand_wav": ["b.wav", "c.wav"], "speaker": "7"}]
+    rows.append({**ROW, "text": None, "source": "other", "start": 1, "end": 2.5})
+    array = write_annotation(tmp_path / "train.json", rows)
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("\n\n".join(json.dumps(row) for row in rows))
+    first, second, third = read_manifest(array)
+    assert first.path == tmp_path / "a.wav"
+    assert (first.text, first.task, first.question, first.source) == ("one", "asr", None, tmp_path.name)
+    assert second.paths == (tmp_path / "a.wav", tmp_path / "b.wav", tmp_path / "c.wav")
+    assert (second.question, second.speaker) == ("what?", "7")
+    assert (third.text, third.source, third.start, third.end) == (None, "other", 1.0, 2.5)
+    assert [entry.key for entry in read_manifest(lines)] == [entry.key for entry in read_manifest(array)]
+
+
+def test_a_missing_text_is_unlabelled_and_an_empty_one_is_wrong(tmp_path):
+    path = write_annotation(tmp_path / "m.json", [{"path": "a.wav", "task": "asr"}, {**ROW, "text": " "}])
+    unlabelled, wrong = scan_manifest(path)
+    assert unlabelled.text is None
+    assert isinstance(wrong, RowError)
+    assert (wrong.reason, wrong.field, wrong.number) == ("empty_text", "annotation[1].text", 1)
+
+
+def test_paths_are_relative_to_the_manifest_or_to_a_root_and_absolute_ones_stand(tmp_path):
+    path = write_annotation(tmp_path / "m.json", [ROW, {**ROW, "path": "/audio/b.wav"}])
+    assert [entry.path for entry in read_manifest(path)] == [tmp_path / "a.wav", Path("/audio/b.wav")]
+    root = Path("/data")
+    assert [entry.path for entry in read_manifest(path, root=root)] == [root / "a.wav", root / "audio/b.wav"]
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"text": "one", "task": "asr"}, ".path"),
+        ({**ROW, "path": 3}, ".path"),
+        ({**ROW, "task": None}, ".task"),
+        ({**ROW, "text": ["one"]}, ".text"),
+        ({**ROW, "Q": 1}, ".Q"),
+        ({**ROW, "expand_wav": "b.wav"}, ".expand_wav"),
+        ({**ROW, "expand_wav": [1]}, ".expand_wav"),
+        ({**ROW, "start": "0", "end": "2"}, ".end"),
+        ({**ROW, "start": 2.0}, ".end"),
+        ({**ROW, "start": 2.0, "end": 1.0}, ".end"),
+        ({**ROW, "start": 0, "end": 1, "expand_wav": ["b.wav"]}, ".end"),
+        ("a.wav", ""),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_place(tmp_path, row, field):
+    path = write_annotation(tmp_path / "m.json", [ROW, row])
+    with pytest.raises(RowError) as caught:
+        list(read_manifest(path))
+    assert caught.value.field == f"annotation[1]{field}"
+    assert str(path) in str(caught.value)
+    lines = tmp_path / "m.jsonl"
+    lines.write_text(f"{json.dumps(ROW)}\n{json.dumps(row)}\n{json.dumps(ROW)}\n")
+    good, bad, after = scan_manifest(lines)
+    assert (bad.field, good.number, after.number) == (f"line 2: {field}", 0, 2)
+
+
+@pytest.mark.parametrize("line", ["{", '{"path": NaN}', "nonsense", "\ufffd\udc80"])
+def test_a_line_that_is_not_json_is_one_bad_row(tmp_path, line):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b"\n" + line.encode("utf-8", "surrogateescape") + b"\n")
+    _, bad = scan_manifest(path)
+    assert (bad.reason, bad.field) == ("json", "line 2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        '{"annotation": [',
+        '{"annotation": [{"path": "a", "task": "asr"} {',
+        '{"annotation": [{]}',
+        '{"annotation": [NaN]}',
+    ],
+)
+def test_a_broken_array_is_an_error_that_names_the_file_and_the_line(tmp_path, text):
+    path = tmp_path / "m.json"
+    path.write_text("\n\n" + text)
+    with pytest.raises(ValueError, match=r"m\.json .*at line 3"):
+        list(read_manifest(path))
+
+
+def test_an_array_under_another_name_is_an_error(tmp_path):
+    path = tmp_path / "m.json"
+    path.write_text('{"data": [{"path": "a.wav"}], "version": 12}')
+    with pytest.raises(ValueError, match="has no array 'annotation'"):
+        list(read_manifest(path))
+
+
+def test_other_fields_before_the_array_are_passed_over(tmp_path):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"version": 12, "about": {"a": [1, 2, "]}"]}, "annotation": [ROW], "more": 1}))
+    assert [entry.text for entry in read_manifest(path)] == ["one"]
+
+
+def test_rows_that_cross_the_pieces_a_file_is_read_in_are_whole(tmp_path, monkeypatch):
+    rows = [{**ROW, "text": f"row {number} " + "é" * (number % 50)} for number in range(200)]
+    path = write_annotation(tmp_path / "m.json", rows)
+    for piece_chars in (1, 2, 7, 64):
+        monkeypatch.setattr("shards.records.PIECE_CHARS", piece_chars)
+        assert [entry.text for entry in read_manifest(path)] == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_memory_does_not_grow_with_the_manifest(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("shards.records.PIECE_CHARS", 4096)
+
+    def peak(num_rows: int) -> int:
+        path = tmp_path / f"{num_rows}{suffix}"
+        row = json.dumps({**ROW, "text": "a transcript of the usual length, give or take a word " * 2})
+        with path.open("w") as file:
+            file.write("" if suffix == ".jsonl" else '{"annotation": [')
+            file.write((",\n" if suffix == ".json" else "\n").join([row] * num_rows))
+            file.write("" if suffix == ".jsonl" else "]}")
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in read_manifest(path)) == num_rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is allocated once
+    assert peak(2_000) < peak(500) + 20_000  # bytes; the longer file has 240,000 more
+
+
+def test_an_unknown_task_names_the_nearest(tmp_path):
+    path = write_annotation(tmp_path / "m.json", [ROW, {**ROW, "task": "asrr"}])
+    with pytest.raises(ValueError, match=r"task 'asrr' unknown at .*annotation\[1\]; did you mean 'asr'\? \(QA, asr\)"):
+        list(check_tasks(read_manifest(path), {"asr", "QA"}))
+    assert len(list(check_tasks(read_manifest(path), None))) == 2
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "clip001.wav").touch()
+    path = write_annotation(tmp_path / "m.json", [{**ROW, "path": "audio/clip01.wav"}])
+    with pytest.raises(FileNotFoundError, match=r"annotation\[0\]\.path is .*clip01\.wav.*: clip001\.wav\."):
+        list(check_paths(read_manifest(path)))
+    wrong_folder = write_annotation(tmp_path / "n.json", [{**ROW, "path": "adio/clip001.wav"}])
+    with pytest.raises(FileNotFoundError, match=r"nearest in .*: audio"):
+        list(check_paths(read_manifest(wrong_folder)))
+    with pytest.raises(FileNotFoundError, match=r"nearest in .*: m\.json"):
+        list(read_manifest(tmp_path / "mm.json"))
+
+
+def test_a_key_is_unique_free_of_dots_and_changes_with_the_row(tmp_path):
+    rows = [ROW, ROW, {**ROW, "text": "two"}, {**ROW, "Q": "x"}, {**ROW, "expand_wav": ["b.wav"]}]
+    keys = [entry.key for entry in read_manifest(write_annotation(tmp_path / "m.json", rows))]
+    assert len(set(keys)) == len(keys)
+    assert keys == sorted(keys)
+    digests = [key.partition("-")[2] for key in keys]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+    assert not any("." in key or "/" in key for key in keys)
+
+
+@pytest.mark.parametrize("name", ["copy.json", "copy.jsonl", "elsewhere/copy.json"])
+def test_a_manifest_that_is_written_again_leads_to_the_same_recordings(tmp_path, name):
+    rows = [ROW, {**ROW, "Q": "what?", "expand_wav": ["b.wav"], "speaker": "7"}, {**ROW, "text": None, "end": 2.0}]
+    entries = list(read_manifest(write_annotation(tmp_path / "m.json", rows)))
+    (tmp_path / "elsewhere").mkdir()
+    assert write_manifest(tmp_path / name, entries) == 3
+    for first, second in zip(entries, read_manifest(tmp_path / name), strict=True):
+        assert [path.resolve() for path in second.paths] == [path.resolve() for path in first.paths]
+        for field in ("text", "task", "question", "source", "speaker", "start", "end"):
+            assert getattr(second, field) == getattr(first, field)
+
+
+def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(tmp_path):
+    path = write_annotation(tmp_path / "m.json", [ROW])
+    before = path.read_bytes()
+
+    def entries():
+        yield from read_manifest(path)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_manifest(path, entries())
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("fsdd/train", 6000), ("fsdd/test", 400), ("kathleen/train", 1031), ("esc10/train", 480), ("gender/all", 50)],
+)
+def test_real_manifests_give_their_rows_and_all_recordings_are_there(shared, name, count):
+    assert sum(1 for _ in check_paths(read_manifest(shared / f"data/{name}.json"))) == count
