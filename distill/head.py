@@ -69,6 +69,11 @@ class _Packed:
                 f"width of the 4-bit head is {self.shape[1]}, but rows must hold whole blocks of {state.blocksize}; "
                 f"keep the head in bfloat16."
             )
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "layout of the 4-bit head is AVX512-BF16, to which an evaluation on the CPU turns it, but its rows "
+                "can be read in the plain one only; keep the head in bfloat16."
+            )
         absmax = state.absmax
         if state.nested:
             absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset

@@ -204,7 +204,8 @@ def sparse_divergence(
         logits_SV: the student's logits at temperature 1.
         ids_SK: the kept ids, each at most once a position.
         logprobs_SK: their log-probabilities at `temperature`; -inf marks an unused slot, whose id means nothing.
-        log_residual_S: log of the teacher's mass outside the kept ids at `temperature`; -inf for none.
+        log_residual_S: log of the teacher's mass outside the kept ids at `temperature`; -inf for none. Draws are kept
+            ids with log-weights and no such mass: their forward KL has the gradient of `sampled_divergence`.
         temperature: divides the student's logits; the value is multiplied by its square, and so is the gradient.
 
     Returns:

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 import distill.head
 from distill.fused import FusedLoss, fused_ce_kl
 from distill.head import head_weight, logit_transform
-from distill.losses import build_divergence, ce, dense_divergence, sparse_divergence
+from distill.losses import build_divergence, ce, dense_divergence, sampled_divergence, sparse_divergence
 
 S, D, V, K = 7, 16, 2500, 5  # three tiles of 1,024 rows, the last one short
 
@@ -108,6 +108,20 @@ def test_all_ids_kept_are_a_dense_target():
     dense_SV = torch.empty(3, V, dtype=torch.float64).scatter_(1, case.ids_SK, case.logprobs_SK)
     expected_S = dense_divergence(case.hidden_SD @ case.weight_VD.T, 2 * dense_SV, 2.0)
     torch.testing.assert_close(case.fused().kl_S, expected_S)
+
+
+def test_draws_as_kept_ids_without_a_bucket_have_the_gradient_of_the_sampled_divergence():
+    case, generator = Case(k=1, temperature=1.0), torch.Generator().manual_seed(1)
+    case.ce_weight_S, case.kl_weight_S = 0 * case.ce_weight_S, torch.ones_like(case.kl_weight_S)
+    teacher_SV = torch.randn(S, V, generator=generator, dtype=torch.float64).log_softmax(-1)
+    case.ids_SK = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(S)])
+    weights_SK = torch.rand(S, K, generator=generator, dtype=torch.float64)  # importance weights need not sum to 1
+    case.logprobs_SK, case.log_residual_S = weights_SK.log(), torch.full((S,), -torch.inf)
+    case.hidden_SD.requires_grad_()
+    logits_SV = case.hidden_SD @ case.weight_VD.T
+    drawn_S = sampled_divergence(logits_SV, case.ids_SK, weights_SK, teacher_SV.gather(1, case.ids_SK), 1.0)
+    pair = [gradients(loss_S, case.upstream_S, [case.hidden_SD])[0] for loss_S in (case.fused().loss_S, drawn_S)]
+    torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("num_positions", [0, 1])
@@ -262,6 +276,19 @@ def test_a_4_bit_head_is_the_head_it_dequantises_to(compress_statistics):
         results.append((*fused, *gradients(fused.loss_S, case.upstream_S.float(), [case.hidden_SD])))
     for packed, dequantised in zip(*results):
         torch.testing.assert_close(packed, dequantised, rtol=0, atol=0)
+
+
+def test_a_4_bit_head_whose_rows_cannot_be_read_is_refused():
+    bnb = pytest.importorskip("bitsandbytes")
+    case = Case(dtype=torch.float32)
+    narrow = bnb.nn.Params4bit(torch.randn(64, D), requires_grad=False, quant_type="nf4").to("cpu")
+    case.weight_VD = narrow
+    with pytest.raises(ValueError, match="width of the 4-bit head is 16, but"):
+        case.fused()
+    case.weight_VD = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    case.weight_VD.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="AVX512-BF16"):
+        case.fused()
 
 
 def test_the_weight_of_a_plain_or_wholly_trained_head_is_found():
