@@ -10,11 +10,14 @@ Shapes: S tokens of the answers, C chunks, M matched tokens, K kept ids, V vocab
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.alignment import NO_CHUNK, Alignment
+from distill.alignment import NO_CHUNK, Alignment, align, byte_ends, token_bytes
+from distill.fused import fused_ce_kl
 from distill.losses import check_temperature, expect, widen
 from shards.distributions import log1mexp
 
@@ -116,3 +119,136 @@ def matched_targets(
     lost_MK = logprobs_MK.masked_fill(has_twin_MK, -torch.inf)
     residual_M = torch.cat([residual_M[:, None], lost_MK], 1).logsumexp(1)
     return student_M, ids_MK.where(has_twin_MK, 0), logprobs_MK.masked_fill(~has_twin_MK, -torch.inf), residual_M
+
+
+@dataclass(frozen=True)
+class CrossTargets:
+    """What a teacher with another tokenizer says about the student's supervised positions.
+
+    Attributes:
+        alignment: of the answers' tokens.
+        teacher_logprobs_S: the teacher's log-probability of each of its own answer tokens, at temperature 1.
+        ids_SK: the teacher's kept ids as the student's, at every position of the student; unused slots at those that
+            do not match.
+        logprobs_SK: their log-probabilities at the temperature of the loss.
+        log_residual_S: log of the mass outside them.
+        is_matched_S: the student's positions that have such a target.
+    """
+
+    alignment: Alignment
+    teacher_logprobs_S: Tensor
+    ids_SK: Tensor
+    logprobs_SK: Tensor
+    log_residual_S: Tensor
+    is_matched_S: Tensor
+
+
+class Translator:
+    """Turns a teacher's targets into a student's, whose tokenizer is another. Holds two vocabularies and no model.
+
+    Args:
+        teacher_tokenizer: fast tokenizer of the model that was cached.
+        student_tokenizer: the student's.
+        teacher_end_ids: the tokens that end the teacher's answers.
+        student_end_ids: the student's; they are a twin of the teacher's when both are one token.
+    """
+
+    def __init__(self, teacher_tokenizer, student_tokenizer, teacher_end_ids: Sequence[int],
+                 student_end_ids: Sequence[int]):  # fmt: skip
+        self.teacher_pieces, self.student_pieces = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
+        self.num_ends = len(teacher_end_ids), len(student_end_ids)
+        ends = {teacher_end_ids[0]: student_end_ids[0]} if self.num_ends == (1, 1) else {}
+        self.twin_V = twin_ids(self.teacher_pieces, self.student_pieces, ends)
+
+    def align(self, text: str, teacher_ids: Sequence[int], student_ids: Sequence[int]) -> Alignment:
+        """Align one answer's tokens, its end tokens among them.
+
+        Raises:
+            ValueError: the tokens of one side do not spell the text.
+        """
+        sides = (
+            (teacher_ids, self.teacher_pieces, self.num_ends[0]),
+            (student_ids, self.student_pieces, self.num_ends[1]),
+        )
+        teacher, student = (
+            byte_ends(ids[: len(ids) - num_ends], pieces, text) + [0] * num_ends for ids, pieces, num_ends in sides
+        )
+        return align(teacher, student, len(text.encode()), *self.num_ends)
+
+    def translate(
+        self,
+        alignment: Alignment,
+        teacher_labels_S: Tensor,
+        student_labels_S: Tensor,
+        teacher_logprobs_S: Tensor,
+        ids_SK: Tensor,
+        logprobs_SK: Tensor,
+        log_residual_S: Tensor,
+    ) -> CrossTargets:
+        """Targets of a batch; arguments as `matched_targets`, and the teacher's log-probabilities of its own tokens."""
+        twin_V = self.twin_V.to(ids_SK.device)
+        positions_M, *matched = matched_targets(
+            alignment, twin_V, teacher_labels_S, student_labels_S, ids_SK, logprobs_SK, log_residual_S
+        )
+        size, num_kept = len(student_labels_S), ids_SK.shape[1]
+        empty = ids_SK.new_zeros(size, num_kept), logprobs_SK.new_full((size, num_kept), -torch.inf)
+        spread = [
+            whole.index_copy(0, positions_M, part)
+            for whole, part in zip((*empty, logprobs_SK.new_zeros(size)), matched)
+        ]
+        is_matched_S = torch.zeros_like(student_labels_S, dtype=torch.bool).index_fill_(0, positions_M, True)
+        return CrossTargets(alignment, teacher_logprobs_S, *spread, is_matched_S)
+
+
+class CrossLoss(NamedTuple):
+    """`loss` carries the gradient; the unreduced values, nats, are for the log and carry none."""
+
+    loss: Tensor
+    ce_S: Tensor
+    kl_S: Tensor
+    chunk_C: Tensor
+
+
+def fused_cross_loss(
+    hidden_SD: Tensor,
+    weight_VD: Tensor,
+    labels_S: Tensor,
+    targets: CrossTargets,
+    ce_weight_S: Tensor,
+    kl_weight_S: Tensor,
+    chunk_weight_C: Tensor,
+    temperature: float,
+    chunk_temperature: float = 100.0,
+    **head_options,
+) -> CrossLoss:
+    """Weighted sum of cross-entropy, KL at matched positions and chunk likelihood, without the logits.
+
+    The likelihood of a chunk is a function of the cross-entropies of its tokens. A first pass without gradient finds
+    them, and with them the slope of the chunk term in each, which a second pass adds to that token's weight: three
+    matrix products with the head instead of two, and the exact gradient.
+
+    Args:
+        hidden_SD: the student's states that enter the head; `weight_VD` and `labels_S` as in `fused_ce_kl`.
+        targets: from `Translator.translate`, at `temperature`.
+        ce_weight_S: what a position's cross-entropy counts.
+        kl_weight_S: what its KL counts; positions that do not match count nothing whatever it is.
+        chunk_weight_C: what a chunk counts.
+        temperature: of the KL, whose value holds its square.
+        chunk_temperature: of the chunks, see `chunk_likelihood`.
+        head_options: `softcap`, `logit_scale`, `bias_V` and `vocab_size` of `fused_ce_kl`.
+    """
+    sparse = targets.ids_SK, targets.logprobs_SK, targets.log_residual_S
+    with torch.no_grad():
+        one_S, none_S = torch.ones_like(ce_weight_S), torch.zeros_like(kl_weight_S)
+        ce_S = fused_ce_kl(hidden_SD, weight_VD, labels_S, *sparse, one_S, none_S, temperature, **head_options).ce_S
+    logprobs_S = (-ce_S).requires_grad_()
+    with torch.enable_grad():
+        chunk_C = chunk_likelihood(logprobs_S, targets.teacher_logprobs_S, targets.alignment, chunk_temperature)
+        slope_S = torch.autograd.grad((chunk_weight_C * chunk_C).sum(), logprobs_S)[0]
+    kl_weight_S = kl_weight_S * targets.is_matched_S
+    fused = fused_ce_kl(
+        hidden_SD, weight_VD, labels_S, *sparse, ce_weight_S - slope_S, kl_weight_S, temperature, **head_options
+    )
+    # The slopes' share of the value gives way to the chunk term itself.
+    exchange = (chunk_weight_C * chunk_C).sum() + (slope_S * ce_S).sum()
+    return CrossLoss(fused.loss_S.sum() + exchange.detach(), ce_S, fused.kl_S, chunk_C.detach())

@@ -9,8 +9,16 @@ from torch.autograd import gradcheck
 from transformers import PreTrainedTokenizerFast
 
 from distill.alignment import NO_CHUNK, Alignment, align, byte_ends, token_bytes
-from distill.crosstokenizer import NO_TWIN, chunk_likelihood, chunk_logprobs, matched_targets, twin_ids
-from distill.losses import forward_kl
+from distill.crosstokenizer import (
+    NO_TWIN,
+    Translator,
+    chunk_likelihood,
+    chunk_logprobs,
+    fused_cross_loss,
+    matched_targets,
+    twin_ids,
+)
+from distill.losses import ce, forward_kl
 from distill.tokenizer import train_tokenizer
 
 CORPUS = ["the cat sat on the mat", "a dog barks at the cat in the garden", "café naïve", "one two three four five"] * 5
@@ -284,3 +292,55 @@ def test_a_single_token_that_is_spelled_with_another_space_is_no_match(tokenizer
     logprobs_SK = torch.full((len(teacher_ids), 1), -0.1)
     kept = torch.tensor(teacher_ids)[:, None], logprobs_SK, logprobs_SK[:, 0]
     assert matched_targets(alignment, twins, *labels, *kept)[0].tolist() == []
+
+
+class CrossBatch:
+    """Two answers, a teacher's targets for them, and a student with a random head."""
+
+    def __init__(self, teacher, student, temperature: float):
+        texts, generator = ["the cat sat", "café 🐈 dog"], torch.Generator().manual_seed(0)
+        translator = Translator(teacher, student, [teacher.eos_token_id], [student.eos_token_id])
+        answers = [[[*encode(t, text)[0], t.eos_token_id] for t in (teacher, student)] for text in texts]
+        alignment = Alignment.concatenate([translator.align(text, *pair) for text, pair in zip(texts, answers)])
+        theirs, self.labels_S = (torch.tensor([i for pair in answers for i in pair[side]]) for side in (0, 1))
+        logits_SV = 3 * torch.randn(
+            len(theirs), len(translator.teacher_pieces), generator=generator, dtype=torch.float64
+        )
+        self.teacher_logprobs_S = logits_SV.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
+        soft_SV = (logits_SV / temperature).log_softmax(-1)
+        logprobs_SK, ids_SK = soft_SV.topk(40, -1)
+        sparse = ids_SK, logprobs_SK, soft_SV.scatter(1, ids_SK, -torch.inf).logsumexp(-1)
+        self.targets = translator.translate(alignment, theirs, self.labels_S, self.teacher_logprobs_S, *sparse)
+        size = len(self.labels_S), 6
+        self.hidden_SD = torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+        self.weight_VD = torch.randn(len(translator.student_pieces), 6, generator=generator, dtype=torch.float64)
+        self.ce_weight_S, self.kl_weight_S = torch.rand(2, size[0], generator=generator, dtype=torch.float64)
+        self.chunk_weight_C = torch.rand(alignment.num_chunks, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("teacher, student", [("bytes, large", "sentencepiece"), ("fallback", "bytes, small")])
+def test_the_fused_objective_equals_the_plain_terms_in_value_and_gradient(tokenizers, teacher, student, temperature):
+    batch = CrossBatch(tokenizers[teacher], tokenizers[student], temperature)
+    targets, weights = batch.targets, (batch.ce_weight_S, batch.kl_weight_S, batch.chunk_weight_C)
+    assert 2 <= targets.is_matched_S.sum() < len(batch.labels_S), "the end tokens match, and not every token does"
+    fused = fused_cross_loss(batch.hidden_SD, batch.weight_VD, batch.labels_S, targets, *weights, temperature)
+    logits_SV = batch.hidden_SD @ batch.weight_VD.T
+    ce_S = ce(logits_SV, batch.labels_S)
+    kl_S = forward_kl(logits_SV, targets.ids_SK, targets.logprobs_SK, targets.log_residual_S, temperature)
+    kl_S = kl_S.where(targets.is_matched_S, 0)
+    chunk_C = chunk_likelihood(-ce_S, batch.teacher_logprobs_S, targets.alignment)
+    plain = sum((weight * value).sum() for weight, value in zip(weights, (ce_S, kl_S, chunk_C)))
+    for found, expected in zip(fused, (plain, ce_S, kl_S, chunk_C)):
+        torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, batch.hidden_SD)[0] for loss in (fused.loss, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_student_with_the_teachers_tokenizer_gets_the_teachers_targets_whole(tokenizers):
+    batch = CrossBatch(tokenizers["bytes, large"], tokenizers["bytes, large"], 1.0)
+    assert batch.targets.is_matched_S.all()
+    torch.testing.assert_close(
+        batch.targets.logprobs_SK.exp().sum(1) + batch.targets.log_residual_S.exp(),
+        torch.ones(len(batch.labels_S), dtype=torch.float64),
+    )
