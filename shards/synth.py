@@ -17,10 +17,10 @@ from types import MappingProxyType
 import numpy as np
 import soundfile
 import soxr
-from rich.progress import Progress
 
 from shards.espeak import FEMALE, MALE, Synthesiser, voice_names
 from shards.index import write_atomically
+from shards.pool import progress_bar
 from shards.sounds import CAPTIONS, SAMPLE_RATE, Scene, Sound, draw_sound
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -46,7 +46,7 @@ TASK_SHARES = MappingProxyType({"asr": 0.5, "audiocaption_v2": 0.2, "gender_reco
 # Of ten signatures, how many belong to each split.
 _BUCKETS = ("train",) * 7 + ("valid",) + ("test",) * 2
 
-MIN_SECONDS, MAX_SECONDS = 0.5, 3.5
+MIN_SECONDS = 0.5
 PEAK = 0.5  # of full scale, before the clip's own gain
 FLOOR = 0.001  # of full scale: a faint hiss, because a recording is never digitally silent
 
@@ -206,13 +206,18 @@ def render_clip(clip: Clip, synthesiser: Synthesiser, rng: random.Random) -> np.
     before = int(rng.uniform(0.05, 0.2) * SAMPLE_RATE)
     after = int(rng.uniform(0.05, 0.2) * SAMPLE_RATE)
     after = max(after, int(MIN_SECONDS * SAMPLE_RATE) - before - len(waveform_N))
-    padded_N = np.pad(waveform_N, (before, after))[: int(MAX_SECONDS * SAMPLE_RATE)]
+    padded_N = np.pad(waveform_N, (before, after))
     hiss_N = np.random.Generator(np.random.PCG64(rng.randrange(2**32))).random(len(padded_N)) * 2 - 1
     return np.rint((padded_N + FLOOR * hiss_N).clip(-1, 1) * 32_767).astype(np.int16)
 
 
 def write_corpus(
-    folder: Path, *, seed: int = 0, sizes: Mapping[str, int] = SIZES, unlabelled_share: float = 0.25
+    folder: Path,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] = SIZES,
+    unlabelled_share: float = 0.25,
+    show_progress: bool = False,
 ) -> None:
     """Write the corpus: `audio/`, and SALMONN manifests with paths relative to the folder.
 
@@ -225,6 +230,7 @@ def write_corpus(
         seed: another seed draws other clips and allots utterances to splits anew.
         sizes: clips of `train`, `valid` and `test`; about half are asr.
         unlabelled_share: of the train clips, in [0, 1], to be answered by the teacher (pseudo-labels).
+        show_progress: draw a bar on stderr.
 
     Raises:
         ValueError: a size of an unknown split, or a share outside [0, 1].
@@ -235,12 +241,16 @@ def write_corpus(
         raise ValueError(f"unlabelled_share is {unlabelled_share}, but it is a share in [0, 1]; choose one there.")
     folder = Path(folder)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
+    for name in ("train_full", *SIZES):  # those of an older corpus would speak for half of a new one
+        (folder / f"{name}.json").unlink(missing_ok=True)
     synthesiser = Synthesiser()
     manifests = {}
-    with Progress(transient=True) as progress:
+    with progress_bar("synthesising", sum(sizes.values()), show=show_progress) as advance:
         for split in SIZES:
-            clips = progress.track(plan_clips(split, sizes[split], seed=seed), description=f"Synthesising {split}")
-            manifests[split] = list(_write_clips(folder, split, clips, synthesiser, random.Random(f"{seed}/{split}")))
+            manifests[split] = []
+            for entry in _write_clips(folder, split, plan_clips(split, sizes[split], seed=seed), synthesiser, seed):
+                manifests[split].append(entry)
+                advance(1)
     manifests = {"train_full": manifests["train"], **manifests}
     manifests["train"] = _drop_texts(manifests["train"], unlabelled_share, random.Random(f"{seed}/unlabelled"))
     for name, annotation in manifests.items():
@@ -249,9 +259,10 @@ def write_corpus(
 
 
 def _write_clips(
-    folder: Path, split: str, clips: Iterable[Clip], synthesiser: Synthesiser, rng: random.Random
+    folder: Path, split: str, clips: Iterable[Clip], synthesiser: Synthesiser, seed: int
 ) -> Iterator[dict]:
     """Render and write each clip, wav and flac in turn; yield the manifest's entries."""
+    rng = random.Random(f"{seed}/{split}")
     for number, clip in enumerate(clips):
         path = Path("audio") / f"{split}-{number:05d}.{('wav', 'flac')[number % 2]}"
         soundfile.write(folder / path, render_clip(clip, synthesiser, rng), SAMPLE_RATE, subtype="PCM_16")
