@@ -173,7 +173,7 @@ def test_an_interrupted_overwrite_leaves_no_manifest(tmp_path, monkeypatch):
     write_corpus(tmp_path, sizes=sizes)
     assert len(list(tmp_path.glob("*.json"))) == 4
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Synthesiser, "speak", interrupt)
