@@ -57,7 +57,7 @@ def unpack_bits(reader: Reader, count: int, width: int) -> np.ndarray:
         octets = np.zeros((num_words, 8), np.uint8)
         octets[:, :rest] = reader.take("u1", num_words * rest).reshape(-1, rest)
         planes.append(_stretch(octets.view("<u8").ravel(), rest).view(np.uint8)[:count])
-    values = planes.pop().astype(np.int32)
+    values = planes.pop().astype(np.int32) if planes else np.zeros(count, np.int32)
     while planes:
         values = (values << 8) | planes.pop()
     return values

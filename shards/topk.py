@@ -59,7 +59,7 @@ class Adaptive:
     min_k: int = 9
     max_k: int = 64
     head: int = 4  # as TopK
-    tail_bits: int = 6  # as TopK
+    tail_bits: int = 8  # as TopK
     temperatures: tuple[float, ...] = (1.0, 2.0)  # as TopK
 
     name: ClassVar[str] = "adaptive"
@@ -146,7 +146,8 @@ def pack_top(
     head = min(head, k)
     is_uniform = bool((counts_S == k).all())
     counts = b"" if is_uniform else pack_bits(counts_S, k.bit_length())
-    head_logprobs_SH = logprobs_SK[:, :head].astype("<f2")
+    is_kept_SH = np.arange(head) < counts_S[:, None]
+    head_logprobs_SH = np.where(is_kept_SH, logprobs_SK[:, :head], -np.inf).astype("<f2")
     tail_counts_S = np.maximum(counts_S - head, 0)
     has_tail_S = tail_counts_S > 0
     # what the reader will see of the head anchors the tail
@@ -158,7 +159,7 @@ def pack_top(
             pack_header(name, num_positions, vocab_size, k, head, tail_bits, is_uniform, *temperatures),
             counts,
             captured["residual_logodds_ST"].astype("<f2").tobytes(),
-            pack_bits(ids_SK[:, :head], (vocab_size - 1).bit_length()),
+            pack_bits(ids_SK[:, :head] * is_kept_SH, (vocab_size - 1).bit_length()),
             head_logprobs_SH.tobytes(),
             span_codes_S.tobytes(),
             _pack_tail(
@@ -170,10 +171,10 @@ def pack_top(
 
 def _pack_tail(ids_SK, logprobs_SK, counts_S, anchor_S, span_codes_S, bits, vocab_size) -> bytes:
     """The tail's ids as an ascending set, and in their order their distance below the anchor, in steps of the span."""
-    levels = 2**bits - 1
-    steps_S = np.float32(levels) / SPANS[span_codes_S]
-    codes_SK = (anchor_S[:, None] - logprobs_SK) * steps_S[:, None] + np.float32(0.5)
-    codes_SK = np.clip(codes_SK, 0, levels, out=codes_SK).astype(np.uint32)
+    levels = np.float32(2**bits - 1)
+    drop_SK = (anchor_S[:, None] - logprobs_SK) / SPANS[span_codes_S][:, None]
+    np.clip(drop_SK, 0, 1, out=drop_SK)
+    codes_SK = (np.cbrt(drop_SK * drop_SK) * levels + np.float32(0.5)).astype(np.uint32)  # undoes the power of 1.5
     keyed_SK = (ids_SK.astype(np.uint32) << 8) | codes_SK
     if (counts_S == keyed_SK.shape[1]).all():
         keyed = np.sort(keyed_SK, 1).ravel()
@@ -197,21 +198,24 @@ def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: li
     head_ids = unpack_bits(reader, num_positions * head, (vocab_size - 1).bit_length())
     ids_SK[:, :head] = head_ids.reshape(num_positions, head)
     logprobs_SK[:, :head] = reader.take("<f2", num_positions * head).reshape(num_positions, head)
-    steps_S = SPANS[reader.take("u1", num_positions)] / np.float32(2**tail_bits - 1)
+    spans_S1 = SPANS[reader.take("u1", num_positions)][:, None]
     tail_ids = unpack_sets(reader, np.maximum(counts_S - head, 0), vocab_size)
-    codes = unpack_bits(reader, len(tail_ids), tail_bits)
+    levels = 2**tail_bits - 1
+    # steps grow with the distance: an error in a likelier id weighs more
+    curve = (np.arange(levels + 1, dtype=np.float32) / levels) ** np.float32(1.5)
+    drops = curve[unpack_bits(reader, len(tail_ids), tail_bits)]
     shape_SK = (num_positions, width - head)
     if is_uniform:
         ids_SK[:, head:] = tail_ids.reshape(shape_SK)
-        logprobs_SK[:, head:] = logprobs_SK[:, head - 1 : head] - codes.reshape(shape_SK) * steps_S[:, None]
+        logprobs_SK[:, head:] = logprobs_SK[:, head - 1 : head] - drops.reshape(shape_SK) * spans_S1
     else:
         is_tail_SK = np.arange(head, width) < counts_S[:, None]
         drop_SK = np.full(shape_SK, np.inf, np.float32)
-        drop_SK[is_tail_SK] = codes
+        drop_SK[is_tail_SK] = drops
         ids_SK[:, head:][is_tail_SK] = tail_ids
         # an unused slot drops by infinity; so it does under a head that is itself unused
         logprobs_SK[:, head:] = (
-            np.maximum(logprobs_SK[:, head - 1 : head], np.finfo(np.float32).min) - drop_SK * steps_S[:, None]
+            np.maximum(logprobs_SK[:, head - 1 : head], np.finfo(np.float32).min) - drop_SK * spans_S1
         )
     return rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures, vocab_size)
 
@@ -223,12 +227,8 @@ def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: list[float], vocab_si
     log_partition = {}
     logprobs_SK -= (_logsumexp(logprobs_SK) - log_kept_ST[:, temperatures.index(1.0)])[:, None]
     for i, t in enumerate(temperatures):
-        partition_S = (
-            np.zeros(len(logprobs_SK), np.float32)
-            if t == 1
-            else _logsumexp(logprobs_SK / np.float32(t)) - log_kept_ST[:, i]
-        )
-        log_partition[t] = torch.from_numpy(partition_S)
+        kept_S = _logsumexp(logprobs_SK / np.float32(t)) if t != 1 else log_kept_ST[:, i]
+        log_partition[t] = torch.from_numpy(kept_S - log_kept_ST[:, i])
     log_residual = {t: torch.from_numpy(log_residual_ST[:, i].copy()) for i, t in enumerate(temperatures)}
     return Distribution(
         torch.from_numpy(ids_SK), torch.from_numpy(logprobs_SK), log_partition, vocab_size, log_residual
