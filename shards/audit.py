@@ -79,7 +79,7 @@ def audit(
     workers = count_cpus() if workers is None else workers
     num_rows = [_count_rows(path, tasks) for path in manifests]
     out.mkdir(parents=True, exist_ok=True)
-    report, later = AuditReport(), set()
+    report, later, failures = AuditReport(), set(), []
     with (
         open_atomically(out / "audit.jsonl") as log,
         progress_bar("auditing", sum(num_rows), show=show_progress) as advance,
@@ -93,11 +93,19 @@ def audit(
                 with open_atomically(cleaned) as file:
                     write_rows(file, cleaned, auditing.kept(found, advance))
                     auditing.check_share(stop_above)
+            except TooManyDropped as error:
+                failures.append(error)  # raised when the findings are on the disk
             finally:
                 found.close()
             later |= auditing.file_hashes
             report.cleaned.insert(0, cleaned)
+    if failures:
+        raise failures[0]
     return report
+
+
+class TooManyDropped(ValueError):
+    """A manifest loses a larger share of its rows than is accepted."""
 
 
 class _Auditing:
@@ -131,9 +139,9 @@ class _Auditing:
         """Refuse a manifest that loses too much."""
         share = self.num_dropped / max(self.num_rows, 1)
         if share > stop_above:
-            raise ValueError(
+            raise TooManyDropped(
                 f"{self.path} loses {share:.2%} of its rows, but {stop_above:.2%} are accepted at most; "
-                f"see {Path(self.log.name).with_name('audit.jsonl')}.\n{self.report}"
+                f"see audit.jsonl.\n{self.report}"
             )
 
     def _find_copies(self, row: Entry | RowError, audited: RowAudit) -> Iterator[Finding]:

@@ -103,9 +103,7 @@ def make_policy(changes: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"reason {reason!r} unknown; {hint}({', '.join(REASONS)})")
         if verdict not in REASONS[reason].choices:
             choices = " or ".join(REASONS[reason].choices)
-            raise ValueError(
-                f"the verdict of {reason} is {verdict!r}, but must be {choices}; {REASONS[reason].meaning}."
-            )
+            raise ValueError(f"policy of {reason} is {verdict!r}, but {REASONS[reason].meaning}; use {choices}.")
     return {reason: entry.verdict for reason, entry in REASONS.items()} | changes
 
 
