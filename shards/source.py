@@ -65,12 +65,19 @@ def is_folder(name: str) -> bool:
 class ShardCache:
     """Local copies of remote files, at most `max_bytes` of them; the least recently used goes first.
 
-    Safe for several processes on one machine: a lock file a URL makes each file come once.
+    Safe for several processes on one machine: a lock file a URL makes each file come once. A remote shard is taken
+    never to change; where one did, empty the folder.
     """
 
-    def __init__(self, folder: Path = DEFAULT_CACHE, max_bytes: int = DEFAULT_CACHE_BYTES):
+    def __init__(
+        self,
+        folder: Path = DEFAULT_CACHE,
+        max_bytes: int = DEFAULT_CACHE_BYTES,
+        first_wait_seconds: float = FIRST_WAIT_SECONDS,
+    ):
         self.folder = Path(folder)
         self.max_bytes = max_bytes
+        self.first_wait_seconds = first_wait_seconds
 
     def open(self, name: str) -> int:
         """A file descriptor on the shard, fetched first where it is remote; the caller closes it.
@@ -110,8 +117,10 @@ class ShardCache:
             return path
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            retry(lambda: _download(name, temporary), name)
+            retry(lambda: _download(name, temporary), name, first_wait_seconds=self.first_wait_seconds)
             os.replace(temporary, path)
+        except FileNotFoundError as error:
+            raise ShardError(f"{name} is missing; {_nearest(name)}") from error
         finally:
             temporary.unlink(missing_ok=True)
         self._evict(path)
@@ -146,7 +155,7 @@ def read_small(name: str) -> bytes | None:
         return None
 
 
-def retry(call: Callable[[], _Result], name: str, *, wait_seconds: float = FIRST_WAIT_SECONDS) -> _Result:
+def retry(call: Callable[[], _Result], name: str, *, first_wait_seconds: float = FIRST_WAIT_SECONDS) -> _Result:
     """`call()`, tried NUM_TRIES times with growing waits; a missing file is not tried again.
 
     Raises:
@@ -161,7 +170,7 @@ def retry(call: Callable[[], _Result], name: str, *, wait_seconds: float = FIRST
         except OSError as error:
             last = error
             if attempt + 1 < NUM_TRIES:
-                time.sleep(wait_seconds * 2**attempt)
+                time.sleep(first_wait_seconds * 2**attempt)
     raise ShardError(
         f"{name} could not be read in {NUM_TRIES} tries: {last}; look at the network, then resume."
     ) from last

@@ -10,7 +10,10 @@ pipe, so that /dev/shm stays empty.
 
 import json
 import logging
+import os
 import signal
+import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +35,7 @@ from shards.source import ShardCache
 MIN_MAX_BAD = 10  # samples that may be bad however few were read
 _STATE_VERSION = 1
 _PREFETCH = 2  # batches ahead of the trainer, a worker
+_PARENT_SECONDS = 1.0  # between a worker's looks at whether the trainer lives
 _log = logging.getLogger(__name__)
 
 
@@ -148,7 +152,7 @@ class ShardStream(IterableDataset):
             batch_sampler=self._places(after),
             num_workers=self.num_workers,
             collate_fn=_same,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_start_worker,
             multiprocessing_context="fork" if self.num_workers else None,
             prefetch_factor=_PREFETCH if self.num_workers else None,
         )
@@ -168,6 +172,7 @@ class ShardStream(IterableDataset):
             "offset": self._position.offset,
             "order": self.plan.order.digest,
             "tasks": ",".join(self.tasks),
+            "labels": f"{self.labelled_share:g} {'only' if self.labelled_only else 'and others'}",
             "data": self.catalog.digest,
         }
 
@@ -182,6 +187,7 @@ class ShardStream(IterableDataset):
             ("version", "resume with the release that wrote it"),
             ("data", "restore the shards it was made with"),
             ("tasks", "choose the same tasks"),
+            ("labels", "set labelled_share and labelled_only as they were"),
             ("order", "set batch_size, seed, shuffle, epochs, buckets, window_shards and weights as they were"),
         ):
             if state[name] != mine[name]:
@@ -200,7 +206,8 @@ class ShardStream(IterableDataset):
         rows = self.catalog.task_rows(task)
         if not self.labelled_only:
             return rows
-        return np.array([r for r in rows if self.catalog.has_text[r] and self._shows_text(self.catalog.key(r))], int)
+        rows = rows[self.catalog.has_text[rows]]
+        return rows[[self._shows_text(self.catalog.key(row)) for row in rows]] if self.labelled_share < 1 else rows
 
     def _shows_text(self, key: str) -> bool:
         return self.labelled_share >= 1 or zlib.crc32(key.encode()) < self.labelled_share * 2**32
@@ -237,7 +244,17 @@ def _same(batch):
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and preemption signal the whole process group; the trainer ends its workers when it is ready."""
+def _start_worker(worker: int) -> None:
+    """Ctrl-C and preemption signal the whole process group, but the trainer ends its workers when it is ready.
+
+    A trainer that was killed cannot, and a worker that waits to hand over a batch would outlive it for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
