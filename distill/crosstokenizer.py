@@ -18,8 +18,7 @@ from torch import Tensor
 
 from distill.alignment import NO_CHUNK, Alignment, align, byte_ends, token_bytes
 from distill.fused import fused_ce_kl
-from distill.losses import check_temperature, expect, widen
-from shards.distributions import log1mexp
+from distill.losses import check_temperature, expect, move_into_bucket, widen
 
 NO_TWIN = -1
 CERTAIN = -1e-6  # nats; the gradient of log(1 - p) has no float32 value nearer to 0
@@ -30,6 +29,11 @@ def chunk_logprobs(logprobs_S: Tensor, chunk_S: Tensor, num_chunks: int) -> Tens
     sums = logprobs_S.new_zeros(num_chunks + 1)
     # the last place takes the tokens without a chunk
     return sums.index_add(0, chunk_S.where(chunk_S != NO_CHUNK, num_chunks), logprobs_S)[:num_chunks]
+
+
+def _log_not(log_p: Tensor) -> Tensor:
+    """`log(1 - p)`. Its gradient is finite wherever p < 1, which that of a `where` of two formulas is not."""
+    return torch.log(-torch.expm1(log_p))
 
 
 def chunk_likelihood(
@@ -56,7 +60,7 @@ def chunk_likelihood(
         for logprobs_S, chunk_S in sides
     )
     happens_C = expect(teacher_C, teacher_C - student_C)
-    happens_not_C = expect(log1mexp(teacher_C), log1mexp(teacher_C) - log1mexp(student_C))
+    happens_not_C = expect(_log_not(teacher_C), _log_not(teacher_C) - _log_not(student_C))
     return temperature * (happens_C + happens_not_C)
 
 
@@ -114,11 +118,10 @@ def matched_targets(
     teacher_M, student_M = alignment.teacher_single_M, alignment.student_single_M
     is_same_M = twin_V[teacher_labels_S[teacher_M]] == student_labels_S[student_M]
     teacher_M, student_M = teacher_M[is_same_M], student_M[is_same_M]
-    ids_MK, logprobs_MK, residual_M = twin_V[ids_SK[teacher_M]], logprobs_SK[teacher_M], log_residual_S[teacher_M]
+    ids_MK = twin_V[ids_SK[teacher_M]]
     has_twin_MK = ids_MK != NO_TWIN
-    lost_MK = logprobs_MK.masked_fill(has_twin_MK, -torch.inf)
-    residual_M = torch.cat([residual_M[:, None], lost_MK], 1).logsumexp(1)
-    return student_M, ids_MK.where(has_twin_MK, 0), logprobs_MK.masked_fill(~has_twin_MK, -torch.inf), residual_M
+    moved = move_into_bucket(logprobs_SK[teacher_M], log_residual_S[teacher_M], has_twin_MK)
+    return student_M, ids_MK.where(has_twin_MK, 0), *moved
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.head import Head, is_quantised, locate
-from distill.losses import Divergence, bucket_divergence, check_temperature, forward_kl_terms, widen
+from distill.head import Head, choose_product_dtype, is_quantised, locate
+from distill.losses import Divergence, bucket_divergence, check_temperature, forward_kl_terms, move_into_bucket, widen
 
 
 class FusedLoss(NamedTuple):
@@ -195,7 +195,7 @@ def _head_gradient(request, coefficients: _Coefficients, hidden_SD, grad_S, weig
         tile_SC *= head.scale if slope_SC is None else slope_SC
         columns.put(tile_SC, coefficients.label_S, coefficients.kept_SK)
         tile_SC *= grad_S[:, None]
-        grad_VD[start:stop] = tile_SC.T @ hidden_SD
+        grad_VD[start:stop] = head.matmul(tile_SC.T, hidden_SD)
         if grad_V is not None:
             grad_V[start:stop] = tile_SC.sum(0)
     return grad_VD, grad_V
@@ -265,7 +265,8 @@ def fused_ce_kl(
         softcap: c of `c * tanh(logits / c)`, applied last. Both from `logit_transform(config)`.
         logit_scale: multiplies the head's product.
         bias_V: the head's bias.
-        vocab_size: number of real tokens; rows of a padded head beyond it take no part.
+        vocab_size: number of tokens that teacher and student share, from `shared_vocab_size`; rows of a padded head
+            beyond it take no part, and what the teacher gave to such ids counts as outside the kept ones.
 
     Returns:
         `FusedLoss`; the kl of `loss_S` and of `kl_S` holds temperature². A second derivative is refused.
@@ -275,7 +276,10 @@ def fused_ce_kl(
     """
     check_temperature(temperature)
     dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
-    head = Head(weight_VD, bias_V, logit_scale, softcap, vocab_size, dtype)
+    product_dtype = choose_product_dtype(hidden_SD, weight_VD, dtype)
+    head = Head(weight_VD, bias_V, logit_scale, softcap, vocab_size, dtype, product_dtype)
+    if vocab_size is not None:
+        logprobs_SK, log_residual_S = move_into_bucket(logprobs_SK, log_residual_S, ids_SK < vocab_size)
     tensors = (hidden_SD, bias_V) if is_quantised(weight_VD) else (hidden_SD, weight_VD, bias_V)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     request = _Request(

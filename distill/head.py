@@ -51,6 +51,13 @@ def logit_transform(config) -> dict[str, float | None]:
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale / divisor}
 
 
+def choose_product_dtype(hidden_SD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """16 bits where a GPU multiplies and one side has no more; else the accumulation dtype, as CPUs are slow at 16."""
+    stored = weight_VD.quant_state.dtype if is_quantised(weight_VD) else weight_VD.dtype
+    narrow = [x for x in (stored, hidden_SD.dtype) if x in (torch.bfloat16, torch.float16)]
+    return narrow[0] if hidden_SD.is_cuda and narrow else dtype
+
+
 def is_quantised(weight: Tensor) -> bool:
     """True for a bitsandbytes 4-bit weight, whose own shape is that of its packed bytes."""
     return getattr(weight, "quant_state", None) is not None
@@ -109,9 +116,12 @@ class Head:
         softcap: c of `c * tanh(logits / c)`, applied last, or None.
         num_tokens: rows from here on are padding and take no part.
         dtype: of everything that is returned.
+        product_dtype: of what enters the matrix products: `dtype`, or 16 bits on a GPU, which adds up in float32.
     """
 
-    def __init__(self, weight_VD, bias_V, logit_scale: float, softcap: float | None, num_tokens: int | None, dtype):
+    def __init__(self, weight_VD, bias_V, logit_scale: float, softcap: float | None, num_tokens: int | None, dtype,
+                 product_dtype):  # fmt: skip
+        self.product_dtype = product_dtype
         self.rows = _Packed(weight_VD) if is_quantised(weight_VD) else weight_VD.detach()
         self.bias_V = None if bias_V is None else bias_V.detach()
         self.scale, self.softcap, self.dtype = logit_scale, softcap, dtype
@@ -129,18 +139,13 @@ class Head:
         return [(start, min(start + size, self.num_tokens)) for start in range(0, self.num_tokens, size)]
 
     def tile(self, start: int, stop: int) -> Tensor:
-        """The weight's rows as the matrix products take them: 16-bit stays so where a float32 accumulator exists."""
-        rows_CD = self.rows[start:stop]
-        return rows_CD if self._accumulates(rows_CD) else rows_CD.to(self.dtype)
+        """Rows of the weight as the matrix products take them."""
+        return self.rows[start:stop].to(self.product_dtype)
 
-    def _accumulates(self, x: Tensor) -> bool:
-        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32
-
-    def matmul(self, a: Tensor, rows: Tensor) -> Tensor:
-        """`a @ rows` in the accumulation dtype."""
-        if self._accumulates(rows):
-            return torch.mm(a.to(rows.dtype), rows, out_dtype=self.dtype)
-        return a.to(self.dtype) @ rows
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b`, added up and returned in the accumulation dtype."""
+        a, b = a.to(self.product_dtype), b.to(self.product_dtype)
+        return a @ b if self.product_dtype == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
 
     def logits(self, hidden_SD: Tensor, tile_CD: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
         """Logits of a tile, and their slope in the bare product where a soft cap bends it, else None."""

@@ -187,6 +187,13 @@ def bucket_divergence(
     return temperature**2 * divergence(student_SC, teacher_SC).sum(-1)
 
 
+def move_into_bucket(logprobs_SK: Tensor, log_residual_S: Tensor, is_kept_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """A top-K target without some of its ids, whose mass has gone to that outside: logprobs_SK and log_residual_S."""
+    lost_SK = logprobs_SK.masked_fill(is_kept_SK, -torch.inf)
+    residual_S = torch.cat([log_residual_S[:, None], lost_SK], 1).logsumexp(1)
+    return logprobs_SK.masked_fill(~is_kept_SK, -torch.inf), residual_S
+
+
 def sparse_divergence(
     logits_SV: Tensor,
     ids_SK: Tensor,

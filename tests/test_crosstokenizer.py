@@ -229,6 +229,18 @@ def test_certain_and_hopeless_chunks_leave_value_and_gradient_finite(sure, unlik
     assert loss_C.isfinite().all() and gradient.isfinite().all() and loss_C.min() >= -1e-6
 
 
+@pytest.mark.parametrize("nats", [1e-7, 2e-6, 1e-5, 1e-3, 1.0, 50.0, 1000.0])
+def test_float32_gradients_of_the_chunk_likelihood_are_those_of_float64(nats):
+    alignment, teacher_S = align([4], [4], 4, 0, 0), torch.tensor([-0.3])
+    for temperature in (1.0, 100.0):
+        pair = []
+        for dtype in (torch.float32, torch.float64):
+            student_S = torch.tensor([-nats], dtype=dtype, requires_grad=True)
+            loss_C = chunk_likelihood(student_S, teacher_S, alignment, temperature)
+            pair.append(torch.autograd.grad(loss_C.sum(), student_S)[0].double())
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5)
+
+
 def test_no_chunk_gives_no_value_and_a_zero_gradient():
     student_S = logprobs(2).requires_grad_()
     loss_C = chunk_likelihood(student_S, logprobs(1), align([7, 0][:1], [3, 5], 9, 0, 0))

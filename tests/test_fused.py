@@ -169,15 +169,25 @@ def test_the_kl_and_its_gradient_are_zero_when_the_student_is_the_teacher():
 
 
 def test_rows_beyond_the_real_tokens_take_no_part():
-    case = Case()
+    case = Case(temperature=2.0)
     case.labels_S.clamp_(max=2199)
-    case.ids_SK.clamp_(max=2199)
     case.ids_SK[:] = torch.arange(K)
     assert_equal_to_plain(case, vocab_size=2200)
     (gradient,) = gradients(case.fused(vocab_size=2200).loss_S, case.upstream_S, [case.weight_VD])
     assert not gradient[2200:].any() and gradient[:2200].any()
     with pytest.raises(ValueError, match="vocab_size is 2501, but the head has 2500 rows"):
         case.fused(vocab_size=2501)
+
+
+def test_what_a_teacher_gave_to_a_padded_id_counts_as_outside_the_kept_ones():
+    case = Case()
+    case.labels_S.clamp_(max=2199)
+    case.ids_SK[:] = torch.tensor([0, 1, 2, 2300, 2400])
+    found = case.fused(vocab_size=2200).kl_S
+    moved = torch.cat([case.log_residual_S[:, None], case.logprobs_SK[:, 3:]], 1).logsumexp(1)
+    case.ids_SK, case.logprobs_SK, case.log_residual_S = case.ids_SK[:, :3], case.logprobs_SK[:, :3], moved
+    torch.testing.assert_close(found, case.plain(vocab_size=2200).kl_S)
+    assert found.isfinite().all()
 
 
 def test_a_frozen_head_gets_no_gradient_and_its_states_the_same_one():
