@@ -83,7 +83,7 @@ def to_waveform(samples_NC: np.ndarray, rate: int) -> np.ndarray:
     waveform_N = mix_down(samples_NC)
     if rate != SAMPLE_RATE:
         waveform_N = soxr.resample(waveform_N, rate, SAMPLE_RATE, quality="HQ")
-    return np.clip(waveform_N, -1.0, 1.0, dtype=np.float32)
+    return np.clip(waveform_N, -1.0, 1.0, out=waveform_N)
 
 
 def mix_down(samples_NC: np.ndarray) -> np.ndarray:

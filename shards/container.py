@@ -209,7 +209,8 @@ def _check_length(samples_NC: np.ndarray, header: AudioHeader, data: bytes, *, n
 
 
 def _check_values(samples_NC: np.ndarray, *, name: str) -> None:
-    peak = float(np.abs(samples_NC).max(initial=0.0))  # NaN and infinity both come through max
+    # NaN and infinity both come through max; the absolute values would be a second array to fill.
+    peak = max(float(samples_NC.max(initial=0.0)), -float(samples_NC.min(initial=0.0)))
     if not np.isfinite(peak):
         bad = int((~np.isfinite(samples_NC)).sum())
         raise AudioError("nonfinite", f"{name} holds {bad} samples that are NaN or infinite; drop it.", {"bad": bad})
