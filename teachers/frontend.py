@@ -36,23 +36,26 @@ class WhisperLogMel:
     num_frames: int  # length of the output in 10 ms frames, 3000 for 30 s
 
     @torch.no_grad()
-    def __call__(self, waveforms_BN: Tensor) -> Tensor:
+    def __call__(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> Tensor:
         """Compute the features; audio past `num_frames` is cut.
 
         Args:
             waveforms_BN: 16 kHz, padded with zeros.
+            num_samples_B: length of each row.
 
         Returns:
             mel_BMX, float32, X = num_frames.
         """
         device = waveforms_BN.device
-        frames_BXN = self.frame(waveforms_BN)
         bank = whisper_bank(self.num_mels, device)
-        mel_BMX = frames_BXN.new_empty(len(frames_BXN), self.num_mels, self.num_frames)
+        mel_BMX = torch.empty(len(waveforms_BN), self.num_mels, self.num_frames, device=device)
         with torch.autocast(device.type, enabled=False):
-            for place, squares_BXF in square_spectra(frames_BXN, WINDOW_SAMPLES, window_frames):
-                self.write_logs_(mel_BMX[..., place], bank(squares_BXF))
-        return self.finish_(mel_BMX, frames_BXN.shape[1])
+            for rows, num_samples in group_rows(waveforms_BN, num_samples_B):
+                frames_BXN = self.frame(waveforms_BN[rows, :num_samples])
+                for place, squares_BXF in square_spectra(frames_BXN, WINDOW_SAMPLES, window_frames):
+                    self.write_logs_(mel_BMX[rows, :, place], bank(squares_BXF))
+                self.finish_(mel_BMX[rows], frames_BXN.shape[1])
+        return mel_BMX
 
     def frame(self, waveforms_BN: Tensor) -> Tensor:
         """Overlapping frames, centred on multiples of 10 ms, up to the last that sees audio: frames_BXN."""
@@ -73,14 +76,13 @@ class WhisperLogMel:
         logs_BXM = energies_BXM.clamp_(min=1e-10).log10_().mul_(0.25).add_(1.0)
         out_BMX.copy_(logs_BXM.transpose(1, 2))
 
-    def finish_(self, mel_BMX: Tensor, num_heard: int) -> Tensor:
+    def finish_(self, mel_BMX: Tensor, num_heard: int) -> None:
         """Lift what lies 80 dB under a row's maximum, and fill the frames past the first `num_heard`."""
         silence = (-10.0 + 4.0) / 4.0  # what an energy of 1e-10 gives
         heard_BMX = mel_BMX[..., :num_heard]
         floor_B11 = heard_BMX.amax((1, 2), keepdim=True).clamp_(min=silence).sub_(2.0)
         torch.maximum(heard_BMX, floor_B11, out=heard_BMX)
         mel_BMX[..., num_heard:] = floor_B11.clamp_(min=silence)
-        return mel_BMX
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,14 @@ class KaldiFbank:
         waveforms_BN = waveforms_BN.float()
         if self.removes_mean:
             waveforms_BN = waveforms_BN - waveforms_BN.sum(1, keepdim=True) / num_samples_B[:, None]
-        waveforms_BN = F.pad(waveforms_BN, (0, max(0, WINDOW_SAMPLES - waveforms_BN.shape[1])))
-        frames_BXN = waveforms_BN.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)
         bank = kaldi_bank(self.num_mels, device)
-        mel_BXM = frames_BXN.new_empty(*frames_BXN.shape[:2], self.num_mels)
+        mel_BXM = self.build_silence(len(waveforms_BN), count_frames(waveforms_BN.shape[1]), device)
         with torch.autocast(device.type, enabled=False):
-            for place, squares_BXF in square_spectra(frames_BXN, KALDI_FFT, self.prepare):
-                mel_BXM[:, place] = self.normalise_(bank(squares_BXF))
+            for rows, num_samples in group_rows(waveforms_BN, num_samples_B):
+                if num_samples >= WINDOW_SAMPLES:
+                    frames_BXN = waveforms_BN[rows, :num_samples].unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)
+                    for place, squares_BXF in square_spectra(frames_BXN, KALDI_FFT, self.prepare):
+                        mel_BXM[rows, place] = self.normalise_(bank(squares_BXF))
         return self.mask_(mel_BXM, num_samples_B)
 
     def prepare(self, frames_BXN: Tensor, out_BXN: Tensor) -> None:
@@ -134,11 +137,17 @@ class KaldiFbank:
         """Energies to normalised logs."""
         return energies_BXM.clamp_(min=torch.finfo(torch.float32).eps).log_().sub_(self.mean).div_(self.std)
 
+    def build_silence(self, batch_size: int, num_frames: int, device: torch.device) -> Tensor:
+        """Features whose log energies are 0, mel_BXM."""
+        return torch.full((batch_size, num_frames, self.num_mels), -self.mean / self.std, device=device)
+
     def mask_(self, mel_BXM: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Give the frames that run past their row's end the value of a log energy of 0."""
         num_frames_B = ((num_samples_B - WINDOW_SAMPLES) // HOP_SAMPLES + 1).clamp(min=0)
-        is_padding_BX = torch.arange(mel_BXM.shape[1], device=mel_BXM.device) >= num_frames_B[:, None]
-        return mel_BXM.masked_fill_(is_padding_BX[..., None], -self.mean / self.std), num_frames_B
+        if mel_BXM.device.type != "cpu":  # where rows were computed together
+            is_padding_BX = torch.arange(mel_BXM.shape[1], device=mel_BXM.device) >= num_frames_B[:, None]
+            mel_BXM.masked_fill_(is_padding_BX[..., None], -self.mean / self.std)
+        return mel_BXM, num_frames_B
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,15 @@ class MelBank:
         return cls(tuple(bands))
 
 
+def group_rows(waveforms_BN: Tensor, num_samples_B: Tensor) -> Iterator[tuple[slice, int]]:
+    """Rows to compute together, and their length: all; on CPU one by one, to spare padding and to stay in its cache."""
+    if waveforms_BN.device.type == "cpu":
+        for row, num_samples in enumerate(num_samples_B.tolist()):
+            yield slice(row, row + 1), num_samples
+    else:
+        yield slice(None), waveforms_BN.shape[1]
+
+
 def square_spectra(
     frames_BXN: Tensor, fft_size: int, prepare: Callable[[Tensor, Tensor], None]
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -174,13 +192,18 @@ def square_spectra(
         prepare: writes windowed frames into the first places of its second argument, which keeps zeros behind them.
     """
     batch_size, num_frames = frames_BXN.shape[:2]
-    size = max(1, BLOCK_FRAMES // batch_size) if frames_BXN.device.type == "cpu" else num_frames
+    size = BLOCK_FRAMES if frames_BXN.device.type == "cpu" else num_frames
     padded_BXN = frames_BXN.new_zeros(batch_size, min(size, num_frames), fft_size)
     for start in range(0, num_frames, size):
         stop = min(start + size, num_frames)
         block_BXN = padded_BXN[:, : stop - start]
         prepare(frames_BXN[:, start:stop], block_BXN)
         yield slice(start, stop), torch.view_as_real(torch.fft.rfft(block_BXN)).square_().flatten(2)
+
+
+def count_frames(num_samples: int) -> int:
+    """Whole 25 ms frames, one each 10 ms."""
+    return max(0, (num_samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1)
 
 
 def check_lengths(num_samples_B: Tensor, shortest: int, longest: int, ear: str) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 from shards.sample import SAMPLE_RATE
 from teachers.beats import BEATS_FBANK, BeatsEar
 from teachers.frontend import (
-    HOP_SAMPLES,
     KALDI_FFT,
     WINDOW_SAMPLES,
     KaldiFbank,
     MelBank,
     WhisperLogMel,
+    count_frames,
+    group_rows,
     kaldi_filters,
     kaldi_window,
     square_spectra,
@@ -52,24 +53,27 @@ class OneFrontEnd:
         """
         if self.approximate:
             return self._share_spectrum(waveforms_BN, num_samples_B)
-        return self.whisper(waveforms_BN), *self.fbank(waveforms_BN, num_samples_B)
+        return self.whisper(waveforms_BN, num_samples_B), *self.fbank(waveforms_BN, num_samples_B)
 
     @torch.no_grad()
     def _share_spectrum(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         device = waveforms_BN.device
-        frames_BXN = self.whisper.frame(waveforms_BN)
-        batch_size, num_heard = frames_BXN.shape[:2]
-        whisper_mel = frames_BXN.new_empty(batch_size, self.whisper.num_mels, self.whisper.num_frames)
-        fbank_mel = frames_BXN.new_empty(batch_size, num_heard, self.fbank.num_mels)
+        batch_size, num_samples = waveforms_BN.shape
         bank, shared_bank = whisper_bank(self.whisper.num_mels, device), build_shared_bank(self.fbank, device)
+        whisper_mel = torch.empty(batch_size, self.whisper.num_mels, self.whisper.num_frames, device=device)
+        # Kaldi's frame x begins 2.5 ms after Whisper's frame x + 1: one frame more, and the first is dropped.
+        fbank_mel = self.fbank.build_silence(batch_size, 1 + count_frames(num_samples), device)
         with torch.autocast(device.type, enabled=False):
-            for place, squares_BXF in square_spectra(frames_BXN, WINDOW_SAMPLES, window_frames):
-                self.whisper.write_logs_(whisper_mel[..., place], bank(squares_BXF))
-                fbank_mel[:, place] = self.fbank.normalise_(shared_bank(squares_BXF))
-        # Kaldi's frame x begins 2.5 ms after Whisper's frame x + 1.
-        num_frames = max(1, 1 + (waveforms_BN.shape[1] - WINDOW_SAMPLES) // HOP_SAMPLES)
-        fbank_mel, num_frames_B = self.fbank.mask_(fbank_mel[:, 1 : 1 + num_frames], num_samples_B)
-        return self.whisper.finish_(whisper_mel, num_heard), fbank_mel, num_frames_B
+            for rows, row_samples in group_rows(waveforms_BN, num_samples_B):
+                frames_BXN = self.whisper.frame(waveforms_BN[rows, :row_samples])
+                heard_mel = fbank_mel[rows, : 1 + count_frames(row_samples)]
+                for place, squares_BXF in square_spectra(frames_BXN, WINDOW_SAMPLES, window_frames):
+                    self.whisper.write_logs_(whisper_mel[rows, :, place], bank(squares_BXF))
+                    heard_block = heard_mel[:, place]
+                    shared_BXM = self.fbank.normalise_(shared_bank(squares_BXF))
+                    heard_block.copy_(shared_BXM[:, : heard_block.shape[1]])
+                self.whisper.finish_(whisper_mel[rows], frames_BXN.shape[1])
+        return whisper_mel, *self.fbank.mask_(fbank_mel[:, 1:], num_samples_B)
 
 
 @functools.cache

@@ -79,7 +79,7 @@ class WhisperEar(nn.Module):
         """
         check_lengths(num_samples_B, 1, self.max_samples, "this Whisper")
         num_frames_B = (num_samples_B.to(waveforms_BN.device) + FRAME_SAMPLES - 1) // FRAME_SAMPLES
-        return self.encode(self.log_mel(waveforms_BN)), num_frames_B
+        return self.encode(self.log_mel(waveforms_BN, num_samples_B)), num_frames_B
 
     def encode(self, mel_BMX: Tensor) -> Tensor:
         """Encode log-mel features of the full length, frames_BRE."""

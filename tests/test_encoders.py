@@ -53,7 +53,7 @@ def test_the_exact_front_end_is_both_front_ends():
     waveforms_BN, num_samples_B = pad([synthesise(40_000), synthesise(20_000)])
     whisper_mel, beats_mel, num_frames_B = OneFrontEnd(WhisperLogMel(80, 400))(waveforms_BN, num_samples_B)
     expected_mel, expected_frames = BEATS_FBANK(waveforms_BN, num_samples_B)
-    assert torch.equal(whisper_mel, WhisperLogMel(80, 400)(waveforms_BN))
+    assert torch.equal(whisper_mel, WhisperLogMel(80, 400)(waveforms_BN, num_samples_B))
     assert torch.equal(beats_mel, expected_mel) and torch.equal(num_frames_B, expected_frames)
 
 
