@@ -15,7 +15,15 @@ import numpy as np
 import soundfile
 import soxr
 
-from shards.container import DEFAULT_LIMITS, AudioError, AudioLimits, read_samples, read_segment, too_long_error
+from shards.container import (
+    DEFAULT_LIMITS,
+    AudioError,
+    AudioLimits,
+    read_file,
+    read_samples,
+    read_segment,
+    too_long_error,
+)
 from shards.sample import SAMPLE_RATE
 
 __all__ = ["AudioError", "AudioLimits", "decode_audio", "encode_flac", "hash_waveform", "is_silent", "load_audio"]
@@ -70,7 +78,7 @@ def load_audio(
     gap_N = np.zeros(round(GAP_SECONDS * SAMPLE_RATE), np.float32)
     pieces = []
     for path in paths:
-        pieces += [gap_N, decode_audio(path.read_bytes(), name=str(path), limits=limits)]
+        pieces += [gap_N, decode_audio(read_file(path, limits=limits), name=str(path), limits=limits)]
     waveform_N = np.concatenate(pieces[1:])
     longest = int(limits.max_seconds * SAMPLE_RATE)
     if len(waveform_N) > longest and not limits.cut:

@@ -7,7 +7,7 @@ fixed stays: `distill pack` mixes down, resamples, cuts and pads. Nothing is eve
 import argparse
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,17 +88,13 @@ def audit(
             auditing = _Auditing(path, policy, later, report, log)
             pieces = batched(scan_manifest(path, root=root), ROWS_A_PIECE)
             found = map_in_order(_audit_piece, pieces, workers=workers)
-            cleaned = out / _cleaned_name(path, manifests)
             try:
-                with open_atomically(cleaned) as file:
-                    write_rows(file, cleaned, auditing.kept(found, advance))
-                    auditing.check_share(stop_above)
+                auditing.clean(out / _cleaned_name(path, manifests), found, stop_above, advance)
             except TooManyDropped as error:
                 failures.append(error)  # raised when the findings are on the disk
             finally:
                 found.close()
             later |= auditing.file_hashes
-            report.cleaned.insert(0, cleaned)
     if failures:
         raise failures[0]
     return report
@@ -117,7 +113,23 @@ class _Auditing:
         self.first_rows: dict[int, int] = {}  # of each clip, task and question
         self.num_rows = self.num_dropped = 0
 
-    def kept(self, found: Iterator[list[tuple[Entry | RowError, RowAudit]]], advance) -> Iterator[Entry]:
+    def clean(self, cleaned: Path, found: Iterator, stop_above: float, advance: Callable) -> None:
+        """Write the manifest again with the rows that stay.
+
+        Raises:
+            TooManyDropped: then nothing is written.
+        """
+        with open_atomically(cleaned) as file:
+            write_rows(file, cleaned, self._kept(found, advance))
+            share = self.num_dropped / max(self.num_rows, 1)
+            if share > stop_above:
+                raise TooManyDropped(
+                    f"{self.path} loses {share:.2%} of its rows, but {stop_above:.2%} are accepted at most; "
+                    f"see audit.jsonl.\n{self.report}"
+                )
+        self.report.cleaned.insert(0, cleaned)
+
+    def _kept(self, found: Iterator[list[tuple[Entry | RowError, RowAudit]]], advance: Callable) -> Iterator[Entry]:
         """The entries that stay; every finding is logged and counted on the way."""
         for row, audited in (pair for piece in found for pair in piece):
             findings = [*audited.findings, *self._find_copies(row, audited)]
@@ -134,15 +146,6 @@ class _Auditing:
                 self.report.seconds += audited.seconds
                 self.file_hashes.update(audited.file_hashes)
                 yield row
-
-    def check_share(self, stop_above: float) -> None:
-        """Refuse a manifest that loses too much."""
-        share = self.num_dropped / max(self.num_rows, 1)
-        if share > stop_above:
-            raise TooManyDropped(
-                f"{self.path} loses {share:.2%} of its rows, but {stop_above:.2%} are accepted at most; "
-                f"see audit.jsonl.\n{self.report}"
-            )
 
     def _find_copies(self, row: Entry | RowError, audited: RowAudit) -> Iterator[Finding]:
         if not audited.file_hashes:

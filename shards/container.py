@@ -7,6 +7,7 @@ Shape letters: N audio samples, C channels.
 """
 
 import io
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class AudioError(ValueError):
 
     Attributes:
         reason: one word to count by: decode, truncated, header_mismatch, too_short, too_long, nonfinite, silent,
-            impossible_rate, too_large or out_of_range.
+            impossible_rate, too_large, out_of_range or unreadable.
         numbers: the measured values behind the message, for a report.
     """
 
@@ -52,6 +53,7 @@ class AudioLimits:
     cut: bool = False  # keep the first max_seconds of a longer clip instead of refusing it
     max_header_seconds: float = 3600.0  # a file that claims more is refused before it is decoded
     max_decoded_bytes: int = 512_000_000  # of float32 samples over all channels, checked before decoding
+    max_file_bytes: int = 2_000_000_000  # of a file as it lies on the disk
     max_header_gap_seconds: float = 0.0  # how far the decoded length may be from the header's
 
 
@@ -70,6 +72,25 @@ class AudioHeader:
     @property
     def seconds(self) -> float | None:
         return None if self.frames is None else self.frames / self.rate
+
+
+def read_file(path: Path, *, limits: AudioLimits = DEFAULT_LIMITS) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it is not there, or must not be read.
+        AudioError: it is too large, or no file (a folder, a device, a pipe that would never end).
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError("unreadable", f"{path} is no file; mend the manifest.")
+    if status.st_size > limits.max_file_bytes:
+        raise AudioError(
+            "too_large",
+            f"{path} has {status.st_size} bytes, but {limits.max_file_bytes} are accepted at most; split it.",
+            {"bytes": status.st_size},
+        )
+    return path.read_bytes()
 
 
 def read_samples(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS) -> tuple[np.ndarray, AudioHeader]:

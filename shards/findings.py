@@ -15,7 +15,7 @@ from shards.audio import (
     hash_waveform,
     mix_down,
 )
-from shards.container import AudioError, AudioLimits, read_samples, read_segment
+from shards.container import AudioError, AudioLimits, read_file, read_samples, read_segment
 from shards.encode import choose_too_long, covers_whole_clip, says_silence
 from shards.manifest import Entry
 from shards.records import RowError
@@ -43,7 +43,7 @@ REASONS = {
     "empty_text": Reason("the answer is empty", "drop", _ONLY_DROP),
     "long_text": Reason("nobody says so much in so little time", "drop", _DROP),
     "missing": Reason("no such file", "drop", _ONLY_DROP),
-    "unreadable": Reason("the file cannot be opened", "drop", _ONLY_DROP),
+    "unreadable": Reason("the file cannot be opened, or is none", "drop", _ONLY_DROP),
     "decode": Reason("no decoder reads it", "drop", _ONLY_DROP),
     "truncated": Reason("the file ends early", "drop", _ONLY_DROP),
     "header_mismatch": Reason("the header's length is not that of the samples", "drop", _FIX),
@@ -181,7 +181,7 @@ def _audit_file(path: Path, start: float, end: float | None) -> _FileAudit:
 
 def _measure_file(path: Path, start: float, end: float | None, limits: AudioLimits) -> _FileAudit:
     if end is None:
-        samples_NC, header = read_samples(path.read_bytes(), name=str(path), limits=limits)
+        samples_NC, header = read_samples(read_file(path), name=str(path), limits=limits)
     else:
         samples_NC, header = read_segment(path, start, end, limits=limits)
     findings = []

@@ -194,16 +194,16 @@ def _to_entry(value: object, path: Path, number: int, place: str, root: Path | N
     if not isinstance(value, dict):
         raise fail("", "type", f"is {_describe(value)}, but a row must be an object; mend the row.")
     for field in ("path", "task"):
-        if not isinstance(value.get(field), str) or not value[field].strip():
+        if not _is_string(value.get(field)) or not value[field].strip():
             raise fail(f".{field}", "type", f"is {_describe(value.get(field))}, but must be a string; mend the row.")
     for field in ("text", "Q", "source", "speaker"):
-        if not isinstance(value.get(field), str | None):
+        if value.get(field) is not None and not _is_string(value[field]):
             raise fail(f".{field}", "type", f"is {_describe(value[field])}, but must be a string; mend the row.")
     text = value.get("text")
     if text is not None and not text.strip():
         raise fail(".text", "empty_text", "is empty, but an answer must say something; use null for unlabelled audio.")
     more = value.get("expand_wav") or []
-    if not isinstance(more, list) or not all(isinstance(name, str) for name in more):
+    if not isinstance(more, list) or not all(map(_is_string, more)):
         raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")
     start, end = _read_part(value, more, fail)
     content = [value["path"], more, text, value["task"], value.get("Q"), start, end]
@@ -236,6 +236,14 @@ def _read_part(value: dict, more: list, fail: Callable) -> tuple[float, float | 
     if not 0 <= start < end or more:
         raise fail(".end", "type", f"is {end} (start {start}), but must be a later part of one recording; mend it.")
     return float(start), float(end)
+
+
+def _is_string(value: object) -> bool:
+    """Whether it is text that can be written as UTF-8 and, as a path, opened."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON lets through
+        return False
 
 
 def _locate(name: str, manifest: Path, root: Path | None) -> Path:

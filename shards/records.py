@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str, object]]:
             place = f"line {line_number}: "
             try:
                 value = json.loads(line, parse_constant=_refuse_constant)
-            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both one
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are a ValueError
                 value = RowError(path, number, place.rstrip(": "), "json", f"is not JSON: {error}; mend the line.")
             yield number, place, value
             number += 1
@@ -117,7 +117,7 @@ class _Text:
                 if end < len(self._buffer) or not self._fill():
                     self._start = end
                     return value
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if len(self._buffer) - self._start > MAX_ROW_CHARS or not self._fill():
                     raise self._error(f"is not JSON: {getattr(error, 'msg', error)}") from error
 

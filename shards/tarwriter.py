@@ -46,8 +46,10 @@ class TarWriter:
 
     def discard(self) -> None:
         """Remove what was written, if it has not got its name yet."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # on a full disk this fails too
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -90,6 +90,7 @@ def test_what_the_audit_keeps_packs_without_a_bad_sample(tmp_path):
         ({"path": "clip000.wav", "text": "word " * 900, "task": "audiocaption"}, {"long_text": "drop"}),
         ({"path": "nothing.wav", "text": "one", "task": "asr"}, {"missing": "drop"}),
         ({"path": ".", "text": "one", "task": "asr"}, {"unreadable": "drop"}),
+        ({"path": "/dev/zero", "text": "one", "task": "asr"}, {"unreadable": "drop"}),
         ({"path": "clip000.wav", "task": "asr"}, {}),
     ],
 )

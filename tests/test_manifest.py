@@ -51,6 +51,8 @@ def test_paths_are_relative_to_the_manifest_or_to_a_root_and_absolute_ones_stand
         ({**ROW, "task": None}, ".task"),
         ({**ROW, "text": ["one"]}, ".text"),
         ({**ROW, "Q": 1}, ".Q"),
+        ({**ROW, "text": "half a \ud83d"}, ".text"),
+        ({**ROW, "path": "a\0.wav"}, ".path"),
         ({**ROW, "expand_wav": "b.wav"}, ".expand_wav"),
         ({**ROW, "expand_wav": [1]}, ".expand_wav"),
         ({**ROW, "start": "0", "end": "2"}, ".end"),
@@ -72,7 +74,7 @@ def test_a_wrong_field_is_named_with_its_place(tmp_path, row, field):
     assert (bad.field, good.number, after.number) == (f"line 2: {field}", 0, 2)
 
 
-@pytest.mark.parametrize("line", ["{", '{"path": NaN}', "nonsense", "\ufffd\udc80"])
+@pytest.mark.parametrize("line", ["[" * 100_000, "{", '{"path": NaN}', "nonsense", "\ufffd\udc80"], ids=range(5))
 def test_a_line_that_is_not_json_is_one_bad_row(tmp_path, line):
     path = tmp_path / "m.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + line.encode("utf-8", "surrogateescape") + b"\n")

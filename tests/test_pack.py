@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from shards.audio import decode_audio, hash_waveform, load_audio
 from shards.encode import EncodeOptions, StopPacking
 from shards.manifest import read_manifest
 from shards.pack import pack
+from shards.pool import IN_FLIGHT, map_in_order
 from shards.verify import verify
 
 
@@ -332,6 +334,31 @@ def test_the_command_packs_verifies_and_counts(manifest, tmp_path, capsys):
     assert "40 samples, 0.01 h, all as written" in capsys.readouterr().out
     with pytest.raises(ValueError, match="out is missing"):
         run(manifest)
+
+
+def test_a_full_disk_is_an_error_and_leaves_whole_shards_only(manifest, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a write past it fails, as one to a full disk does
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            pack(manifest, tmp_path / "out", shard_samples=20, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "out").iterdir()) == []
+    assert pack(manifest, tmp_path / "out", shard_samples=20, workers=1).num_samples == 40
+
+
+def test_a_worker_that_dies_is_an_error_in_words():
+    with pytest.raises(ValueError, match="a worker of 2 was killed, most likely for memory; use fewer workers"):
+        list(map_in_order(os._exit, [1, 1], workers=2))
+
+
+def test_work_is_taken_up_only_as_fast_as_it_is_done():
+    taken = []
+    results = map_in_order(abs, (taken.append(number) or -number for number in range(100)), workers=2)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert len(taken) <= 10 + IN_FLIGHT * 2
+    results.close()
 
 
 @pytest.mark.shared
