@@ -18,10 +18,12 @@ from clips import to_bytes, tone, write_annotation, write_clips
 
 from shards import pack as pack_module
 from shards.audio import decode_audio, hash_waveform, load_audio
+from shards.audit import audit
 from shards.encode import EncodeOptions, StopPacking
 from shards.manifest import read_manifest
 from shards.pack import pack
 from shards.pool import IN_FLIGHT, map_in_order
+from shards.stream import ShardStream
 from shards.verify import verify
 
 
@@ -362,10 +364,19 @@ def test_work_is_taken_up_only_as_fast_as_it_is_done():
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("name", "count"), [("fsdd/test", 400), ("kathleen/test", 100), ("esc10/test", 120)])
-def test_real_data_packs_to_the_counts_of_its_manifest(shared, tmp_path, name, count):
-    report = pack(shared / f"data/{name}.json", tmp_path / "out", workers=1)
-    assert (report.num_samples, report.bad) == (count, ())
+@pytest.mark.parametrize(
+    ("name", "count"), [("fsdd/test", 400), ("kathleen/test", 100), ("esc10/test", 120), ("gender/all", 50)]
+)
+def test_real_data_goes_through_audit_pack_and_stream_with_its_counts(shared, tmp_path, name, count):
+    audited = audit([shared / f"data/{name}.json"], tmp_path / "audited", workers=1)
+    report = pack(audited.cleaned[0], tmp_path / "out", shard_samples=64, workers=1)
+    assert (audited.num_kept, report.num_samples, report.bad) == (count, count, ())
+    stream = ShardStream(tmp_path / "out", batch_size=16, epochs=1, shuffle=False)
+    samples = [sample for batch in stream for sample in batch]
+    entries = read_manifest(shared / f"data/{name}.json")
+    expected = [(entry.text, entry.task, entry.question, entry.source) for entry in entries]
+    assert [(sample.text, sample.task, sample.question, sample.source) for sample in samples] == expected
+    assert sum(sample.duration for sample in samples) == pytest.approx(report.seconds)
 
 
 @pytest.mark.shared
