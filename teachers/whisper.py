@@ -57,7 +57,6 @@ class WhisperEar(nn.Module):
         for file in find_safetensors(path):
             weights |= read_safetensors(file, WEIGHT_PREFIXES, dtype)
         load_strictly_(encoder, weights, path)
-        encoder.embed_positions.requires_grad_(False)
         return cls(encoder)
 
     def train(self, mode: bool = True) -> Self:

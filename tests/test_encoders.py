@@ -35,6 +35,17 @@ def test_every_encoder_keeps_the_contract(name):
     assert num_frames_B.max() <= frames_BRE.shape[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_hears_the_same_on_a_gpu(name):
+    encoder = build_encoder(name, TINY[name]).requires_grad_(False)
+    waveforms_BN, num_samples_B = pad([synthesise(40_000), synthesise(20_000)])
+    frames_BRE, num_frames_B = encoder(waveforms_BN, num_samples_B)
+    on_gpu, num_on_gpu = encoder.cuda()(waveforms_BN.cuda(), num_samples_B)
+    assert (on_gpu.cpu() - frames_BRE).norm() < 1e-3 * frames_BRE.norm()
+    assert num_on_gpu.tolist() == num_frames_B.tolist()
+
+
 def test_an_encoder_loads_by_name(tmp_path):
     ear = BeatsEar.from_config(TINY_BEATS)
     torch.save(make_official(ear), tmp_path / "beats.pt")

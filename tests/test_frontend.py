@@ -83,6 +83,18 @@ def test_features_are_the_same_inside_autocast(dtype):
     assert all(torch.equal(*pair) for pair in zip(inside, outside))
 
 
+@pytest.mark.gpu
+def test_features_on_a_gpu_equal_those_on_cpu():
+    batch = pad([synthesise(length, seed) for seed, length in enumerate([160_000, 30_007, 1_000])])
+    on_gpu = [tensor.cuda() for tensor in batch]
+    whisper = WhisperLogMel(128, 3000)
+    torch.testing.assert_close(whisper(*on_gpu).cpu(), whisper(*batch), atol=1e-4, rtol=0)
+    for front_end in (BEATS_FBANK, EAT_FBANK):
+        mel_BXM, num_frames_B = front_end(*on_gpu)
+        torch.testing.assert_close(mel_BXM.cpu(), front_end(*batch)[0], atol=1e-3, rtol=0)
+        assert num_frames_B.tolist() == front_end(*batch)[1].tolist()
+
+
 def test_lengths_outside_what_an_ear_hears_are_refused_with_row_and_limit():
     check_lengths(torch.tensor([400, 16_000]), 400, 16_000, "EAT")
     with pytest.raises(ValueError, match=r"waveforms_BN\[1\] is 16001 samples .* EAT hears 400 to 16000"):
