@@ -111,6 +111,16 @@ def read_samples(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS
     return samples_NC[: int(limits.max_seconds * header.rate)], header
 
 
+def read_header(path: Path) -> AudioHeader:
+    """What a file says about itself.
+
+    Raises:
+        AudioError: reason decode.
+    """
+    with path.open("rb") as data, _open(data, str(path)) as file:
+        return _read_header(file)
+
+
 def read_segment(
     path: Path, start: float, end: float, *, limits: AudioLimits = DEFAULT_LIMITS
 ) -> tuple[np.ndarray, AudioHeader]:

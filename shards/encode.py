@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.audio import SILENT_PEAK, encode_flac, hash_waveform, load_audio
-from shards.container import AudioError, AudioLimits
+from shards.container import AudioError, AudioLimits, read_header
 from shards.manifest import Entry
 from shards.records import RowError
 from shards.sample import SAMPLE_RATE
@@ -21,7 +22,7 @@ WHOLE_CLIP_TASKS = frozenset({"asr", "phone_recognition", "translation_ec", "lyr
 SAYS_SILENCE = re.compile(
     r"\b(silen(ce|t)|quiet|no (sounds?|speech|audio|one|voice)|nothing|inaudible)\b", re.IGNORECASE
 )
-MIN_REST_SECONDS = 1.0  # a shorter last piece of a chunked clip is dropped
+MIN_REST_SECONDS = 1.0  # of the last piece of a chunked recording; a shorter one is left out
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ class StopPacking(ValueError):
     """A clip that the options say to stop at, not to skip."""
 
 
-def encode_rows(rows: list[Entry | RowError], options: EncodeOptions) -> list[list[Encoded] | BadSample]:
-    """For each row its samples (more than one only where a long clip is chunked) or why there are none.
+def encode_rows(rows: list[Entry | RowError], options: EncodeOptions) -> list[list[Encoded | BadSample]]:
+    """For each row its sample (several only where a long clip is chunked), or why there is none.
 
     Raises:
         StopPacking: a clip is too long and `options.too_long` is error.
     """
     _load_clip.cache_clear()  # the files may have changed since another call
-    return [_encode_row(row, options) for row in rows]
+    return [list(_encode_row(row, options)) for row in rows]
 
 
 def says_silence(entry: Entry) -> bool:
@@ -111,45 +112,46 @@ def covers_whole_clip(entry: Entry) -> bool:
     return entry.text is not None and entry.task in WHOLE_CLIP_TASKS
 
 
-def _encode_row(row: Entry | RowError, options: EncodeOptions) -> list[Encoded] | BadSample:
+def _encode_row(row: Entry | RowError, options: EncodeOptions) -> Iterator[Encoded | BadSample]:
     if isinstance(row, RowError):
-        return BadSample(row.number, str(row.path), row.reason, str(row), {"field": row.field})
+        yield BadSample(row.number, str(row.path), row.reason, str(row), {"field": row.field})
+        return
     try:
-        return _encode_entry(row, options)
-    except AudioError as error:
-        if error.reason == "too_long" and options.too_long == "error":
-            raise StopPacking(str(error)) from None
-        return BadSample(row.number, str(row.path), error.reason, str(error), error.numbers)
-    except OSError as error:
-        return BadSample(row.number, str(row.path), "unreadable", str(error), {})
+        parts = _plan_parts(row, options)
+    except (AudioError, OSError) as error:
+        yield _to_bad(row, error)
+        return
+    limits = replace(options.limits, cut=choose_too_long(row, options.too_long) == "cut")
+    for key, start, end in parts:
+        try:
+            yield _encode_sample(row, _load_clip(row.paths, start, end, limits), key)
+        except (AudioError, OSError) as error:
+            bad = _to_bad(row, error)
+            if bad.reason == "too_long" and options.too_long == "error":
+                raise StopPacking(bad.message) from None
+            yield bad
 
 
-def _encode_entry(entry: Entry, options: EncodeOptions) -> list[Encoded]:
-    too_long = choose_too_long(entry, options.too_long)
-    if too_long == "chunk" and entry.text is None:
-        clips = _load_chunks(entry, options.limits)
-        return [_encode_sample(entry, clip, f"{entry.key}-{number:03d}") for number, clip in enumerate(clips)]
-    clip = _load_clip(entry.paths, entry.start, entry.end, replace(options.limits, cut=too_long == "cut"))
-    return [_encode_sample(entry, clip, entry.key)]
+def _plan_parts(entry: Entry, options: EncodeOptions) -> list[tuple[str, float, float | None]]:
+    """Key, start and end of each sample: one, but for a long unlabelled recording that is to be chunked."""
+    if options.too_long != "chunk" or entry.text is not None or entry.more_paths:
+        return [(entry.key, entry.start, entry.end)]
+    end, size = entry.end or read_header(entry.path).seconds, options.limits.max_seconds
+    if end is None or end - entry.start <= size:
+        return [(entry.key, entry.start, entry.end)]
+    starts = np.arange(entry.start, end - MIN_REST_SECONDS, size).tolist()
+    return [(f"{entry.key}-{number:04d}", start, min(start + size, end)) for number, start in enumerate(starts)]
+
+
+def _to_bad(entry: Entry, error: AudioError | OSError) -> BadSample:
+    if isinstance(error, AudioError):
+        return BadSample(entry.number, str(entry.path), error.reason, str(error), error.numbers)
+    return BadSample(entry.number, str(entry.path), "unreadable", str(error), {})
 
 
 @lru_cache(maxsize=4)  # several captions or questions of one clip stand side by side in a manifest
 def _load_clip(paths: tuple[Path, ...], start: float, end: float | None, limits: AudioLimits) -> _Clip:
-    return _encode_clip(load_audio(paths, start=start, end=end, limits=limits))
-
-
-def _load_chunks(entry: Entry, limits: AudioLimits) -> list[_Clip]:
-    """Pieces of max_seconds of an unlabelled clip; a label would belong to the whole."""
-    whole = replace(limits, max_seconds=limits.max_header_seconds)
-    waveform_N = load_audio(entry.paths, start=entry.start, end=entry.end, limits=whole)
-    size = int(limits.max_seconds * SAMPLE_RATE)
-    pieces = [waveform_N[start : start + size] for start in range(0, len(waveform_N), size)]
-    if len(pieces) > 1 and len(pieces[-1]) < MIN_REST_SECONDS * SAMPLE_RATE:
-        pieces.pop()
-    return [_encode_clip(piece) for piece in pieces]
-
-
-def _encode_clip(waveform_N: np.ndarray) -> _Clip:
+    waveform_N = load_audio(paths, start=start, end=end, limits=limits)
     peak = float(np.abs(waveform_N).max())
     return _Clip(encode_flac(waveform_N), hash_waveform(waveform_N), len(waveform_N) / SAMPLE_RATE, peak)
 

@@ -79,18 +79,18 @@ class PackFolder:
         writer, count, seconds = None, 0, 0.0
         try:
             for result in (result for piece in encoded for result in piece):
-                if isinstance(result, BadSample):
-                    self._add_bad(result, max_bad, num_rows)
-                elif writer is not None and self._is_full(writer, count, result):
+                for bad in (sample for sample in result if isinstance(sample, BadSample)):
+                    self._add_bad(bad, max_bad, num_rows)
+                samples = [sample for sample in result if isinstance(sample, Encoded)]
+                if samples and writer is not None and self._is_full(writer, count, samples):
                     self._finish(writer, count, seconds, first_row, row)
                     writer, first_row = None, row
-                if isinstance(result, list):
-                    if writer is None:
-                        writer, count, seconds = TarWriter(self._shard_path()), 0, 0.0
-                    for sample in result:
-                        writer.add(f"{sample.key}.flac", sample.flac)
-                        writer.add(f"{sample.key}.json", sample.json)
-                    count, seconds = count + len(result), seconds + sum(sample.seconds for sample in result)
+                if samples and writer is None:
+                    writer, count, seconds = TarWriter(self._shard_path()), 0, 0.0
+                for sample in samples:
+                    writer.add(f"{sample.key}.flac", sample.flac)
+                    writer.add(f"{sample.key}.json", sample.json)
+                count, seconds = count + len(samples), seconds + sum(sample.seconds for sample in samples)
                 row += 1
                 advance(1)
             if writer is not None:

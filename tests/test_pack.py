@@ -19,6 +19,7 @@ from clips import to_bytes, tone, write_annotation, write_clips
 from shards import pack as pack_module
 from shards.audio import decode_audio, hash_waveform, load_audio
 from shards.audit import audit
+from shards.container import AudioLimits
 from shards.encode import EncodeOptions, StopPacking
 from shards.manifest import read_manifest
 from shards.pack import pack
@@ -236,6 +237,20 @@ def test_a_clip_over_thirty_seconds_is_treated_as_its_label_allows(tmp_path, tas
     assert [bad.reason for bad in report.bad] == ([] if expected else ["too_long"])
     assert len({key for key, _, _ in samples}) == len(samples)
     assert verify(tmp_path / "out", workers=1).num_samples == 1 + len(expected)
+
+
+def test_a_silent_piece_of_a_chunked_recording_is_left_out_by_itself(tmp_path):
+    clip = np.concatenate([tone(30.0), np.zeros(480_000, np.float32), tone(10.5, frequency=300.0)])
+    (tmp_path / "long.wav").write_bytes(to_bytes(clip))
+    manifest = write_annotation(tmp_path / "m.json", [{"path": "long.wav", "task": "asr"}])
+    report = pack(manifest, tmp_path / "out", options=EncodeOptions("chunk"), workers=1)
+    (first, _, first_flac), (last, fields, last_flac) = read_samples(tmp_path / "out")
+    assert [first[-5:], last[-5:]] == ["-0000", "-0002"]
+    assert fields["duration"] == 10.5
+    whole_N = decode_audio(to_bytes(clip), name="long", limits=AudioLimits(max_seconds=100.0))
+    np.testing.assert_array_equal(decode_audio(first_flac, name="first"), whole_N[:480_000])
+    np.testing.assert_array_equal(decode_audio(last_flac, name="last"), whole_N[960_000:])
+    assert [bad.reason for bad in report.bad] == ["silent"]
 
 
 def test_a_clip_over_thirty_seconds_can_end_the_run(tmp_path):
