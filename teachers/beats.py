@@ -113,7 +113,7 @@ class BeatsEar(nn.Module):
             ValueError: a row is shorter than one patch or longer than 30 s.
         """
         check_lengths(num_samples_B, MIN_SAMPLES, MAX_SAMPLES, "BEATs")
-        mel_BXM, num_mel_frames_B = BEATS_FBANK(waveforms_BN, num_samples_B.to(waveforms_BN.device))
+        mel_BXM, num_mel_frames_B = BEATS_FBANK(waveforms_BN, num_samples_B)
         return self.encode(mel_BXM, num_mel_frames_B)
 
     def encode(self, mel_BXM: Tensor, num_mel_frames_B: Tensor) -> tuple[Tensor, Tensor]:

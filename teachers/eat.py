@@ -10,6 +10,7 @@ Shapes: B batch, N audio samples, X mel frames (10 ms), M mel bins, R encoder fr
 E encoder width.
 """
 
+import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class EatEar(nn.Module):
             ValueError: a row is shorter than one 25 ms frame or longer than 30 s.
         """
         check_lengths(num_samples_B, WINDOW_SAMPLES, MAX_SAMPLES, "EAT")
-        mel_BXM, num_mel_frames_B = EAT_FBANK(waveforms_BN, num_samples_B.to(waveforms_BN.device))
+        mel_BXM, num_mel_frames_B = EAT_FBANK(waveforms_BN, num_samples_B)
         tokens_BRE, num_frames_B = self.encode(mel_BXM, num_mel_frames_B)
         return tokens_BRE[:, 1:], num_frames_B
 
@@ -184,14 +185,25 @@ def convert_weights(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor
 
 
 def _read_fairseq(path: str | Path) -> tuple[dict, dict]:
-    """The model's settings and weights; a fine-tuned file keeps those of its pre-training inside its own."""
+    """The model's settings and weights."""
     content = read_torch_file(path)
-    if not {"cfg", "model"} <= content.keys() or not content["cfg"] or "model" not in content["cfg"]:
-        raise ValueError(f"{path} has no cfg.model and model, but a fairseq file of EAT has; name an EAT checkpoint.")
-    fields = content["cfg"]["model"]
-    if "pretrained_model_args" in fields:
-        fields = fields["pretrained_model_args"]["model"]
+    fields = _find_settings(content["cfg"]) if "cfg" in content else None
+    if fields is None or "model" not in content:
+        raise ValueError(
+            f"{path} has no cfg with num_heads or no model, but a fairseq file of EAT has both; name an EAT one."
+        )
     return {**fields, "head_norm_eps": 1e-6}, content["model"]
+
+
+def _find_settings(cfg: object) -> dict | None:
+    """The settings that hold `num_heads`; a fine-tuned file keeps those of its pre-training deep inside its own."""
+    cfg = vars(cfg) if isinstance(cfg, argparse.Namespace) else cfg
+    if not isinstance(cfg, dict):
+        return None
+    if "num_heads" in cfg:
+        return cfg
+    found = (_find_settings(value) for value in cfg.values())
+    return next((fields for fields in found if fields is not None), None)
 
 
 def _read_hugging_face(path: str | Path) -> tuple[dict, dict]:

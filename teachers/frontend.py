@@ -108,7 +108,7 @@ class KaldiFbank:
             mel_BXM, float32, and num_frames_B.
         """
         device = waveforms_BN.device
-        waveforms_BN = waveforms_BN.float()
+        waveforms_BN, num_samples_B = waveforms_BN.float(), num_samples_B.to(device)
         if self.removes_mean:
             waveforms_BN = waveforms_BN - waveforms_BN.sum(1, keepdim=True) / num_samples_B[:, None]
         bank = kaldi_bank(self.num_mels, device)
@@ -143,7 +143,7 @@ class KaldiFbank:
 
     def mask_(self, mel_BXM: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Give the frames that run past their row's end the value of a log energy of 0."""
-        num_frames_B = ((num_samples_B - WINDOW_SAMPLES) // HOP_SAMPLES + 1).clamp(min=0)
+        num_frames_B = ((num_samples_B.to(mel_BXM.device) - WINDOW_SAMPLES) // HOP_SAMPLES + 1).clamp(min=0)
         if mel_BXM.device.type != "cpu":  # where rows were computed together
             is_padding_BX = torch.arange(mel_BXM.shape[1], device=mel_BXM.device) >= num_frames_B[:, None]
             mel_BXM.masked_fill_(is_padding_BX[..., None], -self.mean / self.std)

@@ -135,9 +135,15 @@ def test_a_fairseq_file_loads_the_student_and_drops_the_teacher(ear, tmp_path):
     assert torch.equal(loaded(*batch)[0], ear(*batch)[0])
 
 
-def test_a_fine_tuned_fairseq_file_loads_with_its_head(tagger, tmp_path):
-    cfg = {"model": {"pretrained_model_args": {"model": {"num_heads": 4}}}}
-    torch.save({"cfg": cfg, "model": name_as_fairseq(tagger, "model.")}, tmp_path / "eat.pt")
+@pytest.mark.parametrize("prefixed", ["model.", "model.modality_encoders.", "model.blocks."])
+def test_a_fine_tuned_fairseq_file_loads_with_its_head(tagger, tmp_path, prefixed):
+    cfg = {"model": {"num_classes": 5, "pretrained_model_args": {"task": None, "model": {"num_heads": 4}}}}
+    # Whether a file's head is named with `model.` before it varies.
+    weights = {
+        name if name.startswith(prefixed) else name.removeprefix("model."): tensor
+        for name, tensor in name_as_fairseq(tagger, "model.").items()
+    }
+    torch.save({"cfg": cfg, "model": weights}, tmp_path / "eat.pt")
     loaded = EatEar.from_pretrained(tmp_path / "eat.pt")
     mel_BXM, num_frames_B = EAT_FBANK(*make_batch(16_000))
     tokens_BRE = tagger.encode(mel_BXM, num_frames_B)[0]
@@ -177,7 +183,7 @@ def test_missing_tensors_and_damaged_files_are_refused(ear, tmp_path):
     with pytest.raises(ValueError, match=r"has no positions, pre_norm\.weight"):
         EatEar.from_pretrained(tmp_path / "eat.pt")
     torch.save({"model": {}}, tmp_path / "eat.pt")
-    with pytest.raises(ValueError, match=r"has no cfg.model"):
+    with pytest.raises(ValueError, match=r"has no cfg with num_heads"):
         EatEar.from_pretrained(tmp_path / "eat.pt")
     save_hugging_face(ear, tmp_path)
     content = (tmp_path / "model.safetensors").read_bytes()
