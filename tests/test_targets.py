@@ -58,17 +58,23 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".idx"}
 
 
-def run_child(function: Callable[[], None]) -> tuple[int, str]:
-    """Run a function in a process of its own; returns its exit status, -9 where it was killed, and its error."""
-    read_end, write_end = os.pipe()
+def start_child(function: Callable[[], None], error_end: int = 2) -> int:
+    """Start a function in a process of its own, which writes its error to a descriptor; returns the process id."""
     child = os.fork()
     if child == 0:
         try:
             function()
             os._exit(0)
         except BaseException:
-            os.write(write_end, traceback.format_exc().encode()[-4000:])
+            os.write(error_end, traceback.format_exc().encode()[-4000:])
             os._exit(1)
+    return child
+
+
+def run_child(function: Callable[[], None]) -> tuple[int, str]:
+    """Run a function in a process of its own; returns its exit status, -9 where it was killed, and its error."""
+    read_end, write_end = os.pipe()
+    child = start_child(function, write_end)
     os.close(write_end)
     with open(read_end, "rb") as pipe:
         error = pipe.read().decode()
@@ -408,16 +414,7 @@ def test_two_processes_share_a_cache_and_write_every_shard_once(tmp_path):
                     with open(tmp_path / "log", "a") as log:
                         log.write(f"{name}\n")
 
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
+    children = [start_child(work) for _ in range(3)]
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     assert sorted((tmp_path / "log").read_text().split()) == names
     TargetReader(tmp_path / "shared", CACHE).check_shards(names)
@@ -450,3 +447,17 @@ def test_a_shard_that_will_not_fit_is_not_begun(tmp_path):
         pytest.fail("the shard was begun")
     assert refusal.value.errno == errno.ENOSPC
     assert read_files(tmp_path) == before
+
+
+def test_a_lock_has_one_holder_however_often_it_is_released(tmp_path):
+    inside = tmp_path / "inside"
+
+    def work():
+        for _ in range(400):
+            if lock := FileLock.acquire(tmp_path / "lock"):
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails where another is inside
+                inside.unlink()
+                lock.release()
+
+    children = [start_child(work) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
