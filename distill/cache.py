@@ -27,7 +27,6 @@ from shards.sample import Sample
 from shards.source import expand_shards
 from shards.stream import ShardStream
 from shards.targets import TargetRecord
-from teachers.batch import Batch
 from teachers.loading import hash_frozen_parts, hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
 from teachers.targets import QUERIES, OnlineTeacher, Vocabulary, identify_row

@@ -172,6 +172,20 @@ class Config:
     def cache_folder(self) -> Path:
         return Path(self.cache.folder or Path(self.data.folder) / "cache")
 
+    def manifest(self, split: str) -> Path | None:
+        """The manifest that a split is packed from; None where there is none."""
+        if self.corpus.kind == "synth":
+            return Path(self.data.folder) / "corpus" / f"{split}.json"
+        if self.cuts_valid and split in ("train", "valid"):
+            return Path(self.data.folder) / "manifests" / f"{split}.json"
+        named = getattr(self.corpus, split)
+        return Path(named) if named else None
+
+    @property
+    def cuts_valid(self) -> bool:
+        """Whether the validation split is cut from the training manifest."""
+        return self.corpus.kind == "manifest" and not self.corpus.valid and self.corpus.valid_share > 0
+
     def shards(self, split: str) -> Path:
         """The folder of a split's shards: "train", "valid" or "test"."""
         return Path(self.data.folder) / split
@@ -247,7 +261,7 @@ def refuse_secrets(tree, origin: str, prefix: str = "") -> None:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
             refuse_secrets(value, origin, f"{prefix}{key}.")
-        elif SECRET.search(str(key)) and key != "end_token" or SECRET_VALUE.search(str(value)):
+        elif (SECRET.search(str(key)) and key != "end_token") or SECRET_VALUE.search(str(value)):
             raise ValueError(
                 f"{origin}: {prefix}{key} looks like a credential, but configs are copied into run folders; "
                 f"log in with `hf auth login` or set HF_TOKEN instead."

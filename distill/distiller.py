@@ -29,7 +29,7 @@ from shards.sample import SAMPLE_RATE, Sample
 from shards.stream import ShardStream
 from teachers.loading import load_own_tensors_, own_tensors
 from teachers.salmonn import Salmonn
-from teachers.targets import Targets, check_vocabularies
+from teachers.targets import check_vocabularies
 
 PREEMPTED = 143  # exit code after SIGTERM, as the shell counts it
 

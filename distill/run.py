@@ -47,7 +47,7 @@ def run(config: Config) -> int:
         seed=config.seed,
         precision=config.precision,
         accelerator=accelerator,
-        evaluate=lambda model, accelerator: validate(model, config, accelerator),
+        evaluate=validator(config),
         identity={key: fingerprint(getattr(config, key)) for key in ("student", "loss", "teacher")},
     ).fit()
     if result.preempted:
@@ -85,10 +85,16 @@ def open_training_stream(config: Config, accelerator, teacher) -> ShardStream:
     )
 
 
-def validate(model: Salmonn, config: Config, accelerator) -> dict:
-    """Scores on the validation split, and the number to lower: the mean error over the tasks."""
-    scores = evaluate(model, config.shards("valid"), config, accelerator, title="valid")
-    return {task: s.value for task, s in scores.items()}
+def validator(config: Config):
+    """A function that scores a model on the validation split, by task; None where there is no such split."""
+    if not config.shards("valid").is_dir():
+        return None
+
+    def validate(model: Salmonn, accelerator) -> dict[str, float]:
+        scores = evaluate(model, config.shards("valid"), config, accelerator, title="valid")
+        return {task: score.value for task, score in scores.items()}
+
+    return validate
 
 
 def student_llm(config: Config) -> str:

@@ -92,7 +92,7 @@ def make_parts(config: Config, folder: Path) -> None:
     scratch = config.scratch
     shutil.rmtree(folder, ignore_errors=True)
     prompts = load_prompts(None, SalmonnConfig("", "").template)
-    texts = corpus_texts(Path(config.corpus.train), prompts)
+    texts = corpus_texts(config.manifest("train"), prompts)
     tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=scratch.vocab_size)
     torch.manual_seed(config.seed)
     build_whisper(scratch).save_pretrained(folder / "whisper")

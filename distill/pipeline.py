@@ -1,0 +1,107 @@
+"""Every stage for one config, from raw audio to scorecard: `distill pipeline CONFIG [key=value …]`.
+
+Each stage that trains or runs the teacher is a process group of its own, under the launch file that `--launch` names.
+What exists already is used again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.cli import add_config_arguments
+from distill.config import Config, load_config
+from shards.pack import pack
+from teachers.prompts import load_prompts
+
+
+class StageError(RuntimeError):
+    """A stage ended with another exit code than 0; it said why itself."""
+
+
+def run_pipeline(path: str, overrides: Sequence[str], launch: str | None) -> None:
+    """All stages in order.
+
+    Raises:
+        StageError: a stage failed.
+        ValueError, OSError: the config or the corpus is wrong.
+    """
+    config = load_config(path, overrides)
+    began = time.monotonic()
+    make_shards(config)
+    if config.scratch.steps and not config.teacher.path:
+        launch_stage("distill.teach", path, overrides, launch)
+    if not config.teacher.online:
+        launch_stage("distill.cache", path, overrides, launch)
+    launch_stage("distill.run", path, overrides, launch)
+
+    from distill.scorecard import evaluate_run
+
+    evaluate_run(config)
+    print(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
+
+
+def make_shards(config: Config) -> None:
+    """Write the embedded corpus if the config asks for it, and pack every manifest there is."""
+    if config.corpus.kind == "synth":
+        make_corpus(config)
+    elif config.cuts_valid and not all(config.manifest(name).exists() for name in ("train", "valid")):
+        from shards.split import split
+
+        train, valid = config.manifest("train"), config.manifest("valid")
+        train.parent.mkdir(parents=True, exist_ok=True)
+        split(Path(config.corpus.train), train, valid, valid_share=config.corpus.valid_share, by="recording")
+    tasks = load_prompts(None, "{}").by_task.keys()
+    for name in ("train", "valid", "test"):
+        if config.manifest(name) is not None:
+            report = pack(config.manifest(name), config.shards(name), name=name, tasks=tasks, show_progress=True)
+            print(report, file=sys.stderr)
+
+
+def make_corpus(config: Config) -> None:
+    """Write the embedded corpus unless it is there."""
+    from shards.synth import SIZES, write_corpus
+
+    folder = config.manifest("test").parent
+    if config.manifest("test").exists():
+        print(f"corpus: {folder} exists, used again", file=sys.stderr)
+        return
+    write_corpus(folder, seed=config.seed, sizes={**SIZES, "train": config.corpus.num_train}, unlabelled_share=0)
+
+
+def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str | None) -> None:
+    """Run one stage in its own processes; its output goes where ours goes."""
+    command = [sys.executable, "-m"]
+    if launch is not None:
+        command += ["accelerate.commands.launch", "--config_file", launch, "--module"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    print(f"— {module.rpartition('.')[2]}", file=sys.stderr, flush=True)
+    process = subprocess.Popen([*command, module, path, *overrides], env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if code:
+        raise StageError(
+            f"stage {module.rpartition('.')[2]} ended with exit code {code}, but the next one needs it; "
+            f"its message stands above, and the same command goes on from what is finished."
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill pipeline` takes."""
+    add_config_arguments(parser)
+    parser.add_argument("--launch", help="launch file of the training stages, see configs/accelerate/; default: one process")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill pipeline`."""
+    if args.launch and not Path(args.launch).is_file():
+        near = ", ".join(sorted(str(p) for p in Path(args.launch).parent.glob("*.yaml"))) or "none"
+        raise FileNotFoundError(f"--launch is {args.launch}, but there is no such file; YAML files beside it: {near}.")
+    run_pipeline(args.config, args.overrides, args.launch)
+    return 0

@@ -1,0 +1,99 @@
+"""The last stage: teacher and student answer the test split, and what they keep and cost becomes the scorecard.
+
+Run with `distill evaluate CONFIG [key=value …]`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from distill.card import ModelFigures, Scorecard, print_scorecard, write_scorecard
+from distill.cli import add_config_arguments
+from distill.config import Config, load_config
+from distill.evaluate import answer, measure_cost
+from distill.metrics import Prediction, retained_quality, score
+from distill.ranks import resolve_precision
+from distill.report import read_metrics, write_report
+from distill.run import student_llm
+from distill.teacher import load_teacher, teacher_path
+from shards.stream import ShardStream
+from students.student import load_student
+from teachers.loading import WEIGHTS, write_atomically
+from teachers.salmonn import Salmonn
+
+
+def evaluate_run(config: Config) -> Scorecard:
+    """Score both models on the test split, print the scorecard, and write it and every answer into the run's folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = config.run_folder / "student"
+    student = load_student(folder, dtype=resolve_precision(config.precision)).to(device)
+    teacher = load_teacher(config).to(device)
+    answers = {
+        "teacher": answer(teacher, config.shards("test"), config.eval, title="teacher"),
+        "student": answer(student, config.shards("test"), config.eval, title="student"),
+    }
+    write_answers(answers, config.run_folder / "answers.jsonl")
+    llm = Path(student_llm(config)).name
+    card = Scorecard(
+        name=config.name,
+        teacher=figures("teacher", teacher, answers["teacher"], teacher_path(config), config),
+        student=figures(f"student ({llm}, {config.student.quantization})", student, answers["student"], folder, config),
+        retained=retained_quality(answers["student"], answers["teacher"], normalise=config.eval.normalise),
+        training=training_figures(config),
+    )
+    write_scorecard(card, config.run_folder)
+    print_scorecard(card)
+    print(f"report: {write_report(config.run_folder)}")
+    return card
+
+
+def figures(name: str, model: Salmonn, answers: list[Prediction], path: Path, config: Config) -> ModelFigures:
+    """One model's column."""
+    stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
+    cost = measure_cost(model, next(iter(stream))[0])
+    weights = path / WEIGHTS if path.is_dir() else path
+    return ModelFigures(
+        name=name,
+        num_parameters=cost.num_parameters,
+        scores=score(answers, normalise=config.eval.normalise),
+        weights_mb=cost.weight_bytes / 1e6,
+        peak_mb=None if cost.peak_bytes is None else cost.peak_bytes / 1e6,
+        checkpoint_mb=weights.stat().st_size / 1e6,
+        first_token_ms=cost.first_token_ms,
+        next_token_ms=cost.next_token_ms,
+    )
+
+
+def training_figures(config: Config) -> dict[str, float | str]:
+    """How the student was trained, in a few figures."""
+    records, _ = read_metrics(config.run_folder / "metrics.jsonl")
+    seconds = sum(record["seconds"] for record in records)
+    return {
+        "steps": len(records),
+        "minutes": round(seconds / 60, 2),
+        "hours of audio": round(sum(record["audio_seconds"] for record in records) / 3600, 2),
+        "targets": "online" if config.teacher.online else f"cached, {config.cache.codec} {config.cache.k}",
+    }
+
+
+def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
+    """Every answer beside its reference, one JSON line a clip and model."""
+    lines = [
+        json.dumps({"model": name, "key": p.key, "task": p.task, "reference": p.references[0], "answer": p.hypothesis})
+        for name, predictions in answers.items()
+        for p in predictions
+    ]
+    write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill evaluate` takes."""
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill evaluate`."""
+    evaluate_run(load_config(args.config, args.overrides))
+    return 0

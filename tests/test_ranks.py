@@ -1,0 +1,77 @@
+"""A run over one process, two under DDP and two under DeepSpeed ZeRO: the same losses for the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    """Parts, a teacher, shards and their cached targets."""
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data")
+    config = tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts")
+    from distill.cache import cache
+    from distill.config import load_config
+
+    cache(load_config(config))
+    return folder
+
+
+def launch(toys: Path, name: str, *words: str, launch_file: str | None = None, check: bool = True, module="distill.run"):
+    """Run a stage as a user does; returns its finished process."""
+    command = [sys.executable, "-m"]
+    if launch_file is not None:
+        command += ["accelerate.commands.launch", "--config_file", str(LAUNCH / launch_file), "--main_process_port", "0",
+                    "--module"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run([*command, module, str(toys / "toy.yaml"), f"name={name}", *words], env=environment,
+                             cwd=toys, capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert process.returncode == 0 or not check, process.stderr[-3000:]
+    return process
+
+
+def losses(toys: Path, name: str) -> list[float]:
+    """The loss of every step, from the run's metrics."""
+    lines = (toys / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(toys) -> list[float]:
+    """Losses of one process with one micro-batch a step."""
+    launch(toys, "alone")
+    return losses(toys, "alone")
+
+
+def test_losses_of_one_process_fall_and_are_finite(alone):
+    assert len(alone) == 4
+    assert all(0 < loss < 100 for loss in alone)
+    assert alone[-1] < alone[0]
+
+
+def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
+    launch(toys, "ddp", "train.micro_batch_size=1", launch_file="two_cpus_ddp.yaml")
+    assert losses(toys, "ddp") == pytest.approx(alone, abs=1e-5)
+
+
+def test_two_zero2_ranks_repeat_the_losses_of_one_process(toys, alone):
+    launch(toys, "zero2", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml")
+    assert losses(toys, "zero2") == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_run_resumed_under_zero2_repeats_the_uninterrupted_losses_of_one_process(toys, alone):
+    launch(toys, "moved", "train.steps=4", "train.stop_after=2")
+    assert losses(toys, "moved") == pytest.approx(alone[:2], abs=1e-6)
+    launch(toys, "moved", "train.steps=4", launch_file="two_cpus_zero2.yaml")
+    assert losses(toys, "moved") == pytest.approx(alone, abs=1e-5)

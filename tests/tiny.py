@@ -1,0 +1,101 @@
+"""A whole pipeline of toys for the tests: random weights in the real formats, and clips of tones. Everything in seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from distill.config import ScratchConfig
+from distill.teach import build_llm, build_whisper
+from distill.tokenizer import train_tokenizer
+from shards.manifest import open_atomically
+from shards.pack import pack
+from shards.sample import SAMPLE_RATE, Sample
+from teachers.loading import build_salmonn, save_salmonn
+from teachers.lora import Lora
+from teachers.prompts import load_prompts
+from teachers.salmonn import Salmonn, SalmonnConfig
+
+WORDS = "zero one two three four five six seven eight nine".split()
+SIZES = ScratchConfig(seconds=2.0, ear_width=64, ear_layers=1, llm_width=64, llm_layers=1, student_width=32,
+                      student_layers=1, qformer_width=32)  # fmt: skip
+
+
+def make_parts(folder: Path, *, seed: int = 0) -> None:
+    """Tokenizer, `whisper`, `llm` and `student-llm` with random weights."""
+    torch.manual_seed(seed)
+    prompts = load_prompts(None, SalmonnConfig("", "").template)
+    texts = [prompts.template, *WORDS, "male", "female", "a low tone"]
+    texts += [text for task in prompts.by_task.values() for text in task]
+    tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=420)
+    build_whisper(SIZES).save_pretrained(folder / "whisper")
+    for name, width in (("llm", SIZES.llm_width), ("student-llm", SIZES.student_width)):
+        build_llm(len(tokenizer), width, 1, tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def make_teacher(parts: Path, *, lora: bool = False, seed: int = 0, **changes) -> Salmonn:
+    """A SALMONN of `make_parts`' parts with a random connector; frozen parts and own parts as in real life."""
+    torch.manual_seed(seed)
+    config = SalmonnConfig(
+        llm=str(parts / "llm"), whisper=str(parts / "whisper"), window_seconds=0.34, stride_seconds=0.34,
+        qformer_width=32, qformer_layers=1, qformer_heads=2, qformer_ffn=64, **changes,
+    )  # fmt: skip
+    model = build_salmonn(config, lora=Lora(rank=4, alpha=8) if lora else None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in ("whisper", "llm") or "lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def save_teacher(parts: Path, folder: Path) -> Path:
+    """A teacher folder, and its path."""
+    save_salmonn(make_teacher(parts), folder)
+    return folder
+
+
+def tone(number: int, seconds: float = 0.6) -> np.ndarray:
+    """A clip that differs with `number`, float32."""
+    time_N = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    return (0.3 * np.sin(2 * np.pi * (150 + 37 * number) * time_N)).astype(np.float32)
+
+
+def make_sample(number: int = 0, *, text: str | None = "one two", task: str = "asr", seconds: float = 0.6) -> Sample:
+    """A sample as the stream yields it."""
+    return Sample(f"k{number:03d}", tone(number, seconds), text, task, None, "toys", f"{number:064x}")
+
+
+def make_shards(folder: Path, *, num_samples: int = 12, split: str = "train", shard_samples: int = 5) -> Path:
+    """Packed tones of two lengths with one to three words as their text; returns the split's folder."""
+    import json
+
+    audio = folder / "audio"
+    audio.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(num_samples):
+        path = audio / f"{split}-{number:03d}.wav"
+        soundfile.write(path, tone(number, 0.5 + 0.25 * (number % 3)), SAMPLE_RATE, subtype="PCM_16")
+        text = " ".join(WORDS[(number + i) % 10] for i in range(1 + number % 3))
+        rows.append({"path": str(path), "text": text, "task": "asr"})
+    with open_atomically(folder / f"{split}.json") as file:
+        json.dump({"annotation": rows}, file)
+    pack(folder / f"{split}.json", folder / split, name=split, shard_samples=shard_samples, workers=1)
+    return folder / split
+
+
+def write_config(path: Path, data: Path, teacher: Path, parts: Path, **changes) -> Path:
+    """A config of a run over toys; `changes` are dotted keys with `__` for the dot."""
+    values = {
+        "name": "toy", "runs": path.parent / "runs", "data__folder": data, "teacher__path": teacher,
+        "student__llm": parts / "student-llm", "student__connector": "new", "student__lora_rank": 4,
+        "cache__k": 16, "cache__batch_size": 4, "train__steps": 4, "train__batch_size": 4,
+        "train__micro_batch_size": 4, "train__learning_rate": 0.01, "train__warmup_steps": 2, "train__save_every": 2,
+        "corpus__valid_share": 0.0, **changes,
+    }  # fmt: skip
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in values.items()])
+    path.write_text(OmegaConf.to_yaml(config))
+    return path
