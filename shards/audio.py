@@ -26,18 +26,18 @@ from shards.container import (
 )
 from shards.sample import SAMPLE_RATE
 
-__all__ = ["AudioError", "AudioLimits", "decode_audio", "encode_flac", "hash_waveform", "is_silent", "load_audio"]
+__all__ = ["AudioError", "AudioLimits", "decode_audio", "encode_flac", "hash_waveform", "load_audio"]
 
 GAP_SECONDS = 0.1  # silence between the recordings of one sample, as in SALMONN's trainer
 WINDOW_SECONDS = 1 / 3  # one Q-Former window; shorter clips are padded to it
-SILENT_PEAK = 1e-3  # -60 dBFS
+SILENT_PEAK = 1e-3  # -60 dBFS; a clip that stays below it is silent
 CANCELLED_SHARE = 0.01  # of the channels' mean energy: a mean below it means that the channels cancel
 
 
 def decode_audio(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS) -> np.ndarray:
     """Decode wav, flac, ogg or mp3 into a checked waveform.
 
-    Silence is not refused here, because only the label can say whether it is wanted: see `is_silent`.
+    Silence is not refused here, because only the label can say whether it is wanted.
 
     Args:
         data: the whole file.
@@ -109,11 +109,6 @@ def pad_to_window(waveform_N: np.ndarray) -> np.ndarray:
     """Append zeros until one Q-Former window is full."""
     missing = int(np.ceil(WINDOW_SECONDS * SAMPLE_RATE)) - len(waveform_N)
     return np.pad(waveform_N, (0, missing)) if missing > 0 else waveform_N
-
-
-def is_silent(waveform_N: np.ndarray) -> bool:
-    """Whether no sample reaches -60 dBFS."""
-    return len(waveform_N) == 0 or float(np.abs(waveform_N).max()) < SILENT_PEAK
 
 
 def to_int16(waveform_N: np.ndarray) -> np.ndarray:

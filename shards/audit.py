@@ -31,6 +31,7 @@ class AuditReport:
 
     @property
     def num_dropped(self) -> int:
+        """Rows that are not kept."""
         return self.num_rows - self.num_kept
 
     def __str__(self) -> str:

@@ -71,6 +71,7 @@ class AudioHeader:
 
     @property
     def seconds(self) -> float | None:
+        """Length; None where `frames` is."""
         return None if self.frames is None else self.frames / self.rate
 
 

@@ -68,6 +68,7 @@ class BadSample:
     numbers: dict
 
     def to_json(self) -> str:
+        """The line, without its end."""
         return json.dumps(vars(self), ensure_ascii=False, allow_nan=False)
 
 
