@@ -80,30 +80,17 @@ def open_catalog(
     if isinstance(shards, str | Path) and is_folder(str(shards)):
         _check_whole(str(shards), names, listings)
     _check_unique(names, indexes)
-    all_tasks = sorted({task for index in indexes for task in index.tasks})
-    members = {kind: np.concatenate([index.members[kind] for index in indexes]) for kind in ("audio", "json")}
-    sizes = {name: index.size for name, index in zip(names, indexes)}
-    target_names = []
-    if targets is not None:
-        target_names = [_target_name(targets, name) for name in names]
-        target_indexes = _load_all(target_names, cache, max_member_bytes, {})
-        members["targets"] = np.concatenate(
-            [join_targets(audio, target, _wanted(audio, tasks)) for audio, target in zip(indexes, target_indexes)]
-        )
-        sizes |= {name: index.size for name, index in zip(target_names, target_indexes)}
-    return Catalog(
-        names=names,
+    catalog = _concatenate(names, indexes, attested=[_folder(name) in listings for name in names])
+    if targets is None:
+        return catalog
+    target_names = [_target_name(targets, name) for name in names]
+    target_indexes = _load_all(target_names, cache, max_member_bytes, {})
+    rows = [join_targets(audio, target, _wanted(audio, tasks)) for audio, target in zip(indexes, target_indexes)]
+    return replace(
+        catalog,
         target_names=target_names,
-        sizes=sizes,
-        attested=[_folder(name) in listings for name in names],
-        shards=np.repeat(np.arange(len(names), dtype=np.int32), [len(index) for index in indexes]),
-        keys=np.concatenate([np.array(index.keys, "S") for index in indexes]),
-        members=members,
-        seconds=np.concatenate([index.seconds for index in indexes]),
-        tasks=all_tasks,
-        task_ids=np.concatenate([_renumber(index, all_tasks) for index in indexes]),
-        has_text=np.concatenate([index.has_text for index in indexes]),
-        digest=hashlib.sha256(json.dumps([[index.name, index.sha256] for index in indexes]).encode()).hexdigest(),
+        sizes=catalog.sizes | {name: index.size for name, index in zip(target_names, target_indexes)},
+        members=catalog.members | {"targets": np.concatenate(rows)},
     )
 
 
@@ -157,6 +144,25 @@ def _load_all(
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(load, names))
+
+
+def _concatenate(names: list[str], indexes: list[ShardIndex], attested: list[bool]) -> Catalog:
+    """One catalog of all audio shards."""
+    tasks = sorted({task for index in indexes for task in index.tasks})
+    return Catalog(
+        names=names,
+        target_names=[],
+        sizes={name: index.size for name, index in zip(names, indexes)},
+        attested=attested,
+        shards=np.repeat(np.arange(len(names), dtype=np.int32), [len(index) for index in indexes]),
+        keys=np.concatenate([np.array(index.keys, "S") for index in indexes]),
+        members={kind: np.concatenate([index.members[kind] for index in indexes]) for kind in ("audio", "json")},
+        seconds=np.concatenate([index.seconds for index in indexes]),
+        tasks=tasks,
+        task_ids=np.concatenate([_renumber(index, tasks) for index in indexes]),
+        has_text=np.concatenate([index.has_text for index in indexes]),
+        digest=hashlib.sha256(json.dumps([[index.name, index.sha256] for index in indexes]).encode()).hexdigest(),
+    )
 
 
 def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def unpack_sidecar(data: bytes) -> ShardIndex | None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name beside `path`, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

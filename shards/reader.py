@@ -36,7 +36,7 @@ class BadSample:
     key: str
     shard: str
     epoch: int
-    reason: str  # checksum, json, changed, no_target, or a reason of AudioError
+    reason: str  # checksum, json, changed, or a reason of AudioError
     message: str
 
 
@@ -92,8 +92,6 @@ class Reader:
     def _read_member(self, name: str, row: int, kind: str) -> bytes:
         offset, size, crc32 = self.catalog.members[kind][row].tolist()
         key = self.catalog.key(row)
-        if kind == "targets" and size == 0:  # the cache's way to say that the sample could not be read
-            raise AudioError("no_target", f"{name}: {key} has an empty target: it was skipped when it was cached.")
         data = os.pread(self._open(name), size, offset)
         if len(data) < size:
             raise AudioError(

@@ -138,7 +138,7 @@ class ShardStream(IterableDataset):
         return self._position.epoch
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        """This rank's part of each global batch, from the current position on.
+        """This rank's part of each global batch, from the current position on: nothing where the last epoch is over.
 
         Raises:
             ShardError: a shard is missing or changed.
