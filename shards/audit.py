@@ -113,6 +113,7 @@ class _Auditing:
         self.file_hashes: set[int] = set()
         self.first_rows: dict[int, int] = {}  # of each clip, task and question
         self.num_rows = self.num_dropped = 0
+        self.dropped: Counter = Counter()  # reason -> findings that dropped a row
 
     def clean(self, cleaned: Path, found: Iterator, stop_above: float, advance: Callable) -> None:
         """Write the manifest again with the rows that stay.
@@ -124,9 +125,10 @@ class _Auditing:
             write_rows(file, cleaned, self._kept(found, advance))
             share = self.num_dropped / max(self.num_rows, 1)
             if share > stop_above:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common() if count)
                 raise TooManyDropped(
-                    f"{self.path} loses {share:.2%} of its rows, but {stop_above:.2%} are accepted at most; "
-                    f"see audit.jsonl.\n{self.report}"
+                    f"{self.path} loses {share:.2%} of its rows ({reasons}), but {stop_above:.2%} are accepted at most; "
+                    "see audit.jsonl, mend the data or change the policy."
                 )
         self.report.cleaned.insert(0, cleaned)
 
@@ -159,6 +161,7 @@ class _Auditing:
 
     def _log(self, row: Entry | RowError, finding: Finding, verdict: str) -> None:
         self.report.counts[finding.reason, verdict] += 1
+        self.dropped[finding.reason] += verdict == "drop"
         line = {
             "manifest": str(self.path),
             "number": row.number,
