@@ -127,7 +127,7 @@ class _Auditing:
             if share > stop_above:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common() if count)
                 raise TooManyDropped(
-                    f"{self.path} loses {share:.2%} of its rows ({reasons}), but {stop_above:.2%} are accepted at most; "
+                    f"{self.path} loses {share:.2%} of its rows ({reasons}), but {stop_above:.2%} are accepted; "
                     "see audit.jsonl, mend the data or change the policy."
                 )
         self.report.cleaned.insert(0, cleaned)
