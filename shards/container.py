@@ -22,7 +22,7 @@ from shards.sample import MAX_SECONDS
 
 MIN_RATE, MAX_RATE = 8_000, 192_000  # Hz
 MAX_PEAK = 2.0  # a lossy decoder overshoots 1.0 a little; integers stored as floats by much
-BLOCK_FRAMES = 1 << 19  # 30 s at 16 kHz in one block: no copy to join them
+BLOCK_FRAMES = 1 << 16  # small: the seek after each block is what finds a FLAC whose header lies
 END_TOLERANCE_SECONDS = 0.05  # a transcript may name an end this far after the recording's
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's count for a stream that does not say how long it is
 
