@@ -139,7 +139,7 @@ class Walk:
             if field == "path":
                 name = value
             elif field == "size":
-                size = int(value)
+                size = _number(value.encode(), self)
             elif field.startswith("GNU.sparse"):
                 raise self.error("a member is sparse")
         return name, size
@@ -218,10 +218,13 @@ def _plain_name(header: bytes) -> str:
 def _octal(field: bytes, walk: Walk) -> int:
     if field[0] & 0x80:  # GNU writes sizes over 8 GiB in base 256
         return int.from_bytes(field[1:], "big")
-    text = field.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]+", text):
+    return _number(field.strip(b" \0"), walk, base=8)
+
+
+def _number(text: bytes, walk: Walk, base: int = 10) -> int:
+    if not re.fullmatch(rb"[0-7]+" if base == 8 else rb"[0-9]{1,20}", text):
         raise walk.error("a member's size is not a number")
-    return int(text, 8)
+    return int(text, base)
 
 
 def _pax_fields(data: bytes, walk: Walk) -> Iterator[tuple[str, str]]:

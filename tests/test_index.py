@@ -1,5 +1,6 @@
 """Damage of every kind in a tar is an error or a counted skip that names it; nothing in a tar is ever executed."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,8 +16,9 @@ from tars import make_key, make_members, make_waveform, write_catalog, write_sha
 
 from shards.archive import ShardError
 from shards.audio import hash_waveform
-from shards.index import load_index, sidecar_path
+from shards.index import build_index, load_index, sidecar_path
 from shards.stream import ShardStream
+from shards.tarwriter import TarWriter
 
 NUM_SAMPLES = 9
 SAME_CLOCK = "sidecar, and the time of change is as it was"
@@ -226,6 +228,36 @@ def test_an_oversized_member_is_refused_before_it_is_read(tmp_path):
     write_shard(tmp_path / "a.tar", [1])
     with pytest.raises(ShardError, match=r"clip-00001\.flac is \d+ bytes, but a member may have 1000"):
         ShardStream(tmp_path, batch_size=1, max_member_bytes=1000)
+
+
+def test_json_that_no_sample_needs_is_refused_before_it_is_read(tmp_path):
+    writer = TarWriter(tmp_path / "a.tar")
+    writer.add("k.json", b"[" * (2**20 + 1))
+    writer.close()
+    with pytest.raises(ShardError, match=r"k\.json is 1048577 bytes, but a member may have 1048576"):
+        load_index(tmp_path / "a.tar")
+
+
+def test_headers_forged_with_a_right_checksum_raise_nothing_but_shard_errors(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for suffix, data in make_members(1).items():
+            member = tarfile.TarInfo(f"k.{suffix}")
+            member.size, member.mtime = len(data), 0.5
+            tar.addfile(member, io.BytesIO(data))
+    good = path.read_bytes()
+    draw = random.Random(5)
+    for _ in range(300):
+        forged = bytearray(good)
+        start = draw.choice([0, 512, 1024])  # an extended header, its records, the member's header
+        for _ in range(draw.randrange(1, 4)):
+            forged[start + draw.randrange(160 if start != 512 else 30)] = draw.randrange(256)
+        for header in (0, 1024):
+            total = sum(forged[header : header + 512]) - sum(forged[header + 148 : header + 156]) + 8 * 32
+            forged[header + 148 : header + 156] = b"%06o\0 " % total
+        path.write_bytes(forged)
+        with contextlib.suppress(ShardError):
+            build_index(path)
 
 
 def test_a_copied_shard_keeps_its_index_and_a_changed_one_is_refused(tmp_path):
