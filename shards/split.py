@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def split(
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share is {valid_share}, but must lie between 0 and 1; use 0.05.")
-    name_group = _group_namer(by, speaker_pattern)
+    name_group = _group_namer(by, speaker_pattern, root or Path(manifest).parent)
     groups = _Groups()
     sizes: Counter = Counter()
     for entry in read_manifest(manifest, root=root):
@@ -100,8 +101,8 @@ class _Groups:
         return group
 
 
-def _group_namer(by: str, speaker_pattern: str | None) -> Callable[[Entry], str]:
-    """A function from an entry to the name of its group."""
+def _group_namer(by: str, speaker_pattern: str | None, folder: Path) -> Callable[[Entry], str]:
+    """A function from an entry to the name of its group, which is the same wherever the data lie."""
     if by not in BY:
         raise ValueError(f"by is {by!r}, but must be one of {', '.join(BY)}; choose one.")
     pattern = re.compile(speaker_pattern) if speaker_pattern else None
@@ -110,7 +111,7 @@ def _group_namer(by: str, speaker_pattern: str | None) -> Callable[[Entry], str]
         if by == "source":
             return entry.source
         if by == "recording":
-            return str(entry.path)
+            return os.path.relpath(entry.path, folder)
         speaker = entry.speaker
         if pattern is not None:
             match = pattern.search(entry.path.as_posix())

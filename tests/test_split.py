@@ -1,5 +1,6 @@
 """Splits share no speaker and no recording; subsets are always the same rows."""
 
+import shutil
 from argparse import ArgumentParser
 
 import pytest
@@ -58,6 +59,14 @@ def test_a_split_is_reproducible_and_depends_on_the_seed(manifest):
         for i, seed in enumerate((0, 0, 1))
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("by", ["speaker", "recording"])
+def test_a_split_is_the_same_wherever_the_data_lie(manifest, tmp_path, by):
+    shutil.copytree(tmp_path, tmp_path / "elsewhere" / tmp_path.name)
+    moved = tmp_path / "elsewhere" / tmp_path.name / manifest.name
+    here, there = (run_split(path, by=by, valid_share=0.3)[2] for path in (manifest, moved))
+    assert [entry.path.name for entry in here] == [entry.path.name for entry in there]
 
 
 def test_the_speaker_is_read_from_the_path_where_the_manifest_has_none(tmp_path):
