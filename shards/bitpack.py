@@ -95,6 +95,14 @@ def _split_sets(counts_S: np.ndarray, universe: int) -> tuple[np.ndarray, np.nda
     return width_S, np.concatenate([[0], np.cumsum(bits_S)]), starts_S
 
 
+def _place_bits(shift_S: np.ndarray, counts_S: np.ndarray) -> np.ndarray:
+    """Where each entry's bit is when its high part is 0: one further an entry, and a shift for each position."""
+    total = int(counts_S.sum())
+    if total and (counts_S == counts_S[0]).all():
+        return (np.arange(total).reshape(len(counts_S), -1) + shift_S[:, None]).ravel()
+    return np.arange(total) + np.repeat(shift_S, counts_S)
+
+
 def pack_sets(ids: np.ndarray, counts_S: np.ndarray, universe: int) -> bytes:
     """Write sets of ids, ascending within each position, in about `2 + log2(universe / count)` bits an id (Elias 1974).
 
@@ -115,7 +123,7 @@ def pack_sets(ids: np.ndarray, counts_S: np.ndarray, universe: int) -> bytes:
         high = ids >> width
         lows = [pack_bits(ids[width == w], int(w)) for w in widths]
     bitmap = np.zeros(int(offsets[-1]), bool)
-    bitmap[high + np.arange(len(ids)) + np.repeat(offsets[:-1] - starts_S, counts_S)] = True
+    bitmap[high + _place_bits(offsets[:-1] - starts_S, counts_S)] = True
     return b"".join([np.packbits(bitmap).tobytes(), *lows])
 
 
@@ -128,8 +136,7 @@ def unpack_sets(reader: Reader, counts_S: np.ndarray, universe: int) -> np.ndarr
     total = int(counts_S.sum())
     if len(high) != total:
         raise ValueError(f"id bitmap is of {len(high)} ids, but the positions count {total}; cache this sample again.")
-    high -= np.arange(total)
-    high -= np.repeat(offsets[:-1] - starts_S, counts_S)
+    high -= _place_bits(offsets[:-1] - starts_S, counts_S)
     widths = np.unique(width_S[counts_S > 0])
     if len(widths) == 1:
         high <<= widths[0]

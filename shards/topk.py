@@ -57,9 +57,9 @@ class Adaptive:
 
     threshold: float = 3e-4  # least probability that is kept
     min_k: int = 9
-    max_k: int = 64
+    max_k: int = 96
     head: int = 4  # as TopK
-    tail_bits: int = 8  # as TopK
+    tail_bits: int = 7  # as TopK
     temperatures: tuple[float, ...] = (1.0, 2.0)  # as TopK
 
     name: ClassVar[str] = "adaptive"
@@ -194,7 +194,7 @@ def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: li
     logodds_ST = reader.take("<f2", num_positions * len(temperatures)).reshape(shape_ST).astype(np.float32)
     width = max(int(counts_S.max(initial=0)), head)
     ids_SK = np.zeros((num_positions, width), np.int64)
-    logprobs_SK = np.full((num_positions, width), -np.inf, np.float32)
+    logprobs_SK = np.empty((num_positions, width), np.float32)
     head_ids = unpack_bits(reader, num_positions * head, (vocab_size - 1).bit_length())
     ids_SK[:, :head] = head_ids.reshape(num_positions, head)
     logprobs_SK[:, :head] = reader.take("<f2", num_positions * head).reshape(num_positions, head)
@@ -207,7 +207,8 @@ def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: li
     shape_SK = (num_positions, width - head)
     if is_uniform:
         ids_SK[:, head:] = tail_ids.reshape(shape_SK)
-        logprobs_SK[:, head:] = logprobs_SK[:, head - 1 : head] - drops.reshape(shape_SK) * spans_S1
+        drop_SK = drops.reshape(shape_SK) * spans_S1
+        np.subtract(logprobs_SK[:, head - 1 : head], drop_SK, out=logprobs_SK[:, head:])
     else:
         is_tail_SK = np.arange(head, width) < counts_S[:, None]
         drop_SK = np.full(shape_SK, np.inf, np.float32)
@@ -225,9 +226,9 @@ def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: list[float], vocab_si
     log_kept_ST = -np.logaddexp(0, logodds_ST)
     log_residual_ST = -np.logaddexp(0, -logodds_ST)
     log_partition = {}
-    logprobs_SK -= (_logsumexp(logprobs_SK) - log_kept_ST[:, temperatures.index(1.0)])[:, None]
+    logprobs_SK -= (_logsumexp(logprobs_SK, 1.0) - log_kept_ST[:, temperatures.index(1.0)])[:, None]
     for i, t in enumerate(temperatures):
-        kept_S = _logsumexp(logprobs_SK / np.float32(t)) if t != 1 else log_kept_ST[:, i]
+        kept_S = _logsumexp(logprobs_SK, t) if t != 1 else log_kept_ST[:, i]
         log_partition[t] = torch.from_numpy(kept_S - log_kept_ST[:, i])
     log_residual = {t: torch.from_numpy(log_residual_ST[:, i].copy()) for i, t in enumerate(temperatures)}
     return Distribution(
@@ -235,7 +236,11 @@ def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: list[float], vocab_si
     )
 
 
-def _logsumexp(values_SK: np.ndarray) -> np.ndarray:
-    """Log of the sum of exponentials of each row; the first value is its largest, or nearly."""
-    first_S1 = values_SK[:, :1]
-    return np.log(np.exp(values_SK - first_S1).sum(1)) + first_S1[:, 0]
+def _logsumexp(logprobs_SK: np.ndarray, temperature: float) -> np.ndarray:
+    """Log of the sum of exponentials of each row over T; the first of a row is its largest, or nearly."""
+    first_S1 = logprobs_SK[:, :1]
+    masses_SK = logprobs_SK - first_S1
+    if temperature != 1:
+        masses_SK *= np.float32(1 / temperature)
+    np.exp(masses_SK, out=masses_SK)
+    return np.log(masses_SK.sum(1)) + first_S1[:, 0] * np.float32(1 / temperature)
