@@ -57,9 +57,9 @@ class Adaptive:
 
     threshold: float = 3e-4  # least probability that is kept
     min_k: int = 9
-    max_k: int = 96
+    max_k: int = 64
     head: int = 4  # as TopK
-    tail_bits: int = 7  # as TopK
+    tail_bits: int = 8  # as TopK
     temperatures: tuple[float, ...] = (1.0, 2.0)  # as TopK
 
     name: ClassVar[str] = "adaptive"
@@ -111,15 +111,17 @@ def capture_top(logits_SV: Tensor, k: int, temperatures: tuple[float, ...]) -> d
 def _move_outside(captured: dict[str, np.ndarray], counts_S: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
     """The log-odds of the mass outside when only the first `counts_S` ids of each position are kept."""
     logprobs_SK = captured["logprobs_SK"]
-    is_kept_SK = np.arange(logprobs_SK.shape[1]) < counts_S[:, None]
+    is_dropped_SK = np.arange(logprobs_SK.shape[1]) >= counts_S[:, None]
+    below_SK = logprobs_SK - logprobs_SK[:, :1]
     columns = []
     for i, t in enumerate(temperatures):
-        mass_SK = np.exp((logprobs_SK - logprobs_SK[:, :1]) / np.float32(t))
-        total_S, kept_S = mass_SK.sum(1), (mass_SK * is_kept_SK).sum(1)
-        dropped_S = (mass_SK * ~is_kept_SK).sum(1)
+        mass_SK = np.exp(below_SK * np.float32(1 / t))
+        total_S = mass_SK.sum(1)
+        mass_SK *= is_dropped_SK
+        dropped_S = mass_SK.sum(1)
         outside_S = np.exp(captured["residual_logodds_ST"][:, i]) * total_S + dropped_S
         with np.errstate(divide="ignore"):
-            columns.append(np.log(outside_S) - np.log(kept_S))
+            columns.append(np.log(outside_S) - np.log(total_S - dropped_S))
     return np.stack(columns, -1)
 
 
@@ -172,17 +174,13 @@ def pack_top(
 def _pack_tail(ids_SK, logprobs_SK, counts_S, anchor_S, span_codes_S, bits, vocab_size) -> bytes:
     """The tail's ids as an ascending set, and in their order their distance below the anchor, in steps of the span."""
     levels = np.float32(2**bits - 1)
-    drop_SK = (anchor_S[:, None] - logprobs_SK) / SPANS[span_codes_S][:, None]
-    np.clip(drop_SK, 0, 1, out=drop_SK)
-    codes_SK = (np.cbrt(drop_SK * drop_SK) * levels + np.float32(0.5)).astype(np.uint32)  # undoes the power of 1.5
-    keyed_SK = (ids_SK.astype(np.uint32) << 8) | codes_SK
-    if (counts_S == keyed_SK.shape[1]).all():
-        keyed = np.sort(keyed_SK, 1).ravel()
-    else:
-        is_kept_SK = np.arange(keyed_SK.shape[1]) < counts_S[:, None]
-        keyed_SK[~is_kept_SK] = np.iinfo(np.uint32).max  # sorts behind every id
-        keyed = np.sort(keyed_SK, 1)[is_kept_SK]
-    return pack_sets((keyed >> 8).astype(np.int64), counts_S, vocab_size) + pack_bits(keyed & 255, bits)
+    owners = np.repeat(np.arange(len(counts_S)), counts_S)
+    is_kept_SK = np.arange(ids_SK.shape[1]) < counts_S[:, None]
+    drops = (anchor_S[owners] - logprobs_SK[is_kept_SK]) * (1 / SPANS[span_codes_S])[owners]
+    np.clip(drops, 0, 1, out=drops)
+    codes = (np.cbrt(drops * drops) * levels + np.float32(0.5)).astype(np.int64)  # undoes the power of 1.5
+    keys = np.sort((owners << 32) | (ids_SK[is_kept_SK].astype(np.int64) << 8) | codes)  # by position, then by id
+    return pack_sets((keys & 0xFFFFFFFF) >> 8, counts_S, vocab_size) + pack_bits(keys & 0xFF, bits)
 
 
 def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
