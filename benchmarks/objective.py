@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from objective_methods import METHODS, MISSING, PEERS_ON_SUPERVISED_ROWS, Inputs
+from objective_methods import METHODS, MISSING, PEERS_OF_SAME_TERMS, PEERS_ON_SUPERVISED_ROWS, Inputs
 from record import write_result
 
 WIDTHS = (1024, 2048)
@@ -72,6 +72,8 @@ def compare(seconds: dict[str, float], peaks: dict[str, float]) -> dict[str, flo
     peers = [name for name in PEERS_ON_SUPERVISED_ROWS if name in seconds]
     if peers:
         ratios["times_faster_than_best_peer"] = min(seconds[name] for name in peers) / seconds["ours"]
+        same_terms = [name for name in PEERS_OF_SAME_TERMS if name in seconds]
+        ratios["times_faster_than_best_peer_of_same_terms"] = min(seconds[n] for n in same_terms) / seconds["ours"]
         ratios["memory_over_best_peer"] = peaks["ours"] / min(peaks[name] for name in peers)
     if "trl_gkd" in seconds:
         ratios["times_faster_than_trl_gkd"] = seconds["trl_gkd"] / seconds["ours"]

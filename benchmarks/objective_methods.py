@@ -28,6 +28,7 @@ from shards.distributions import Distribution
 PEERS = {package: find_spec(package) for package in ("trl", "liger_kernel")}
 VOCAB_SIZE, NUM_POSITIONS, NUM_SUPERVISED, NUM_KEPT = 128_256, 512, 115, 64
 IGNORE_INDEX = -100
+TRL_CHUNK = 32768  # its own `_CHUNKED_LOGPROB_CHUNK_SIZE`
 
 
 @dataclass
@@ -122,6 +123,16 @@ def trl_chunked_supervised_rows(x: Inputs) -> None:
     _trl_chunked(x, x.hidden_PD[x.positions_S], x.teacher_hidden_PD[x.positions_S], share_S)
 
 
+def trl_chunked_and_ce_supervised_rows(x: Inputs) -> None:
+    """The same terms as ours from TRL's parts: its chunked KL, and cross-entropy from its chunked log-probabilities."""
+    hidden_SD = x.hidden_PD[x.positions_S]
+    kl = _trl_module("kernels.chunked_divergence").ChunkedDivergenceFunction
+    logprob = _trl_module("kernels.chunked_logprob").ChunkedLogProbFunction
+    kl_S, _ = kl.apply(hidden_SD, x.weight_VD, None, x.teacher_hidden_PD[x.positions_S], x.teacher_weight_VD, None, 0.0)
+    logprobs_S = logprob.apply(hidden_SD, x.weight_VD, None, x.labels_S, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+    (kl_S - logprobs_S).mean().backward()
+
+
 def _liger(x: Inputs, rows: slice | Tensor) -> None:
     jsd = importlib.import_module("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDLoss(
         beta=0.0, compiled=False
@@ -146,11 +157,13 @@ METHODS: dict[str, Callable[[Inputs], None]] = {
     "torch_all_rows": torch_all_rows,
     "trl_gkd": trl_gkd,
     "trl_chunked_supervised_rows": trl_chunked_supervised_rows,
+    "trl_chunked_and_ce_supervised_rows": trl_chunked_and_ce_supervised_rows,
     "trl_chunked_all_rows": trl_chunked_all_rows,
     "liger_jsd_supervised_rows": liger_jsd_supervised_rows,
     "liger_jsd_all_rows": liger_jsd_all_rows,
 }
-PEERS_ON_SUPERVISED_ROWS = ("trl_chunked_supervised_rows", "liger_jsd_supervised_rows")
+PEERS_ON_SUPERVISED_ROWS = ("trl_chunked_supervised_rows", "liger_jsd_supervised_rows")  # the first has no CE
+PEERS_OF_SAME_TERMS = ("trl_chunked_and_ce_supervised_rows", "liger_jsd_supervised_rows")
 
 
 def _missing() -> dict[str, str]:

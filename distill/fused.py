@@ -67,7 +67,7 @@ class _Mean:
         if self.mean_SD is not None:
             if slope_SC is not None:
                 weights_SC *= slope_SC
-            self.mean_SD.mul_(fade_S[:, None]).add_(head.matmul(weights_SC, tile_CD))
+            head.add_product_(self.mean_SD.mul_(fade_S[:, None]), weights_SC, tile_CD)
 
     def finish(self, constant_slope: float) -> tuple[Tensor, Tensor | None]:
         """Log-sum-exp (-inf where every logit was masked) and the mean times the slope."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # One tile of logits has about so many elements: on a CPU it stays in the cache, on a GPU it fills the processors.
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+CPU_BLOCK = 512  # rows that one product sums over: longer sums are slower there
 
 
 def head_weight(module: nn.Module, name: str = "lm_head") -> Tensor:
@@ -147,6 +148,14 @@ class Head:
         a, b = a.to(self.product_dtype), b.to(self.product_dtype)
         return a @ b if self.product_dtype == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
 
+    def add_product_(self, out_SD: Tensor, weights_SC: Tensor, tile_CD: Tensor) -> None:
+        """`out += weights @ tile`."""
+        if out_SD.is_cuda:
+            out_SD += self.matmul(weights_SC, tile_CD)
+            return
+        for start in range(0, len(tile_CD), CPU_BLOCK):
+            out_SD.addmm_(weights_SC[:, start : start + CPU_BLOCK], tile_CD[start : start + CPU_BLOCK])
+
     def logits(self, hidden_SD: Tensor, tile_CD: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
         """Logits of a tile, and their slope in the bare product where a soft cap bends it, else None."""
         logits_SC = self.matmul(hidden_SD, tile_CD.T)
@@ -184,4 +193,4 @@ class Head:
             columns_SK, is_inside_SK = locate(ids_SK, start, stop)
             tile_SC = out_SD.new_zeros(len(out_SD), stop - start)
             tile_SC.scatter_add_(1, columns_SK, coefficients_SK * is_inside_SK)
-            out_SD += self.matmul(tile_SC, self.tile(start, stop))
+            self.add_product_(out_SD, tile_SC, self.tile(start, stop))
