@@ -174,13 +174,17 @@ def pack_top(
 def _pack_tail(ids_SK, logprobs_SK, counts_S, anchor_S, span_codes_S, bits, vocab_size) -> bytes:
     """The tail's ids as an ascending set, and in their order their distance below the anchor, in steps of the span."""
     levels = np.float32(2**bits - 1)
-    owners = np.repeat(np.arange(len(counts_S)), counts_S)
-    is_kept_SK = np.arange(ids_SK.shape[1]) < counts_S[:, None]
-    drops = (anchor_S[owners] - logprobs_SK[is_kept_SK]) * (1 / SPANS[span_codes_S])[owners]
-    np.clip(drops, 0, 1, out=drops)
-    codes = (np.cbrt(drops * drops) * levels + np.float32(0.5)).astype(np.int64)  # undoes the power of 1.5
-    keys = np.sort((owners << 32) | (ids_SK[is_kept_SK].astype(np.int64) << 8) | codes)  # by position, then by id
-    return pack_sets((keys & 0xFFFFFFFF) >> 8, counts_S, vocab_size) + pack_bits(keys & 0xFF, bits)
+    drop_SK = (anchor_S[:, None] - logprobs_SK) / SPANS[span_codes_S][:, None]
+    np.clip(drop_SK, 0, 1, out=drop_SK)
+    codes_SK = (np.cbrt(drop_SK * drop_SK) * levels + np.float32(0.5)).astype(np.uint32)  # undoes the power of 1.5
+    keyed_SK = (ids_SK.astype(np.uint32) << 8) | codes_SK
+    if (counts_S == keyed_SK.shape[1]).all():
+        keyed = np.sort(keyed_SK, 1).ravel()
+    else:
+        is_kept_SK = np.arange(keyed_SK.shape[1]) < counts_S[:, None]
+        keyed_SK[~is_kept_SK] = np.iinfo(np.uint32).max  # sorts behind every id
+        keyed = np.sort(keyed_SK, 1)[is_kept_SK]
+    return pack_sets((keyed >> 8).astype(np.int64), counts_S, vocab_size) + pack_bits(keyed & 255, bits)
 
 
 def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
