@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -168,10 +169,10 @@ def measure_speed(captured: list[tuple[Codec, dict]]) -> list[dict[str, float]]:
         answer = cut(arrays, 0, ANSWER)
         work.append(
             {
-                "encode_tokens_per_second": lambda c=codec, b=block: c.encode(b),
-                "decode_tokens_per_second": lambda p=codec.encode(block): decode(p),
-                "encode_tokens_per_second_answer": lambda c=codec, b=answer: c.encode(b),
-                "decode_tokens_per_second_answer": lambda p=codec.encode(answer): decode(p),
+                "encode_tokens_per_second": partial(codec.encode, block),
+                "decode_tokens_per_second": partial(decode, codec.encode(block)),
+                "encode_tokens_per_second_answer": partial(codec.encode, answer),
+                "decode_tokens_per_second_answer": partial(decode, codec.encode(answer)),
             }
         )
     seconds = [{name: [] for name in calls} for calls in work]
