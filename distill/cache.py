@@ -1,6 +1,6 @@
 """The caching job: the teacher's targets for every training sample, beside the shards, once.
 
-Run with `accelerate launch distill/cache.py CONFIG [key=value …]`. Ranks claim shards one by one, so any number of them,
+Run with `accelerate launch distill/cache.py CONFIG [key=value …]`. Ranks claim shards one by one, so any number,
 started and killed at any time, ends in the same files.
 """
 
@@ -94,8 +94,8 @@ def write_shard(target: TargetShard, shard: str, teacher: OnlineTeacher, config:
     unread = [key for key in keys if key not in records]
     if unread:
         raise ValueError(
-            f"{shard} holds {len(unread)} samples that cannot be read ({', '.join(unread[:5])}), but every sample needs "
-            f"targets; find them with `distill pack --verify` and pack again."
+            f"{shard} holds {len(unread)} samples that cannot be read ({', '.join(unread[:5])}), but every sample "
+            f"needs targets; find them with `distill pack --verify` and pack again."
         )
     dtype = "int8" if config.cache.features == "none" else config.cache.features
     for key in keys:

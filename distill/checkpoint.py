@@ -63,7 +63,7 @@ def save_checkpoint(
         _sync(folder)
     except OSError as error:
         raise OSError(
-            f"checkpoint {final} cannot be written ({error.strerror or error}), but a run must be able to go on from it; "
+            f"checkpoint {final} cannot be written ({error.strerror or error}), but a run must go on from it; "
             f"free space or change runs=, then start again: the checkpoints before it are whole."
         ) from error
     finally:

@@ -2,21 +2,27 @@
 
 import argparse
 import importlib
+import inspect
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 STAGES = {
     # command: (module, what the help says)
     "pipeline": ("distill.pipeline", "every stage below for one config, from raw audio to scorecard"),
+    "manifest": ("shards.datasets", "LibriSpeech, GigaSpeech, Clotho, AudioCaps, WavCaps, MusicNet to a manifest"),
     "audit": ("shards.audit", "find bad audio and text before training; nothing is replaced"),
     "pack": ("shards.pack", "manifest and audio files to WebDataset shards"),
-    "split": ("shards.split", "cut a manifest into train and valid without leakage, or take a mini set"),
+    "split": ("shards.split", "cut a manifest into train and valid without leakage"),
+    "subset": ("shards.subset", "a mini set: a share of each task, chosen tasks, so many hours"),
     "stats": ("shards.stats", "counts, hours and lengths of a data set"),
+    "teach": ("distill.teach", "the demo's small teacher, from nothing"),
     "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
     "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
     "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
     "report": ("distill.report", "a run's curves and scorecard as one HTML file"),
-    "transcribe": ("distill.transcribe", "let a saved model answer about an audio file"),
+    "transcribe": ("distill.transcribe", "let a saved student answer about an audio file"),
 }
 
 
@@ -47,7 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(own)
     args = own.parse_args(rest)
-    return guard(lambda: module.main(args), debug=args.debug)
+    return guard(lambda: module.main(args, **known_tasks(module.main)), debug=args.debug)
+
+
+def known_tasks(stage) -> dict:
+    """`tasks=` for the stages that check a manifest's tasks: those that have prompts."""
+    if "tasks" not in inspect.signature(stage).parameters:
+        return {}
+    prompts = json.loads((Path(__file__).parents[1] / "teachers" / "prompts.json").read_text())
+    return {"tasks": prompts.keys()}
 
 
 def guard(work, *, debug: bool) -> int:

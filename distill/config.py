@@ -90,7 +90,7 @@ class LossConfig:
     pseudo_ce: float = 1.0  # factor of `ce` where the answer is the teacher's own
     kl: float = 1.0  # forward KL to the teacher, times temperature squared
     feature: float = 1.0  # distance of the Q-Former queries to the teacher's
-    feature_kind: str = "mse"  # "mse", "cosine" or "smooth_l1"
+    feature_kind: str = "mse"  # "mse", "cosine", "smooth_l1", or "relation": how alike each clip's windows are
     temperature: float = 1.0  # of the KL; must be one of those the cache keeps
 
 
@@ -109,6 +109,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int = 0  # steps between validations; 0: only at the end
     save_every: int = 100  # steps between checkpoints
+    stop_after: int = 0  # stop after this step and go on at the next start, for queues with a time limit; 0: do not
     keep: int = 2  # newest checkpoints that stay, beside the best
     max_bad_steps: int = 3  # non-finite steps in a row after which the run stops
     resume: str = "auto"  # "auto": go on if there is a checkpoint; "must": refuse if none; "never": refuse if one
@@ -131,8 +132,9 @@ class ScratchConfig:
     steps: int = 0  # of the teacher's training; 0: the teacher is given
     batch_size: int = 32
     learning_rate: float = 1e-3
+    ear_steps: int = 300  # of the ears' pre-training by CTC on the corpus' transcripts
     text_steps: int = 300  # of each LLM's pre-training on the corpus' text
-    vocab_size: int = 256  # of the sentencepiece tokenizer
+    vocab_size: int = 500  # at most, of the sentencepiece tokenizer
     seconds: float = 3.6  # longest clip the ears take
     ear_width: int = 96
     ear_layers: int = 3
@@ -200,7 +202,7 @@ CHOICES = {
     "student.windows": ("audio", "all"),
     "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
     "cache.features": ("int8", "float16", "none"),
-    "loss.feature_kind": ("mse", "cosine", "smooth_l1"),
+    "loss.feature_kind": ("mse", "cosine", "smooth_l1", "relation"),
     "train.resume": ("auto", "must", "never"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "loss.temperature",

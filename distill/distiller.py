@@ -1,6 +1,6 @@
 """The training loop: `Distiller(teacher, student, train=…).fit()`. Knows no file format and no command line.
 
-One step: collate every micro-batch, count what each term has over all ranks, and only then go forward, with each element
+One step: collate every micro-batch, count what each term has over all ranks, and only then go forward, each element
 weighted by its term's weight over that count. So the gradient of a step does not depend on how it was split.
 """
 
@@ -199,7 +199,9 @@ class Distiller:
         counts = [dataclasses.astuple(m.counts) for m in micro_batches]
         seconds = sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE
         local = [float(sum(values)) for values in zip(*counts)]
-        *totals, stop, seconds = sum_over_ranks(self.accelerator, [*local, float(self._stop), seconds])
+        *totals, stop, seconds = sum_over_ranks(
+            self.accelerator, [*local, float(self._stop or step + 1 == self.options.stop_after), seconds]
+        )
         terms = self._forward_backward(micro_batches, Counts(*map(int, totals)))
         norm = self._update(terms)
         sums = sum_over_ranks(self.accelerator, [terms[name] for name in TERMS])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -71,4 +72,4 @@ class Collator:
 def split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
     """Cut a list into `parts` runs whose lengths differ by one at most; some are empty when there are too few."""
     bounds = [round(i * len(samples) / parts) for i in range(parts + 1)]
-    return [samples[a:b] for a, b in zip(bounds, bounds[1:])]
+    return [samples[a:b] for a, b in pairwise(bounds)]

@@ -3,14 +3,13 @@
 Shapes: B batch, S supervised positions, W windows, Q queries a window, E query width, D LLM width, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config import LossConfig
+from distill.features import feature_loss
 from distill.fused import fused_ce_kl
 from distill.head import head_weight, logit_transform
 from teachers.batch import Batch
@@ -39,7 +38,7 @@ class Counts:
 
 
 def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
-    """Count what `batch` brings to each term; a batch that only keeps the ranks in step (`is_real` false) brings none."""
+    """Count what `batch` brings to each term; one that only keeps the ranks in step (`is_real` false) none."""
     if not is_real:
         return Counts(0, 0, 0)
     has_features = targets is not None and targets.queries_BWQE is not None
@@ -114,21 +113,7 @@ class Objective(nn.Module):
             return None
         shared = shared_windows(batch, targets)
         theirs = targets.queries_BWQE.to(heard.queries_BWQE)
-        own_W = torch.cat([heard.queries_BWQE[b, :w] for b, w in enumerate(shared)])
-        theirs_W = torch.cat([theirs[b, :w] for b, w in enumerate(shared)])
-        return FEATURES[self.loss.feature_kind](own_W.float().flatten(1), theirs_W.float().flatten(1))
-
-
-def _mse(own_WE: Tensor, theirs_WE: Tensor) -> Tensor:
-    return (own_WE - theirs_WE).square().mean(-1)
-
-
-def _cosine(own_WE: Tensor, theirs_WE: Tensor) -> Tensor:
-    return 1 - F.cosine_similarity(own_WE, theirs_WE, dim=-1)
-
-
-def _smooth_l1(own_WE: Tensor, theirs_WE: Tensor) -> Tensor:
-    return F.smooth_l1_loss(own_WE, theirs_WE, reduction="none").mean(-1)
-
-
-FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "cosine": _cosine, "smooth_l1": _smooth_l1}
+        own_WQE = torch.cat([heard.queries_BWQE[b, :w] for b, w in enumerate(shared)])
+        theirs_WQE = torch.cat([theirs[b, :w] for b, w in enumerate(shared)])
+        sample_W = torch.repeat_interleave(torch.tensor(shared)).to(own_WQE.device)
+        return feature_loss(self.loss.feature_kind, own_WQE, theirs_WQE, sample_W)

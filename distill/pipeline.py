@@ -69,7 +69,13 @@ def make_corpus(config: Config) -> None:
     if config.manifest("test").exists():
         print(f"corpus: {folder} exists, used again", file=sys.stderr)
         return
-    write_corpus(folder, seed=config.seed, sizes={**SIZES, "train": config.corpus.num_train}, unlabelled_share=0)
+    write_corpus(
+        folder,
+        seed=config.seed,
+        sizes={**SIZES, "train": config.corpus.num_train},
+        unlabelled_share=0,
+        show_progress=True,
+    )
 
 
 def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str | None) -> None:
@@ -77,7 +83,11 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
     command = [sys.executable, "-m"]
     if launch is not None:
         command += ["accelerate.commands.launch", "--config_file", launch, "--module"]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     print(f"— {module.rpartition('.')[2]}", file=sys.stderr, flush=True)
     process = subprocess.Popen([*command, module, path, *overrides], env=environment)
     try:
@@ -95,7 +105,9 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill pipeline` takes."""
     add_config_arguments(parser)
-    parser.add_argument("--launch", help="launch file of the training stages, see configs/accelerate/; default: one process")
+    parser.add_argument(
+        "--launch", help="launch file of the training stages, see configs/accelerate/; default: one process"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

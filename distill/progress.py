@@ -28,9 +28,9 @@ class Progress:
         console = Console(stderr=True)
         self.bar = None
         if self.is_shown and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                       TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
-            self.bar = RichProgress(*columns, console=console)
+            rate, note = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+            self.bar = RichProgress(*columns, note, console=console)
 
     def __enter__(self) -> "Progress":
         if self.bar is not None:

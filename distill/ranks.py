@@ -1,4 +1,4 @@
-"""The processes of a run: one, several under DDP, or several under DeepSpeed ZeRO; on GPUs or on CPUs. Knows no model."""
+"""The processes of a run: one, several under DDP, or several under DeepSpeed ZeRO; on GPUs or CPUs. Knows no model."""
 
 import os
 import sys

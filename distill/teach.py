@@ -3,6 +3,7 @@
 A user with a SALMONN checkpoint skips this stage. Run with `accelerate launch distill/teach.py CONFIG`.
 """
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -12,61 +13,71 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.functional import ctc_loss
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
-from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
-from distill.distiller import Distiller
+from distill.cli import add_config_arguments, run_stage
+from distill.config import Config, ScratchConfig, TrainConfig, fingerprint, load_config
+from distill.distiller import PREEMPTED, Distiller, FitResult
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, say
 from distill.tokenizer import train_tokenizer
 from shards.manifest import read_manifest
 from shards.stream import ShardStream
+from teachers.batch import pad_waveforms
 from teachers.loading import build_salmonn, save_salmonn
 from teachers.prompts import Prompts, load_prompts
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.whisper import WhisperEar
 
 DONE = "teach.json"
+HEARD_IN_ORDER = ("asr", "audiocaption_v2", "audiocaption")  # tasks whose answers follow their audio in time
 
 
-def teach(config: Config) -> Path:
-    """Make the teacher of `config.scratch`; what exists already is used again. Returns the teacher's folder."""
+def teach(config: Config) -> int:
+    """Make the teacher of `config.scratch`; what exists already is used again. Returns the exit code."""
     accelerator = build_accelerator()
     folder = config.run_folder / "scratch"
     mark = fingerprint([config.scratch, config.corpus, config.seed])
     if is_done(folder, mark):
         say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
-        return folder / "teacher"
+        return 0
     if accelerator.is_main_process and not (folder / "parts.json").exists():
         make_parts(config, folder)
     accelerator.wait_for_everyone()
     teacher = build_teacher(config, folder)
-    result = Distiller(
+    if train_teacher(config, teacher, accelerator, folder / "run").preempted:
+        return PREEMPTED
+    if accelerator.is_main_process:
+        save_salmonn(teacher, folder / "teacher")
+        (folder / DONE).write_text(json.dumps({"fingerprint": mark}))
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -> FitResult:
+    """Cross-entropy on the labelled clips."""
+    stream = ShardStream(
+        config.shards("train"),
+        batch_size=config.scratch.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.workers,
+        labelled_only=True,
+    )
+    return Distiller(
         None,
         teacher,
-        train=ShardStream(
-            config.shards("train"),
-            batch_size=config.scratch.batch_size,
-            seed=config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=config.data.workers,
-            labelled_only=True,
-        ),
-        options=train_options(config.scratch),
-        run_folder=folder / "run",
+        train=stream,
+        options=train_options(config.scratch, accelerator.num_processes),
+        run_folder=folder,
         seed=config.seed,
         precision=config.precision,
         accelerator=accelerator,
-        identity={"scratch": mark},
+        identity={"scratch": fingerprint([config.scratch, config.corpus])},
     ).fit()
-    if result.preempted:
-        raise SystemExit(143)
-    if accelerator.is_main_process:
-        save_salmonn(teacher, folder / "teacher")
-        (folder / DONE).write_text(json.dumps({"fingerprint": mark, "loss": result.losses[-1:]}))
-    accelerator.wait_for_everyone()
-    return folder / "teacher"
 
 
 def is_done(folder: Path, mark: str) -> bool:
@@ -93,9 +104,12 @@ def make_parts(config: Config, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     prompts = load_prompts(None, SalmonnConfig("", "").template)
     texts = corpus_texts(config.manifest("train"), prompts)
-    tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=scratch.vocab_size)
+    pieces = [piece for text in texts for piece in text]
+    tokenizer = train_tokenizer(pieces, folder / "tokenizer", vocab_size=scratch.vocab_size)
     torch.manual_seed(config.seed)
-    build_whisper(scratch).save_pretrained(folder / "whisper")
+    whisper = build_whisper(scratch)
+    pretrain_ears_(WhisperEar(whisper.encoder), tokenizer, config)
+    whisper.save_pretrained(folder / "whisper")
     sizes = {
         "llm": (scratch.llm_width, scratch.llm_layers),
         "student-llm": (scratch.student_width, scratch.student_layers),
@@ -108,13 +122,10 @@ def make_parts(config: Config, folder: Path) -> None:
     (folder / "parts.json").write_text("{}")
 
 
-def corpus_texts(manifest: Path, prompts: Prompts) -> list[str]:
-    """Each sample as the LLM will read it, without the audio, in the order of the manifest."""
-    texts = []
-    for row, entry in enumerate(read_manifest(manifest)):
-        before, after = prompts.choose(entry.task, str(row), entry.question)
-        texts.append(before + after + (entry.text or ""))
-    return texts
+def corpus_texts(manifest: Path, prompts: Prompts) -> list[tuple[str, str, str]]:
+    """Each sample as the LLM will read it, without the audio: what stands before it, after it, and the answer."""
+    entries = enumerate(read_manifest(manifest))
+    return [(*prompts.choose(e.task, str(row), e.question), e.text or "") for row, e in entries]
 
 
 def build_whisper(scratch: ScratchConfig) -> WhisperModel:
@@ -127,6 +138,7 @@ def build_whisper(scratch: ScratchConfig) -> WhisperModel:
             encoder_attention_heads=scratch.ear_width // 32,
             encoder_ffn_dim=4 * scratch.ear_width,
             decoder_layers=1,
+            init_std=scratch.ear_width**-0.5,
             decoder_attention_heads=1,
             decoder_ffn_dim=scratch.ear_width,
             max_source_positions=round(50 * scratch.seconds),
@@ -150,6 +162,7 @@ def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCa
             num_attention_heads=width // 32,
             num_key_value_heads=width // 32,
             max_position_embeddings=1024,
+            initializer_range=width**-0.5,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -158,7 +171,42 @@ def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCa
     )
 
 
-def pretrain_on_text_(llm: nn.Module, tokenizer, texts: Sequence[str], scratch: ScratchConfig, title: str) -> None:
+def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config) -> None:
+    """CTC on the answers that follow their audio in time, in place: what a real Whisper brings along.
+
+    Source: Graves et al., "Connectionist temporal classification", ICML 2006.
+    """
+    scratch = config.scratch
+    options = TrainConfig(steps=scratch.ear_steps, learning_rate=2e-3, warmup_steps=30)
+    tasks = sorted(set(HEARD_IN_ORDER) & set(ShardStream(config.shards("train"), batch_size=1).tasks))
+    stream = ShardStream(config.shards("train"), batch_size=scratch.batch_size, seed=config.seed, tasks=tasks)
+    head = nn.Linear(ear.width, len(tokenizer))
+    parameters = dict(ear.encoder.named_parameters()) | {f"head.{n}": p for n, p in head.named_parameters()}
+    optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
+    with Progress("ears", options.steps) as progress:
+        for step, samples in zip(range(options.steps), stream):
+            ids = [tokenizer.encode(sample.text, add_special_tokens=False) for sample in samples]
+            frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
+            logprobs_RBV = head(frames_BRE).log_softmax(-1).transpose(0, 1)
+            labels, lengths = torch.tensor([i for row in ids for i in row]), torch.tensor([len(row) for row in ids])
+            loss = ctc_loss(logprobs_RBV, labels, num_frames_B, lengths, blank=tokenizer.pad_token_id, zero_infinity=True)
+            set_rate_(optimizer, learning_rate(step, options))
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.advance(f"loss {loss.item():.3f}")
+
+
+def set_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of an optimizer the learning rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def pretrain_on_text_(
+    llm: nn.Module, tokenizer, texts: Sequence[tuple[str, ...]], scratch: ScratchConfig, title: str
+) -> None:
     """Next-token training on text alone, in place: what a real LLM brings along."""
     options = TrainConfig(steps=scratch.text_steps, learning_rate=3e-3, warmup_steps=20)
     optimizer = torch.optim.AdamW(group_by_decay(dict(llm.named_parameters()), 0.01), lr=0.0)
@@ -166,16 +214,20 @@ def pretrain_on_text_(llm: nn.Module, tokenizer, texts: Sequence[str], scratch: 
     with Progress(title, options.steps) as progress:
         for step in range(options.steps):
             picks = torch.randint(len(texts), (16,), generator=generator).tolist()
-            ids = [[*tokenizer.encode(texts[i]), tokenizer.eos_token_id] for i in picks]
+            ids = [[tokenizer.bos_token_id, *encode_pieces(tokenizer, texts[i]), tokenizer.eos_token_id] for i in picks]
             length = max(map(len, ids))
             labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
             loss = llm(input_ids=labels.clamp(min=0), labels=labels).loss
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, options)
+            set_rate_(optimizer, learning_rate(step, options))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             progress.advance(f"loss {loss.item():.3f}")
+
+
+def encode_pieces(tokenizer, pieces: Sequence[str]) -> list[int]:
+    """Ids of texts that are tokenised apart, as `RowTokenizer` does."""
+    return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
 
 
 def build_teacher(config: Config, folder: Path) -> Salmonn:
@@ -200,20 +252,28 @@ def build_teacher(config: Config, folder: Path) -> Salmonn:
     return model
 
 
-def train_options(scratch: ScratchConfig) -> TrainConfig:
+def train_options(scratch: ScratchConfig, num_ranks: int) -> TrainConfig:
     """The teacher's training loop."""
     return dataclasses.replace(
         TrainConfig(),
         steps=scratch.steps,
         batch_size=scratch.batch_size,
-        micro_batch_size=scratch.batch_size,
+        micro_batch_size=-(-scratch.batch_size // num_ranks),
         learning_rate=scratch.learning_rate,
-        warmup_steps=100,
+        warmup_steps=50,
         save_every=200,
     )
 
 
-if __name__ == "__main__":
-    from distill.cli import run_stage
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill teach` takes."""
+    add_config_arguments(parser)
 
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill teach`."""
+    return teach(load_config(args.config, args.overrides))
+
+
+if __name__ == "__main__":
     sys.exit(run_stage(teach))

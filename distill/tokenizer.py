@@ -1,4 +1,4 @@
-"""Trains a small tokenizer on a corpus: a sentencepiece unigram model, saved as a folder that transformers loads.
+"""Trains a small tokenizer on a corpus: a sentencepiece BPE model, saved as a folder that transformers loads.
 
 The demo's teacher and student use it. It knows texts, nothing of prompts or models. Every text encodes without loss:
 what the vocabulary lacks becomes bytes, and nothing is normalised. (`▁`, U+2581, stands for the space, as in every
@@ -49,12 +49,12 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> P
 
 
 def _train_sentencepiece(texts: list[str], vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """A unigram model with byte fallback that leaves every character as it is."""
+    """A BPE model with byte fallback that leaves every character as it is."""
     serialised = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=serialised,
-        model_type="unigram",
+        model_type="bpe",  # unigram finds no piece that only one word of a small corpus holds
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         byte_fallback=True,
@@ -77,10 +77,22 @@ def _train_sentencepiece(texts: list[str], vocab_size: int) -> sentencepiece.Sen
     return sentencepiece.SentencePieceProcessor(model_proto=serialised.getvalue())
 
 
+def _halves(piece: str, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to cut a piece in two pieces."""
+    cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    return [(left, right) for left, right in cuts if left in ids and right in ids]
+
+
 def _build_fast(processor: sentencepiece.SentencePieceProcessor) -> PreTrainedTokenizerFast:
-    """The same pieces and scores in the `tokenizers` library, which knows offsets."""
-    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
+    """The same pieces in the `tokenizers` library, which knows offsets; a piece's id is its rank among the merges."""
+    ids = {processor.id_to_piece(i): i for i in range(len(processor))}
+    merges = [
+        pair
+        for piece, i in ids.items()
+        if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))
+        for pair in sorted(_halves(piece, ids), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    ]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(

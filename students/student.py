@@ -1,6 +1,6 @@
 """A student: the teacher's ears and Q-Former on a smaller LLM, in 4 bits with LoRA.
 
-What is trained: LoRA, Q-Former, its LayerNorms and the projection. What is frozen: the ears and the LLM's 4-bit weights.
+Trained are LoRA, Q-Former, its LayerNorms and the projection; frozen are the ears and the LLM's 4-bit weights.
 """
 
 import dataclasses

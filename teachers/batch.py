@@ -1,4 +1,4 @@
-"""One batch of the LLM: each sample's prompt, audio places and answer in one contiguous row. Knows token ids, no weights.
+"""One batch of the LLM: each sample's prompt, audio places and answer in one contiguous row. Knows no weights.
 
 Shapes: B batch, T LLM positions, N audio samples, S supervised positions flattened (row after row).
 Right by construction where SALMONN's trainer is not: nothing stands between prompt and answer, the end token is always

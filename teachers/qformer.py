@@ -49,6 +49,7 @@ class WindowQFormer(nn.Module):
                 intermediate_size=ffn_width,
                 cross_attention_frequency=1,
                 encoder_hidden_size=encoder_width,
+                initializer_range=width**-0.5,  # BERT's 0.02 starves a narrow Q-Former of signal
                 hidden_dropout_prob=dropout,
                 attention_probs_dropout_prob=dropout,
             )

@@ -1,4 +1,4 @@
-"""What every test shares: where `../shared` is, which tests need it, and a CPU that computes in float32 on one thread."""
+"""What every test shares: where `../shared` is, which tests need it, and one thread a process."""
 
 import os
 from pathlib import Path

@@ -131,7 +131,7 @@ def test_a_finished_pack_is_left_alone_and_a_damaged_shard_is_made_again(manifes
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tmp_path, kill):
-    rows = write_clips(tmp_path, 8, seconds=5.0) * 16
+    rows = write_clips(tmp_path, 8, seconds=5.0) * 40
     manifest, out = write_annotation(tmp_path / "train.json", rows), tmp_path / "out"
     program = "import sys; from shards.pack import pack; pack(sys.argv[1], sys.argv[2], shard_samples=8, workers=2)"
     script = tmp_path / "run.py"
@@ -154,9 +154,9 @@ def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tm
         assert not list(out.glob(".*"))
     report = pack(manifest, out, shard_samples=8, workers=1)
     assert report.num_resumed == len(record["shards"]) >= 1
-    assert report.num_samples == 128
+    assert report.num_samples == 320
     assert not list(out.glob(".*"))
-    assert verify(out, workers=1).num_samples == 128
+    assert verify(out, workers=1).num_samples == 320
 
 
 def test_a_folder_of_another_pack_is_refused_with_both_values(manifest, tmp_path):

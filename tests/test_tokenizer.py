@@ -27,7 +27,7 @@ def texts():
 @pytest.fixture(scope="module")
 def folder(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(texts, folder, vocab_size=400)
+    train_tokenizer(texts, folder, vocab_size=520)
     return folder
 
 
@@ -49,7 +49,7 @@ def test_pieces_of_a_prompt_join_to_the_whole(tokenizer):
 
 
 def test_pieces_are_those_of_sentencepiece(tokenizer, texts):
-    processor = _train_sentencepiece(texts, 400)
+    processor = _train_sentencepiece(texts, 520)
     for text in [*texts, *TRICKY]:
         assert tokenizer(text, add_special_tokens=False).input_ids == processor.encode(text)
 
@@ -57,7 +57,7 @@ def test_pieces_are_those_of_sentencepiece(tokenizer, texts):
 def test_special_tokens_are_inside_the_vocabulary(tokenizer):
     ids = tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     assert ids == (0, 1, 2, 3)
-    assert len(tokenizer) == tokenizer.vocab_size <= 400
+    assert len(tokenizer) == tokenizer.vocab_size <= 520
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<unk>", "<s>", "</s>", "<pad>"]
     assert tokenizer("noise").input_ids[0] == tokenizer.bos_token_id
     assert tokenizer("noise", tokenizer.eos_token, add_special_tokens=False).input_ids[-1] == 2
@@ -76,7 +76,7 @@ def test_frequent_words_are_one_token(tokenizer):
 
 
 def test_training_again_gives_the_same_file(texts, folder, tmp_path):
-    train_tokenizer(texts, tmp_path, vocab_size=400)
+    train_tokenizer(texts, tmp_path, vocab_size=520)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
@@ -87,4 +87,4 @@ def test_a_vocabulary_without_room_is_refused(tmp_path):
 
 def test_a_corpus_without_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="texts is empty"):
-        train_tokenizer(["", ""], tmp_path, vocab_size=400)
+        train_tokenizer(["", ""], tmp_path, vocab_size=520)

@@ -1,4 +1,4 @@
-"""A whole pipeline of toys for the tests: random weights in the real formats, and clips of tones. Everything in seconds."""
+"""A pipeline of toys for the tests: random weights in the real formats, and clips of tones, in seconds."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from teachers.lora import Lora
 from teachers.prompts import load_prompts
 from teachers.salmonn import Salmonn, SalmonnConfig
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = ScratchConfig(seconds=2.0, ear_width=64, ear_layers=1, llm_width=64, llm_layers=1, student_width=32,
                       student_layers=1, qformer_width=32)  # fmt: skip
 

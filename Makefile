@@ -1,0 +1,28 @@
+# Everything a user or CI does. `make demo` and `make test` set up .venv with the pinned packages when it is not there.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint format
+
+demo: .venv/installed
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/distill pipeline configs/demo.yaml --launch configs/accelerate/two_cpus_zero2.yaml
+
+test: .venv/installed
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: constraints.txt setup.cfg
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"python is {v[0]}.{v[1]}, but 3.11 or 3.12 is needed; run make PYTHON=/path/to/python3.11") if v not in ((3, 11), (3, 12)) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
