@@ -116,7 +116,10 @@ def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, nn.Para
     state = inner_optimizer(optimizer).state
     for name, parameter in named.items():
         for kind in KINDS:
-            moments[f"{name}.{kind}"] = state[parameter][kind].float().cpu()
+            is_new = parameter not in state  # no step has changed it yet
+            moments[f"{name}.{kind}"] = (
+                torch.zeros_like(parameter, device="cpu") if is_new else state[parameter][kind].float().cpu()
+            )
     return moments
 
 

@@ -232,7 +232,7 @@ class Distiller:
             norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            return float(norm) if norm is not None else math.nan
+            return float(norm or 0.0)  # None until the first step that DeepSpeed did not skip
         norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.options.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -240,7 +240,7 @@ class Distiller:
         return norm
 
     def _check_finite(self, record: dict, keys: list[str]) -> None:
-        if math.isfinite(record["loss"]) and not math.isinf(record["grad_norm"]) and not math.isnan(record["loss"]):
+        if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
             self.bad_steps = 0
             return
         self.bad_steps += 1

@@ -189,7 +189,9 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config) -> None:
             frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
             logprobs_RBV = head(frames_BRE).log_softmax(-1).transpose(0, 1)
             labels, lengths = torch.tensor([i for row in ids for i in row]), torch.tensor([len(row) for row in ids])
-            loss = ctc_loss(logprobs_RBV, labels, num_frames_B, lengths, blank=tokenizer.pad_token_id, zero_infinity=True)
+            loss = ctc_loss(
+                logprobs_RBV, labels, num_frames_B, lengths, blank=tokenizer.pad_token_id, zero_infinity=True
+            )
             set_rate_(optimizer, learning_rate(step, options))
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)

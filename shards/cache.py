@@ -151,7 +151,7 @@ class TargetReader:
         elif expected is not None and expected != self.header.fingerprint:
             raise ValueError(
                 f"{self.folder / HEADER} was cached as {self.header.fingerprint[:16]}, but this run's teacher is "
-                f"{expected[:16]}; run distill/cache.py again or point cache.dir at a cache of this teacher."
+                f"{expected[:16]}; run distill/cache.py again or point cache.folder at a cache of this teacher."
             )
 
     def keys(self, shard: str) -> list[str]:

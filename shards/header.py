@@ -57,7 +57,7 @@ class CacheHeader:
         changes = "".join(f"\n  {name}: cached {_show(stored, name)}, this run {_show(asked, name)}" for name in names)
         raise ValueError(
             f"{path} was cached as {self.fingerprint[:16]}, but this run's teacher is {expected.fingerprint[:16]}; run "
-            f"distill/cache.py again or point cache.dir at a cache of this teacher. What differs:{changes}"
+            f"distill/cache.py again or point cache.folder at a cache of this teacher. What differs:{changes}"
         )
 
 

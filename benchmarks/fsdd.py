@@ -1,0 +1,73 @@
+"""What each term of the objective is worth on real spoken digits: WER of the teacher and of students, three seeds.
+
+The teacher learned from every clip; a student sees the text of 2 % of them, and the teacher's answers to the others.
+Equal steps and batches; CE alone can only use the labelled clips. Run it where `../shared/data/fsdd` is:
+`python benchmarks/fsdd.py [key=value …]`. Stages that were run before are used again.
+"""
+
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from record import write_result
+
+from distill.config import load_config
+from distill.evaluate import evaluate
+from distill.pipeline import launch_stage, make_shards
+from distill.teacher import load_teacher
+from students.student import load_student
+
+CONFIG = "configs/fsdd.yaml"
+SEEDS = (0, 1, 2)
+VARIANTS = {
+    "ce": ("CE on the labelled clips", ["loss.kl=0", "loss.feature=0", "data.labelled_only=true"]),
+    "ce_pseudo": ("CE, the teacher's answers too", ["loss.kl=0", "loss.feature=0"]),
+    "ce_kl": ("CE + KL", ["loss.feature=0"]),
+    "ce_kl_feature": ("CE + KL + feature", []),
+}
+
+
+def train_and_score(variant: str, seed: int, words: list[str]) -> float:
+    """The test WER of one student."""
+    scratch = load_config(CONFIG).run_folder / "scratch"
+    overrides = [f"name=fsdd-{variant}-{seed}", f"seed={seed}", f"teacher.path={scratch}/teacher",
+                 f"student.llm={scratch}/student-llm", *VARIANTS[variant][1], *words]  # fmt: skip
+    config = load_config(CONFIG, overrides)
+    subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
+    return evaluate(load_student(config.run_folder / "student"), config.shards("test"), config)["asr"].value
+
+
+def main() -> None:
+    """Run every variant and seed, two at a time, and write the table."""
+    words = sys.argv[1:]
+    config = load_config(CONFIG, words)
+    make_shards(config)
+    launch_stage("distill.teach", CONFIG, words, None)
+    launch_stage("distill.cache", CONFIG, words, None)
+    teacher = evaluate(load_teacher(config), config.shards("test"), config)["asr"].value
+    jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    with ThreadPoolExecutor(2) as pool:
+        wers = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, words), jobs)))
+    students = {variant: [wers[variant, seed] for seed in SEEDS] for variant in VARIANTS}
+    means = {variant: statistics.mean(values) for variant, values in students.items()}
+    gap_closed = (means["ce"] - min(means["ce_kl"], means["ce_kl_feature"])) / (means["ce"] - teacher)
+    figures = {"teacher": teacher, "students": students, "gap_closed": gap_closed, "steps": config.train.steps}
+    write_result("fsdd", figures, make_table(teacher, students, gap_closed))
+
+
+def make_table(teacher: float, students: dict[str, list[float]], gap_closed: float) -> str:
+    """Markdown: mean and standard deviation over the seeds."""
+    lines = ["| model | WER % (mean ± sd, 3 seeds) | each |", "|---|---|---|", f"| teacher | {100 * teacher:.2f} | |"]
+    for variant, values in students.items():
+        mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
+        each = ", ".join(f"{100 * value:.2f}" for value in values)
+        lines.append(f"| student, {VARIANTS[variant][0]} | {mean:.2f} ± {deviation:.2f} | {each} |")
+    closed = (
+        f"The better of the two distilled students closes {gap_closed:.0%} of the gap between CE alone and teacher."
+    )
+    return "\n".join([*lines, "", closed])
+
+
+if __name__ == "__main__":
+    main()

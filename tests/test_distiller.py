@@ -1,0 +1,193 @@
+"""The loop: split batches, cached targets, resumed runs and bad steps give the losses they should."""
+
+import dataclasses
+import os
+
+import pytest
+import tiny
+import torch
+
+from distill.cache import cache
+from distill.checkpoint import find_checkpoint, save_checkpoint
+from distill.config import LossConfig, TrainConfig, load_config
+from distill.distiller import BadStepsError, Distiller
+from distill.run import wrap_teacher
+from shards.stream import ShardStream
+from students.student import build_student, load_student, save_student
+from teachers.loading import load_salmonn
+from teachers.lora import Lora
+from teachers.targets import CachedTeacher, OnlineTeacher
+
+OPTIONS = TrainConfig(
+    steps=5,
+    batch_size=4,
+    micro_batch_size=4,
+    learning_rate=0.01,
+    warmup_steps=2,
+    save_every=100,
+    min_learning_rate=1e-4,
+)
+LORA = Lora(rank=4)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data")
+    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", cache__codec="dense",
+                      cache__features="float16")  # fmt: skip
+    cache(load_config(folder / "toy.yaml"))
+    return folder
+
+
+def make_distiller(toys, run_folder, teacher=None, **changes) -> Distiller:
+    """A run on the toys; online teacher by default."""
+    model = load_salmonn(toys / "teacher")
+    student = build_student(model, str(toys / "parts" / "student-llm"), lora=LORA, connector="new")
+    loss = changes.pop("loss", LossConfig())
+    return Distiller(teacher or OnlineTeacher(model), student, train=toys / "data" / "train", loss=loss,
+                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toys):
+    return make_distiller(toys, toys / "uninterrupted").fit().losses
+
+
+def test_losses_fall(uninterrupted):
+    assert len(uninterrupted) == 5
+    assert uninterrupted[-1] < uninterrupted[0]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_losses_do_not_depend_on_micro_batches(toys, tmp_path, uninterrupted, micro_batch_size):
+    result = make_distiller(toys, tmp_path, micro_batch_size=micro_batch_size).fit()
+    assert result.losses == pytest.approx(uninterrupted, abs=1e-5)
+
+
+def test_resumed_run_repeats_the_uninterrupted_losses_bit_by_bit(toys, tmp_path, uninterrupted):
+    first = make_distiller(toys, tmp_path, stop_after=2).fit()
+    assert first.preempted and first.losses == uninterrupted[:2]
+    second = make_distiller(toys, tmp_path).fit()
+    assert second.losses == uninterrupted[2:]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(toys, tmp_path, uninterrupted, capsys):
+    make_distiller(toys, tmp_path, save_every=1, stop_after=3).fit()
+    file = tmp_path / "checkpoints" / "step-000003" / "trainable.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert make_distiller(toys, tmp_path).fit().losses == uninterrupted[2:]
+    assert "step-000003 is passed over: trainable.safetensors has another sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("point", ["checkpoint:weights", "checkpoint:moments", "checkpoint:rename"])
+def test_a_crash_while_a_checkpoint_is_written_costs_only_that_checkpoint(tmp_path, monkeypatch, point):
+    tensors = {"a": torch.arange(4.0)}
+    save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    monkeypatch.setenv("DISTILL_CRASH_AT", point)
+    child = os.fork()
+    if child == 0:
+        save_checkpoint(tmp_path, 2, {"stream": {}}, tensors, tensors)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 86
+    assert find_checkpoint(tmp_path, print).step == 1
+
+
+def test_cached_targets_give_the_losses_of_online_targets(toys, tmp_path, uninterrupted):
+    teacher = wrap_teacher(load_config(toys / "toy.yaml"), load_salmonn(toys / "teacher"))
+    assert isinstance(teacher, CachedTeacher)
+    result = make_distiller(toys, tmp_path, teacher=teacher).fit()
+    assert result.losses == pytest.approx(uninterrupted, abs=5e-3)
+
+
+def test_a_cache_of_another_teacher_is_refused_with_what_differs(toys, tmp_path):
+    tiny.make_parts(tmp_path / "parts", seed=3)
+    tiny.save_teacher(tmp_path / "parts", tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"(?s)cache\.json was cached as .*teacher_weights\.llm: cached .*, this run "):
+        wrap_teacher(load_config(toys / "toy.yaml"), load_salmonn(tmp_path / "teacher"))
+
+
+def test_targets_of_another_answer_are_refused(toys):
+    teacher = CachedTeacher(toys / "data" / "cache")
+    model = load_salmonn(toys / "teacher")
+    stream = ShardStream(toys / "data" / "train", batch_size=2, targets=toys / "data" / "cache")
+    samples = [dataclasses.replace(sample, text="nine nine") for sample in next(iter(stream))]
+    with pytest.raises(ValueError, match=r"another answer; cache this sample again"):
+        teacher.targets(model.collate(samples))
+
+
+def test_an_unlabelled_clip_gets_the_answer_that_the_teacher_gives(toys):
+    teacher = OnlineTeacher(load_salmonn(toys / "teacher"), max_new_tokens=4)
+    sample = tiny.make_sample(4, text=None)
+    labelled, is_pseudo = teacher.label([sample, tiny.make_sample(5)])
+    assert is_pseudo == [True, False]
+    assert labelled[0].text == teacher.model.generate([sample], max_new_tokens=4)[0]
+
+
+def test_kl_of_the_teacher_to_itself_is_zero(toys, tmp_path):
+    model = load_salmonn(toys / "teacher")
+    twin = load_salmonn(toys / "teacher")
+    twin.project.requires_grad_(True)
+    loss = LossConfig(ce=0.0, kl=1.0, feature=1.0)
+    options = dataclasses.replace(OPTIONS, steps=1, learning_rate=1e-9)
+    run = Distiller(OnlineTeacher(model), twin, train=toys / "data" / "train", loss=loss, options=options,
+                    run_folder=tmp_path)  # fmt: skip
+    assert run.fit().losses == pytest.approx([0.0], abs=1e-6)
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_leave_weights_finite(toys, tmp_path):
+    run = make_distiller(toys, tmp_path, max_bad_steps=2)
+    project = run.student.project.weight
+    project.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(BadStepsError, match=r"for 2 steps in a row, but must be finite; look at samples"):
+        run.fit()
+    assert torch.isfinite(project).all()
+
+
+def test_another_batch_size_does_not_resume(toys, tmp_path):
+    make_distiller(toys, tmp_path, stop_after=1).fit()
+    with pytest.raises(ValueError, match=r"batch_size is 2, but .*step-000001 was made with 4"):
+        make_distiller(toys, tmp_path, batch_size=2, micro_batch_size=2).fit()
+
+
+def test_resume_must_and_never_are_obeyed(toys, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train\.resume is 'must', but .* holds no whole checkpoint"):
+        make_distiller(toys, tmp_path, resume="must").fit()
+    make_distiller(toys, tmp_path, stop_after=1).fit()
+    with pytest.raises(FileExistsError, match=r"train\.resume is 'never', but .*step-000001 is a checkpoint"):
+        make_distiller(toys, tmp_path, resume="never").fit()
+
+
+def test_only_lora_and_the_connector_get_gradients(toys, tmp_path):
+    run = make_distiller(toys, tmp_path)
+    assert {n.split(".")[0] for n in run.named if "lora_" not in n} == {"ln_speech", "qformer", "project"}
+    assert not any(p.requires_grad for p in run.student.whisper.parameters())
+
+
+def test_a_saved_4_bit_student_answers_as_before(toys, tmp_path):
+    run = make_distiller(toys, tmp_path / "run")
+    run.fit()
+    student = run.student.eval()
+    save_student(student, tmp_path / "student", lora=LORA, quantization="nf4")
+    samples = [tiny.make_sample(1), tiny.make_sample(2)]
+    assert load_student(tmp_path / "student").generate(samples, max_new_tokens=5) == student.generate(
+        samples, max_new_tokens=5
+    )
+    kinds = {type(module).__name__ for module in student.llm.modules()}
+    assert "Linear4bit" in kinds
+
+
+def test_a_student_of_another_vocabulary_is_refused(toys, tmp_path):
+    from distill.teach import build_llm
+    from distill.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["a b c", "other words"], tmp_path / "llm", vocab_size=300)
+    build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
+    model = load_salmonn(toys / "teacher")
+    student = build_student(model, str(tmp_path / "llm"), lora=LORA, connector="new")
+    with pytest.raises(ValueError, match=r"vocabulary of the student .* is not that of the teacher"):
+        Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path)
