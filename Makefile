@@ -1,5 +1,6 @@
 # Everything a user or CI does. `make demo` and `make test` set up .venv with the pinned packages when it is not there.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# the first of these that runs: a version manager's shim can be there without the version
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
