@@ -1,9 +1,11 @@
 """The teacher a config names, loaded: a saved folder, the demo's own, or a released SALMONN checkpoint."""
 
+import sys
 from pathlib import Path
 
 from distill.config import Config
 from distill.ranks import resolve_precision
+from teachers.checkpoint import load_checkpoint
 from teachers.loading import load_salmonn
 from teachers.salmonn import Salmonn
 
@@ -33,4 +35,11 @@ def load_teacher(config: Config) -> Salmonn:
         raise FileNotFoundError(
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
         )
-    return load_salmonn(path, dtype=dtype)
+    if path.is_dir():
+        return load_salmonn(path, dtype=dtype)
+    parts = config.teacher
+    model, report = load_checkpoint(
+        path, llm=parts.llm, whisper=parts.whisper, second=parts.second, second_kind=parts.second_kind, dtype=dtype
+    )
+    print(f"teacher {path}: {report}", file=sys.stderr)
+    return model

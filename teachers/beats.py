@@ -116,6 +116,10 @@ class BeatsEar(nn.Module):
         mel_BXM, num_mel_frames_B = BEATS_FBANK(waveforms_BN, num_samples_B)
         return self.encode(mel_BXM, num_mel_frames_B)
 
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of so many audio samples."""
+        return max(0, (num_samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1) // PATCH * BANDS
+
     def encode(self, mel_BXM: Tensor, num_mel_frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Encode normalised filter bank features, frames_BRE and num_frames_B."""
         frames_BRE = self.embed(mel_BXM)

@@ -124,6 +124,10 @@ class EatEar(nn.Module):
         tokens_BRE, num_frames_B = self.encode(mel_BXM, num_mel_frames_B)
         return tokens_BRE[:, 1:], num_frames_B
 
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of so many audio samples, without the utterance's token."""
+        return -(-max(0, (num_samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1) // PATCH) * BANDS
+
     def encode(self, mel_BXM: Tensor, num_mel_frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Encode normalised features: tokens_BRE, the utterance's token first, and num_frames_B without it."""
         silence = -EAT_FBANK.mean / EAT_FBANK.std

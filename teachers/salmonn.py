@@ -158,7 +158,9 @@ class Salmonn(nn.Module):
         """LayerNorm each encoder's frames, zero-pad the shorter and put them side by side: frames_BRE."""
         if self.second is None:
             return self.ln_speech(frames[0])
-        speech, audio = self.ln_speech(frames[0]), self.ln_audio(frames[1])
+        # a second encoder's frame of zeros is one after the row's end: it stays zero, as when the row is alone
+        is_heard = (frames[1] != 0).any(-1, keepdim=True)
+        speech, audio = self.ln_speech(frames[0]), self.ln_audio(frames[1]) * is_heard
         length = max(speech.shape[1], audio.shape[1])
         padded = [nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (speech, audio)]
         return torch.cat(padded, dim=-1)
