@@ -109,6 +109,7 @@ def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, nn.Para
     if is_deepspeed(accelerator):
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        link_states_(optimizer)
         for name, parameter in named.items():
             for kind in KINDS:
                 moments[f"{name}.{kind}"] = safe_get_full_optimizer_state(parameter, kind).float().cpu().clone()
@@ -136,15 +137,24 @@ def restore_moments_(
         return
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    zero = optimizer.optimizer  # accelerate's wrapper around DeepSpeed's
     for group in inner_optimizer(optimizer).param_groups:
         for flat in group["params"]:
             state[flat] = {kind: torch.zeros_like(flat) for kind in KINDS} | {"step": torch.tensor(float(step))}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
+    link_states_(optimizer)
     for name, parameter in named.items():
         for kind in KINDS:
             safe_set_full_optimizer_state(parameter, moments[f"{name}.{kind}"].to(parameter.device), kind)
+
+
+def link_states_(optimizer) -> None:
+    """Let ZeRO-1 and 2 find each parameter's moments.
+
+    DeepSpeed links them once, after the first parameter group's first step, when the other groups' are not there yet.
+    """
+    zero = optimizer.optimizer  # DeepSpeed's, inside accelerate's wrapper
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def inner_optimizer(optimizer) -> torch.optim.Optimizer:

@@ -45,7 +45,6 @@ class DataConfig:
 class TeacherConfig:
     """The frozen model that is learned from."""
 
-    kind: str = "salmonn"  # "salmonn" or "qwen2_audio"
     path: str = ""  # a saved folder, or a SALMONN checkpoint (.pth) together with the names below
     llm: str = ""  # the checkpoint's LLM: folder or hub id
     whisper: str = ""  # the checkpoint's Whisper: folder or hub id
@@ -74,7 +73,7 @@ class CacheConfig:
     """The teacher's targets on disk."""
 
     folder: str = ""  # empty: `cache` inside the data folder
-    codec: str = "topk"  # "topk", "adaptive", "sampled", "hidden" or "dense"
+    codec: str = "topk"  # "topk", "adaptive" (fewer ids where the teacher is sure) or "dense" (all, for tests)
     k: int = 64  # ids kept a position
     temperatures: tuple[float, ...] = (1.0, 2.0)  # those that loss.temperature may be
     features: str = "int8"  # Q-Former queries as "int8" by row, "float16", or "none"
@@ -196,11 +195,10 @@ class Config:
 CHOICES = {
     "precision": ("auto", "float32", "bf16"),
     "corpus.kind": ("manifest", "synth"),
-    "teacher.kind": ("salmonn", "qwen2_audio"),
     "student.quantization": ("nf4", "none"),
     "student.connector": ("teacher", "new"),
     "student.windows": ("audio", "all"),
-    "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
+    "cache.codec": ("topk", "adaptive", "dense"),
     "cache.features": ("int8", "float16", "none"),
     "loss.feature_kind": ("mse", "cosine", "smooth_l1", "relation"),
     "train.resume": ("auto", "must", "never"),

@@ -62,7 +62,10 @@ def run(config: Config) -> int:
 def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeacher:
     """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's."""
     if config.teacher.online:
-        return OnlineTeacher(model, max_new_tokens=config.cache.max_new_tokens)
+        cache = config.cache
+        return OnlineTeacher(
+            model, k=cache.k, temperatures=tuple(cache.temperatures), max_new_tokens=cache.max_new_tokens
+        )
     from distill.cache import describe_teacher
 
     return CachedTeacher(config.cache_folder, describe_teacher(model, config))

@@ -71,11 +71,6 @@ class Prompts:
         before, after = self.template.replace("{}", prompt, 1).split(AUDIO_PLACE, 1)
         return before, after
 
-    def check_tasks(self, tasks) -> None:
-        """Refuse tasks that have no prompt, before any work starts."""
-        for task in sorted(set(tasks)):
-            self.choose(task, "*", "?")
-
 
 def load_prompts(path: str | Path | None, template: str) -> Prompts:
     """Read a prompts file (`{task: [prompt, …]}` or SALMONN's `{task: prompt}`); None reads the library's own."""

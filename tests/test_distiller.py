@@ -104,6 +104,21 @@ def test_cached_targets_give_the_losses_of_online_targets(toys, tmp_path, uninte
     assert result.losses == pytest.approx(uninterrupted, abs=5e-3)
 
 
+@pytest.mark.parametrize("codec", ["topk", "adaptive", "dense"])
+def test_caching_again_from_nothing_gives_the_same_bytes(toys, tmp_path, codec):
+    tars = []
+    for name in ("first", "second"):
+        words = [f"cache.folder={tmp_path / name}", f"cache.codec={codec}", "data.labelled_share=0.5"]
+        assert cache(load_config(toys / "toy.yaml", words)) == 0
+        tars.append([path.read_bytes() for path in sorted((tmp_path / name).glob("*.targets.tar"))])
+    assert len(tars[0]) == 3 and tars[0] == tars[1]
+
+
+def test_a_cache_that_is_complete_is_used_again(toys, capsys):
+    assert cache(load_config(toys / "toy.yaml")) == 0
+    assert "holds the targets of all 3 shards, used again" in capsys.readouterr().err
+
+
 def test_a_cache_of_another_teacher_is_refused_with_what_differs(toys, tmp_path):
     tiny.make_parts(tmp_path / "parts", seed=3)
     tiny.save_teacher(tmp_path / "parts", tmp_path / "teacher")
