@@ -134,7 +134,9 @@ def _load_all(
         sha256 = None if entry is None else entry["sha256"]
         sidecar = read_small(name + SIDECAR_SUFFIX) if is_remote(name) else None
         index = unpack_sidecar(sidecar) if sidecar is not None else None
-        index = index or load_index(cache.local_path(name), sha256=sha256, max_member_bytes=max_member_bytes)
+        if index is None:
+            with cache.local(name) as path:
+                index = load_index(path, sha256=sha256, max_member_bytes=max_member_bytes)
         for field, actual in (("samples", len(index)), ("bytes", index.size), ("sha256", index.sha256)):
             if entry is not None and entry[field] != actual:
                 raise ShardError(

@@ -88,21 +88,26 @@ class ShardCache:
         try:
             if not is_remote(name):
                 return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-            with self._locked(name):
-                return os.open(self._fetch(name), os.O_RDONLY | os.O_CLOEXEC)
+            with self.local(name) as path:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise ShardError(f"{name} is missing; {_nearest(name)}") from error
 
-    def local_path(self, name: str) -> Path:
-        """Path of the shard or of its local copy, fetched first where it is remote."""
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """Path of the shard or of its local copy, fetched first where it is remote; the copy stays within the block."""
         if not is_remote(name):
-            return Path(name)
+            yield Path(name)
+            return
         with self._locked(name):
-            return self._fetch(name)
+            path, is_new = self._fetch(name)
+            yield path
+        if is_new:
+            self._evict(keep=path)
 
     def _locked(self, name: str):
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = open(f"{self._path(name)}.lock", "w")  # noqa: SIM115 - closing it is what unlocks
+        file = open(_lock_path(self._path(name)), "w")  # noqa: SIM115 - closing it is what unlocks
         fcntl.flock(file, fcntl.LOCK_EX)
         return file
 
@@ -110,11 +115,12 @@ class ShardCache:
         scheme, _, rest = name.partition("://")
         return self.folder / re.sub(r"[^A-Za-z0-9._-]", "_", f"{scheme}_{rest}")[-200:]
 
-    def _fetch(self, name: str) -> Path:
+    def _fetch(self, name: str) -> tuple[Path, bool]:
+        """The local copy and whether it came now."""
         path = self._path(name)
         if path.exists():
             os.utime(path)
-            return path
+            return path, False
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             retry(lambda: _download(name, temporary), name, first_wait_seconds=self.first_wait_seconds)
@@ -123,11 +129,13 @@ class ShardCache:
             raise ShardError(f"{name} is missing; {_nearest(name)}") from error
         finally:
             temporary.unlink(missing_ok=True)
-        self._evict(path)
-        return path
+        return path, True
 
     def _evict(self, keep: Path) -> None:
-        """Remove the files used longest ago until the rest fits; an open descriptor still reads a removed one."""
+        """Remove the files used longest ago until the rest fits, but none that is in use by its path.
+
+        An open descriptor still reads a removed file.
+        """
         files = []
         for path in self.folder.glob(f"*{SHARD_SUFFIX}"):
             try:
@@ -136,9 +144,23 @@ class ShardCache:
                 continue  # another process evicted it
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
-            if total > self.max_bytes and path != keep:
-                path.unlink(missing_ok=True)
+            if total > self.max_bytes and path != keep and _remove_unless_locked(path):
                 total -= size
+
+
+def _lock_path(path: Path) -> str:
+    return f"{path}.lock"
+
+
+def _remove_unless_locked(path: Path) -> bool:
+    """Whether the local copy is gone; one that another thread or process holds stays."""
+    with open(_lock_path(path), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink(missing_ok=True)
+        return True
 
 
 def read_small(name: str) -> bytes | None:

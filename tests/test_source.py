@@ -1,6 +1,7 @@
 """Names become shards or an error that says what is there; remote shards come whole, in a bounded cache."""
 
 import http.server
+import os
 import threading
 
 import pytest
@@ -141,6 +142,17 @@ def test_the_cache_stays_within_its_bytes_and_every_sample_still_comes(server, t
     urls = [f"{server.url}/train-{n:06d}.tar" for n in range(4)]
     assert keys_of(ShardStream(urls, batch_size=2, epochs=1, cache=cache)) == keys
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 2 * size
+
+
+def test_a_local_copy_in_use_is_not_evicted(server, tmp_path):
+    write_shards(server.folder, [3, 3, 3])
+    first, second, third = (f"{server.url}/train-{n:06d}.tar" for n in range(3))
+    cache = ShardCache(tmp_path / "cache", max_bytes=1)
+    with cache.local(first) as path:
+        os.close(cache.open(second))
+        assert path.exists()
+    os.close(cache.open(third))
+    assert not path.exists()
 
 
 def test_a_missing_remote_shard_is_an_error_at_once(server, tmp_path):
