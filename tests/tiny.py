@@ -91,7 +91,7 @@ def write_config(path: Path, data: Path, teacher: Path, parts: Path, **changes) 
         "name": "toy", "runs": path.parent / "runs", "data__folder": data, "teacher__path": teacher,
         "student__llm": parts / "student-llm", "student__connector": "new", "student__lora_rank": 4,
         "cache__k": 16, "cache__batch_size": 4, "train__steps": 4, "train__batch_size": 4,
-        "train__micro_batch_size": 4, "train__learning_rate": 0.01, "train__warmup_steps": 2, "train__save_every": 2,
+        "train__micro_batch_size": 4, "train__learning_rate": 2e-3, "train__warmup_steps": 2, "train__save_every": 2,
         "corpus__valid_share": 0.0, **changes,
     }  # fmt: skip
     from omegaconf import OmegaConf
