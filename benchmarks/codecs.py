@@ -283,7 +283,8 @@ def measure_hidden(vocab_size: int) -> dict:
     payload, encode_seconds = time_call(lambda: codec.encode(arrays))
     decoded, decode_seconds = time_call(lambda: decode(payload))
     logprobs_SV = torch.log_softmax(hidden_SD @ head_VD.T, -1)
-    piece = decoded.distribution(head_VD), logprobs_SV, make_student(logprobs_SV)
+    distribution = Distribution.from_logits(decoded.with_head(head_VD).logits())
+    piece = distribution, logprobs_SV, make_student(logprobs_SV)
     return (
         describe(codec, vocab_size)
         | measure_error(iter([piece]))

@@ -73,12 +73,20 @@ class CacheConfig:
     """The teacher's targets on disk."""
 
     folder: str = ""  # empty: `cache` inside the data folder
-    codec: str = "topk"  # "topk", "adaptive" (fewer ids where the teacher is sure) or "dense" (all, for tests)
-    k: int = 64  # ids kept a position
-    temperatures: tuple[float, ...] = (1.0, 2.0)  # those that loss.temperature may be
-    features: str = "int8"  # Q-Former queries as "int8" by row, "float16", or "none"
+    codec: str = "topk"  # "topk", "adaptive" (fewer ids where sure), "sampled", "hidden" (the head's input) or "dense"
+    k: int = 64  # ids kept a position by "topk"; the most that "adaptive" keeps
+    threshold: float = 3e-4  # "adaptive" keeps the ids that are at least so probable
+    draws: int = 50  # of "sampled", a position
+    exponent: float = 1.0  # of "sampled": draws from p ** exponent, below 1 more of the tail
+    temperatures: tuple[float, ...] = (1.0, 2.0)  # those that loss.temperature may be; "hidden", "dense": any
+    features: str = "int8"  # Q-Former queries as "int8" by row, "float16", or "none"; hidden states as they, or "int8"
+    hidden_layers: tuple[int, ...] = ()  # LLM blocks whose outputs are kept: 1 is the first, -1 the input of the head
+    frames: str = "none"  # the frozen encoders' frames too, "int8" by row or "float16": training need not run the ears
     batch_size: int = 16  # samples of one teacher forward, on each rank
-    max_new_tokens: int = 60  # of the teacher's own answer to a clip without text
+    answers: str = "label"  # "label" where there is one, "teacher": always its own, "both": by turns, epoch by epoch
+    max_new_tokens: int = 60  # of the teacher's own answer
+    num_beams: int = 1  # of it
+    transcripts: bool = False  # keep the teacher's own answer to labelled clips too, with its error rate
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,19 @@ class LossConfig:
 
     ce: float = 1.0  # cross-entropy on the answer
     pseudo_ce: float = 1.0  # factor of `ce` where the answer is the teacher's own
-    kl: float = 1.0  # forward KL to the teacher, times temperature squared
+    kl: float = 1.0  # divergence from the teacher, times temperature squared
+    kl_kind: str = "forward_kl"  # or reverse_kl, jsd, skewed_kl, skewed_reverse_kl, total_variation
+    kl_parameter: float | None = None  # beta of jsd, alpha of the skewed ones, between 0 and 1; others take none
+    temperature: float = 1.0  # of the divergence; must be one of those the cache keeps
     feature: float = 1.0  # distance of the Q-Former queries to the teacher's
     feature_kind: str = "mse"  # "mse", "cosine", "smooth_l1", or "relation": how alike each clip's windows are
-    temperature: float = 1.0  # of the KL; must be one of those the cache keeps
+    hidden: float = 0.0  # distance of the LLM's last hidden states to the teacher's, when they are cached
+    hidden_kind: str = "cosine"  # as feature_kind; widths that differ meet through a learned projector
+    cross_tokenizer: str = "refuse"  # when the student's ids mean other tokens: "refuse", or "chunk": the terms below
+    chunk: float = 1.0  # likelihood of the answer's chunks at whose ends both tokenizers agree; `kl`: where they match
+    chunk_temperature: float = 100.0  # of the chunks' likelihood
+    schedules: dict[str, str] = field(default_factory=dict)  # by term: "linear END", "cosine END", … "warmup STEPS"
+    task_weights: dict[str, float] = field(default_factory=dict)  # what a task's samples count; 1 where not named
 
 
 @dataclass(frozen=True)
@@ -198,13 +215,19 @@ CHOICES = {
     "student.quantization": ("nf4", "none"),
     "student.connector": ("teacher", "new"),
     "student.windows": ("audio", "all"),
-    "cache.codec": ("topk", "adaptive", "dense"),
+    "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
     "cache.features": ("int8", "float16", "none"),
+    "cache.frames": ("int8", "float16", "none"),
+    "cache.answers": ("label", "teacher", "both"),
     "loss.feature_kind": ("mse", "cosine", "smooth_l1", "relation"),
+    "loss.hidden_kind": ("mse", "cosine", "smooth_l1", "relation"),
+    "loss.kl_kind": ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation"),
+    "loss.cross_tokenizer": ("refuse", "chunk"),
     "train.resume": ("auto", "must", "never"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "loss.temperature",
-            "cache.k", "cache.batch_size", "eval.batch_size", "train.save_every", "train.keep")  # fmt: skip
+            "loss.chunk_temperature", "cache.k", "cache.draws", "cache.batch_size", "cache.num_beams",
+            "eval.batch_size", "train.save_every", "train.keep")  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -243,6 +266,10 @@ def check_config(config: Config, origin: str = "config") -> None:
     for key in POSITIVE:
         if not value_at(config, key) > 0:
             raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but must be above 0; correct it.")
+    for key in ("ce", "pseudo_ce", "kl", "feature", "hidden", "chunk"):
+        if not 0 <= getattr(config.loss, key) < float("inf"):
+            value = getattr(config.loss, key)
+            raise ValueError(f"{origin}: loss.{key} is {value}, but a weight is 0 or more; correct it.")
     for key in ("data.labelled_share", "corpus.valid_share"):
         if not 0 <= value_at(config, key) <= 1:
             raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but is a share from 0 to 1; correct it.")

@@ -8,7 +8,8 @@ S supervised positions, K kept ids, V vocabulary, D LLM width, N draws.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -47,10 +48,18 @@ class Sampled:
             )
 
     def capture(self, logits_SV: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Draw where the logits are; a generator seeded by the sample makes a repeated job write the same bytes."""
+        """Draw where the logits are.
+
+        The generator is the CPU's: seeded by the sample, a repeated job draws the same on a GPU and without one.
+        """
         logprobs_SV = torch.log_softmax(logits_SV.float(), -1)
         log_proposal_SV = torch.log_softmax(self.exponent * logprobs_SV, -1)
-        draws_SN = torch.multinomial(log_proposal_SV.exp(), self.draws, replacement=True, generator=generator)
+        uniform_SN = torch.rand(len(logits_SV), self.draws, dtype=torch.double, generator=generator)
+        cumulative_SV = log_proposal_SV.double().exp().cumsum(-1)
+        # right: the first id whose cumulative mass is larger, so never one without mass
+        draws_SN = torch.searchsorted(
+            cumulative_SV, uniform_SN.to(logits_SV.device) * cumulative_SV[:, -1:], right=True
+        ).clamp(max=logits_SV.shape[-1] - 1)
         log_ratio_SN = logprobs_SV.gather(-1, draws_SN) - log_proposal_SV.gather(-1, draws_SN)
         size = torch.tensor(logits_SV.shape[-1])
         return {"draws_SN": draws_SN.int(), "log_ratio_SN": log_ratio_SN, "vocab_size": size}
@@ -99,24 +108,31 @@ class Sampled:
 
 @dataclass
 class HiddenStates:
-    """What the `hidden` codec decodes to: the input of the teacher's head, from which the head makes logits.
+    """What the `hidden` codec decodes to: the input of the teacher's head. With the head it reads as a `Distribution`.
 
     Attributes:
         hidden_SD: float32, after the last norm; each value off by at most `max / 254` of its group of 128 dimensions.
         vocab_size: rows of the head.
+        head_weight_VD: the teacher's head, in any float type; None until `with_head`.
     """
 
     hidden_SD: Tensor
     vocab_size: int
+    head_weight_VD: Tensor | None = None
 
-    def logits(self, head_weight_VD: Tensor) -> Tensor:
-        """The teacher's logits at temperature 1, S by V."""
-        return self.hidden_SD.to(head_weight_VD) @ head_weight_VD.T
+    @classmethod
+    def concatenate(cls, parts: Sequence["HiddenStates"]) -> "HiddenStates":
+        """Several samples' positions as one batch's."""
+        return cls(torch.cat([part.hidden_SD for part in parts]), parts[0].vocab_size, parts[0].head_weight_VD)
 
-    def distribution(
-        self, head_weight_VD: Tensor, k: int | None = None, temperatures: tuple[float, ...] = (1.0,)
-    ) -> Distribution:
-        """The distribution, complete if k is None.
+    def to(self, device: torch.device | str) -> "HiddenStates":
+        """The same on another device."""
+        head_VD = self.head_weight_VD
+        head_VD = head_VD if head_VD is None else head_VD.to(device, non_blocking=True)
+        return HiddenStates(self.hidden_SD.to(device, non_blocking=True), self.vocab_size, head_VD)
+
+    def with_head(self, head_weight_VD: Tensor) -> "HiddenStates":
+        """The same with the teacher's head.
 
         Raises:
             ValueError: the head is of another vocabulary.
@@ -126,7 +142,26 @@ class HiddenStates:
                 f"head has {len(head_weight_VD)} rows, but the cached teacher's {self.vocab_size}; load the head of "
                 f"the teacher that made the cache."
             )
-        return Distribution.from_logits(self.logits(head_weight_VD), k, temperatures)
+        return replace(self, head_weight_VD=head_weight_VD)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is outside the kept ids: always, all V are there."""
+        return True
+
+    @property
+    def ids_SK(self) -> Tensor:
+        """All V ids, at every position."""
+        return torch.arange(self.vocab_size, device=self.hidden_SD.device).expand(len(self.hidden_SD), -1)
+
+    def logits(self) -> Tensor:
+        """The teacher's logits at temperature 1, S by V, float32."""
+        return (self.hidden_SD.to(self.head_weight_VD) @ self.head_weight_VD.T).float()
+
+    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `Distribution.at`: log-probabilities of all V ids at any temperature, and no mass outside."""
+        logprobs_SV = torch.log_softmax(self.logits() / temperature, -1)
+        return logprobs_SV, logprobs_SV.new_full((len(logprobs_SV),), -torch.inf)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ FEATURE_DTYPES = ("int8", "float16")
 _DTYPES = {"U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 _DTYPE_NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 _INT8, _SCALE, _FLOAT16 = ".int8", ".scale", ".float16"
-_FEATURE = "feature."
+_FEATURE, _OTHER = "feature.", "other"
 
 
 def pack_record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -127,11 +127,13 @@ class TargetRecord:
         label_logprobs_S: float32, the teacher's natural log-probability of each.
         entropy_S: float32 (float16 on disk), nats, of the teacher's distribution at temperature 1.
         byte_ends_S: int32, where each token ends in the answer's UTF-8 bytes; the end token's is the answer's length.
+            All are -1 where the tokens do not spell the answer, because the tokenizer normalises it.
         answer: the text.
         answer_source: "label" or "teacher".
         identity: `identify_sample` of what the teacher was given.
         features: float32 by name, such as `queries_WQE` or `hidden_16_SD`.
         notes: further text, such as the teacher's own transcript and its WER.
+        other: targets of the teacher's own answer where both are kept; without what does not depend on the answer.
     """
 
     payload: bytes
@@ -144,17 +146,18 @@ class TargetRecord:
     identity: str
     features: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    other: "TargetRecord | None" = None
 
     @property
     def teacher_ce(self) -> float:
         """The teacher's mean cross-entropy on the answer, nats a token."""
         return -float(self.label_logprobs_S.mean(dtype=np.float64))
 
-    def pack(self, feature_dtype: str = "int8") -> bytes:
+    def pack(self, feature_dtype: str | Mapping[str, str] = "int8") -> bytes:
         """The record's bytes.
 
         Args:
-            feature_dtype: how features are stored, one of FEATURE_DTYPES.
+            feature_dtype: how features are stored, one of FEATURE_DTYPES for all of them, or one by name.
 
         Raises:
             ValueError: the per-position fields differ in length, or a feature is not finite.
@@ -176,7 +179,10 @@ class TargetRecord:
                 f"lengths are {lengths}, but every position has one of each; check the caller's alignment."
             )
         for name, values in self.features.items():
-            tensors |= pack_features(_FEATURE + name, values, feature_dtype)
+            dtype = feature_dtype if isinstance(feature_dtype, str) else feature_dtype[name]
+            tensors |= pack_features(_FEATURE + name, values, dtype)
+        if self.other is not None:
+            tensors[_OTHER] = np.frombuffer(self.other.pack(feature_dtype), np.uint8)
         own = {"answer": self.answer, "answer_source": self.answer_source, "identity": self.identity}
         return pack_record(tensors, own | {f"note.{name}": text for name, text in self.notes.items()})
 
@@ -201,6 +207,7 @@ class TargetRecord:
                 identity=metadata["identity"],
                 features={name.removeprefix(_FEATURE): values for name, values in features.items()},
                 notes={name.removeprefix("note."): text for name, text in metadata.items() if name.startswith("note.")},
+                other=cls.unpack(tensors[_OTHER].tobytes()) if _OTHER in tensors else None,
             )
         except KeyError as error:
             raise ValueError(

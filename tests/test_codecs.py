@@ -236,12 +236,13 @@ def test_hidden_states_are_off_by_half_a_step_at_most_and_rebuild_the_logits():
     decoded = decode(encode(Hidden(), hidden_SD, 300))
     bound_SD = (hidden_SD.abs().view(20, 2, 128).amax(-1) / 254).repeat_interleave(128, 1)
     assert ((decoded.hidden_SD - hidden_SD).abs() <= bound_SD * (1 + 1e-5)).all()
-    logits_SV = hidden_SD @ head_VD.T
-    assert ((decoded.logits(head_VD) - logits_SV).abs() <= bound_SD @ head_VD.abs().T + 1e-3).all()
-    logprobs_SK, _ = decoded.distribution(head_VD).at(1.7)
-    assert torch.equal(logprobs_SK, torch.log_softmax(torch.log_softmax(decoded.logits(head_VD), -1) / 1.7, -1))
+    logits_SV, decoded = hidden_SD @ head_VD.T, decoded.with_head(head_VD)
+    assert ((decoded.logits() - logits_SV).abs() <= bound_SD @ head_VD.abs().T + 1e-3).all()
+    logprobs_SV, log_residual_S = decoded.at(1.7)
+    assert torch.equal(logprobs_SV, torch.log_softmax(decoded.logits() / 1.7, -1))
+    assert (log_residual_S == -torch.inf).all() and decoded.ids_SK.shape == (20, 300)
     with pytest.raises(ValueError, match="head has 299 rows, but the cached teacher's 300"):
-        decoded.distribution(head_VD[:299])
+        decoded.with_head(head_VD[:299])
 
 
 @pytest.mark.parametrize("name", ["topk", "adaptive", "sampled", "dense", "hidden"])
