@@ -35,7 +35,7 @@ def train_and_score(variant: str, seed: int, words: list[str]) -> float:
                  f"student.llm={scratch}/student-llm", *VARIANTS[variant][1], *words]  # fmt: skip
     config = load_config(CONFIG, overrides)
     subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
-    return evaluate(load_student(config.run_folder / "student"), config.shards("test"), config)["asr"].value
+    return evaluate(load_student(config.run_folder / "student"), config.shards("test"), config.eval)["asr"].value
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     make_shards(config)
     launch_stage("distill.teach", CONFIG, words, None)
     launch_stage("distill.cache", CONFIG, words, None)
-    teacher = evaluate(load_teacher(config), config.shards("test"), config)["asr"].value
+    teacher = evaluate(load_teacher(config), config.shards("test"), config.eval)["asr"].value
     jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
     with ThreadPoolExecutor(2) as pool:
         wers = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, words), jobs)))

@@ -43,7 +43,7 @@ def save_checkpoint(
     folder: Path, step: int, state: dict, weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> Path:
     """Write `folder/step-NNNNNN`: to a temporary name, synced, with a hash of each file, then renamed."""
-    final = folder / f"{PREFIX}{step:06d}"
+    final = checkpoint_folder(folder, step)
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,6 +69,11 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a step lies."""
+    return folder / f"{PREFIX}{step:06d}"
 
 
 def find_checkpoint(folder: Path, say) -> Saved | None:
@@ -97,10 +102,11 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def prune(folder: Path, keep: int, best_step: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the one of the best step."""
     for path in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
-        shutil.rmtree(path)
+        if path != checkpoint_folder(folder, best_step):
+            shutil.rmtree(path)
 
 
 def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -19,19 +19,31 @@ from accelerate import Accelerator
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.config import LossConfig, TrainConfig
+from distill.config import EvalConfig, LossConfig, TrainConfig
+from distill.evaluate import evaluate
+from distill.metrics import mean_error
 from distill.microbatch import Collator, MicroBatch, split
 from distill.objective import TERMS, Counts, Objective, weigh
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
 from shards.sample import SAMPLE_RATE, Sample
+from shards.source import expand_shards
 from shards.stream import ShardStream
 from teachers.loading import load_own_tensors_, own_tensors
 from teachers.salmonn import Salmonn
 from teachers.targets import check_vocabularies
 
 PREEMPTED = 143  # exit code after SIGTERM, as the shell counts it
+
+
+@dataclass(frozen=True)
+class Best:
+    """The validation with the lowest error."""
+
+    step: int = 0  # 0: there was none
+    error: float | None = None  # mean over tasks, see `metrics.mean_error`
+    scores: dict[str, float] = field(default_factory=dict)  # by task
 
 
 class BadStepsError(RuntimeError):
@@ -45,7 +57,8 @@ class FitResult:
     run_folder: Path
     steps: int
     losses: list[float]  # of every step of this process' life
-    scores: dict = field(default_factory=dict)  # of the last validation, by task
+    scores: dict = field(default_factory=dict)  # of the best validation, by task
+    best_step: int = 0  # after which that was, and whose weights the student has now; 0: there was none
     preempted: bool = False  # a signal ended the run before its last step
 
 
@@ -56,24 +69,26 @@ class Distiller:
         teacher: `OnlineTeacher`, `CachedTeacher`, or None for cross-entropy alone.
         student: the model; whatever requires gradients is trained.
         train: a folder of shards, or a `ShardStream` of global batches.
+        valid: a folder of shards; the student answers them every `options.eval_every` steps and at the end, and keeps
+            the weights of the step whose answers were best.
         loss: weights of the terms.
         options: steps, batch sizes, learning rate, checkpoints.
+        answers: how validation answers are made and counted.
         run_folder: where metrics and checkpoints go.
         seed: of the order of samples and of dropout.
         precision: "auto", "float32" or "bf16".
         accelerator: the processes; by default those of the environment.
-        evaluate: `evaluate(student) -> scores by task`, called on every rank; the "loss"-like number to lower is
-            `scores["error"]`.
         identity: what else must not change between a run and its resumption, as plain data.
 
     Raises:
-        ValueError: the vocabularies of teacher and student differ, or nothing is trainable.
+        ValueError: no shard is where it is said to be, the vocabularies of teacher and student differ, or nothing is trainable.
     """
 
     def __init__(self, teacher, student: Salmonn, *, train: str | Path | ShardStream,
-                 loss: LossConfig | None = None, options: TrainConfig | None = None,
+                 valid: str | Path | None = None, loss: LossConfig | None = None, options: TrainConfig | None = None,
+                 answers: EvalConfig | None = None,
                  run_folder: str | Path = "runs/run", seed: int = 0, precision: str = "auto",
-                 accelerator: Accelerator | None = None, evaluate=None, identity: dict | None = None):  # fmt: skip
+                 accelerator: Accelerator | None = None, identity: dict | None = None):  # fmt: skip
         self.teacher, self.student = teacher, student
         self.loss, self.options = loss or LossConfig(), options or TrainConfig()
         if teacher is None:
@@ -84,7 +99,10 @@ class Distiller:
         self.dtype = resolve_precision(precision)
         self.accelerator = accelerator or build_accelerator()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
-        self.evaluate = evaluate
+        if valid is not None:
+            expand_shards(valid)  # a wrong path is an error now, not after the first steps
+        self.valid, self.answers = valid, answers or EvalConfig()
+        self.best = Best()
         self.identity = {"seed": seed, "batch_size": self.options.batch_size, **(identity or {})}
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
         if not self.named:
@@ -108,7 +126,6 @@ class Distiller:
         self.run_folder.mkdir(parents=True, exist_ok=True)
         start = self._prepare()
         losses: list[float] = []
-        scores: dict = {}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             batches = iter(self.stream)
@@ -117,15 +134,19 @@ class Distiller:
                     record = self._step(step, batches)
                     losses.append(record["loss"])
                     progress.advance(f"loss {record['loss']:.3f}")
-                    scores = self._after(step + 1, record) or scores
+                    self._after(step + 1, record)
                     if record["stop"]:
                         self._save(step + 1)
                         say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
-                        return FitResult(self.run_folder, step + 1, losses, scores, preempted=True)
+                        return self._result(step + 1, losses, preempted=True)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return FitResult(self.run_folder, self.options.steps, losses, scores)
+        self._take_best_()
+        return self._result(self.options.steps, losses)
+
+    def _result(self, steps: int, losses: list[float], preempted: bool = False) -> FitResult:
+        return FitResult(self.run_folder, steps, losses, self.best.scores, self.best.step, preempted)
 
     def _prepare(self) -> int:
         """Load the newest checkpoint if the run is to go on, wrap the student, and return the first step to do."""
@@ -133,6 +154,7 @@ class Distiller:
         if saved is not None:
             load_own_tensors_(self.student, saved.folder / ckpt.WEIGHTS)
             self.stream.load_state_dict(saved.state["stream"])
+            self.best = Best(**saved.state["best"])
             say(self.accelerator, f"resumes {self.run_folder} after step {saved.step}")
         optimizer = torch.optim.AdamW(
             group_by_decay(self.named, self.options.weight_decay), lr=0.0, betas=(0.9, self.options.beta2)
@@ -253,34 +275,47 @@ class Distiller:
 
     # After a step
 
-    def _after(self, step: int, record: dict) -> dict:
-        """Log, and when it is time save and validate."""
+    def _after(self, step: int, record: dict) -> None:
+        """Log, and when it is time validate and save."""
         is_last = step == self.options.steps
         if self.accelerator.is_main_process:
             with open(self.run_folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({k: v for k, v in record.items() if k != "stop"}) + "\n")
-        if is_last or step % self.options.save_every == 0:
-            self._save(step)
         is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
-        return self._validate(step) if is_due and self.evaluate is not None else {}
+        if is_due and self.valid is not None:
+            self._validate(step)
+        if is_last or step % self.options.save_every == 0 or self.best.step == step:
+            self._save(step)
 
     def _save(self, step: int) -> None:
         moments = ckpt.gather_moments(self.accelerator, self.optimizer, self.named)
         if self.accelerator.is_main_process:
             folder = self.run_folder / "checkpoints"
-            state = {"identity": self.identity, "stream": self.stream.state_dict()}
+            best = dataclasses.asdict(self.best)
+            state = {"identity": self.identity, "stream": self.stream.state_dict(), "best": best}
             ckpt.save_checkpoint(folder, step, state, own_tensors(self.student), moments)
-            ckpt.prune(folder, self.options.keep)
+            ckpt.prune(folder, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
 
-    def _validate(self, step: int) -> dict:
+    def _validate(self, step: int) -> None:
+        """Let the student answer the validation split, and remember the step if it is the best yet."""
         self.student.eval()
-        scores = self.evaluate(self.student, self.accelerator)
+        scores = evaluate(self.student, self.valid, self.answers, self.accelerator, title="valid")
         self.student.train()
+        best = Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
+        if self.best.error is None or best.error < self.best.error:
+            self.best = best
         if self.accelerator.is_main_process:
             with open(self.run_folder / "validation.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **scores}) + "\n")
-        return scores
+                file.write(json.dumps({"step": step, "error": best.error, **best.scores}) + "\n")
+
+    def _take_best_(self) -> None:
+        """Give the student the weights of the best validation, in place."""
+        if self.best.step in (0, self.options.steps):
+            return
+        folder = ckpt.checkpoint_folder(self.run_folder / "checkpoints", self.best.step)
+        load_own_tensors_(self.student, folder / ckpt.WEIGHTS)
+        say(self.accelerator, f"the student keeps its weights of step {self.best.step}, the best on {self.valid}")
 
     def _on_signal(self, number, frame) -> None:
         """Ask for a stop after this step; a second signal ends the process at once."""

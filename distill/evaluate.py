@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from distill.config import Config, EvalConfig
+from distill.config import EvalConfig
 from distill.metrics import Prediction, TaskScore, score
 from distill.progress import Progress
 from distill.ranks import gather
@@ -59,10 +59,10 @@ def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[
     ]
 
 
-def evaluate(model: Salmonn, folder: str | Path, config: Config, accelerator: Accelerator | None = None,
+def evaluate(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
              title: str = "evaluate") -> dict[str, TaskScore]:  # fmt: skip
     """Scores by task of a model on a split."""
-    return score(answer(model, folder, config.eval, accelerator, title), normalise=config.eval.normalise)
+    return score(answer(model, folder, options, accelerator, title), normalise=options.normalise)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ no model, no audio. SPICE and METEOR need Java and are reported as not available
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -187,6 +187,20 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
         extra = {**tally.extra, "ended": float(np.mean([prediction.ended for prediction in group]))}
         scores[task] = TaskScore(METRICS[task], value, low, high, len(group), extra)
     return scores
+
+
+def mean_error(scores: Mapping[str, TaskScore]) -> float:
+    """One number that chooses between checkpoints, the lower the better: the mean over tasks of what each lacks of 1.
+
+    An error rate counts as it is, an exact match as 1 minus its share, CIDEr-D, which reaches 10, as 1 minus a tenth.
+    """
+    lacks = {
+        "wer": lambda value: value,
+        "per": lambda value: value,
+        "exact_match": lambda value: 1 - value,
+        "cider_d": lambda value: 1 - value / 10,
+    }
+    return float(np.mean([lacks[score.metric](score.value) for score in scores.values()]))
 
 
 def retained_quality(

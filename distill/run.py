@@ -6,7 +6,6 @@ import sys
 from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, fingerprint, load_config, to_yaml
 from distill.distiller import PREEMPTED, Distiller
-from distill.evaluate import evaluate
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher
 from shards.stream import ShardStream
@@ -41,13 +40,14 @@ def run(config: Config) -> int:
         teacher,
         student,
         train=open_training_stream(config, accelerator, teacher),
+        valid=config.shards("valid") if config.shards("valid").is_dir() else None,
         loss=config.loss,
         options=config.train,
+        answers=config.eval,
         run_folder=config.run_folder,
         seed=config.seed,
         precision=config.precision,
         accelerator=accelerator,
-        evaluate=validator(config),
         identity={key: fingerprint(getattr(config, key)) for key in ("student", "loss", "teacher")},
     ).fit()
     if result.preempted:
@@ -86,18 +86,6 @@ def open_training_stream(config: Config, accelerator, teacher) -> ShardStream:
         max_bad=config.data.max_bad,
         bad_samples=config.run_folder / "bad_samples.jsonl",
     )
-
-
-def validator(config: Config):
-    """A function that scores a model on the validation split, by task; None where there is no such split."""
-    if not config.shards("valid").is_dir():
-        return None
-
-    def validate(model: Salmonn, accelerator) -> dict[str, float]:
-        scores = evaluate(model, config.shards("valid"), config, accelerator, title="valid")
-        return {task: score.value for task, score in scores.items()}
-
-    return validate
 
 
 def student_llm(config: Config) -> str:

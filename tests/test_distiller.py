@@ -1,11 +1,13 @@
 """The loop: split batches, cached targets, resumed runs and bad steps give the losses they should."""
 
 import dataclasses
+import json
 import os
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from distill.cache import cache
 from distill.checkpoint import find_checkpoint, save_checkpoint
@@ -14,7 +16,7 @@ from distill.distiller import BadStepsError, Distiller
 from distill.run import wrap_teacher
 from shards.stream import ShardStream
 from students.student import build_student, load_student, save_student
-from teachers.loading import load_salmonn
+from teachers.loading import load_salmonn, own_tensors
 from teachers.lora import Lora
 from teachers.targets import CachedTeacher, OnlineTeacher
 
@@ -36,6 +38,7 @@ def toys(tmp_path_factory):
     tiny.make_parts(folder / "parts")
     tiny.save_teacher(folder / "parts", folder / "teacher")
     tiny.make_shards(folder / "data")
+    tiny.make_shards(folder / "data", split="valid", num_samples=4)
     tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", cache__codec="dense",
                       cache__features="float16")  # fmt: skip
     cache(load_config(folder / "toy.yaml"))
@@ -46,8 +49,8 @@ def make_distiller(toys, run_folder, teacher=None, **changes) -> Distiller:
     """A run on the toys; online teacher by default."""
     model = load_salmonn(toys / "teacher")
     student = build_student(model, str(toys / "parts" / "student-llm"), lora=LORA, connector="new")
-    loss = changes.pop("loss", LossConfig())
-    return Distiller(teacher or OnlineTeacher(model), student, train=toys / "data" / "train", loss=loss,
+    loss, valid = changes.pop("loss", LossConfig()), changes.pop("valid", None)
+    return Distiller(teacher or OnlineTeacher(model), student, train=toys / "data" / "train", valid=valid, loss=loss,
                      options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
 
 
@@ -65,6 +68,24 @@ def test_losses_fall(uninterrupted):
 def test_losses_do_not_depend_on_micro_batches(toys, tmp_path, uninterrupted, micro_batch_size):
     result = make_distiller(toys, tmp_path, micro_batch_size=micro_batch_size).fit()
     assert result.losses == pytest.approx(uninterrupted, abs=1e-5)
+
+
+def test_the_student_keeps_the_weights_of_its_best_validation(toys, tmp_path):
+    distiller = make_distiller(toys, tmp_path, valid=toys / "data" / "valid", eval_every=1, keep=1, learning_rate=0.05)
+    result = distiller.fit()
+    lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    errors = [line.pop("error") for line in lines]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert result.best_step == 1 + errors.index(min(errors))
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == sorted({f"step-{result.best_step:06d}", "step-000005"})
+    best = load_file(tmp_path / "checkpoints" / f"step-{result.best_step:06d}" / "trainable.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in own_tensors(distiller.student).items())
+
+
+def test_a_wrong_path_of_validation_shards_is_refused_before_the_first_step(toys, tmp_path):
+    with pytest.raises(ValueError, match="no shard matches"):
+        make_distiller(toys, tmp_path, valid=toys / "data" / "vallid")
 
 
 def test_resumed_run_repeats_the_uninterrupted_losses_bit_by_bit(toys, tmp_path, uninterrupted):
