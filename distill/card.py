@@ -142,11 +142,11 @@ def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
     """
     console = console or Console()
     table = Table(title=f"Scorecard of {card.name}", title_justify="left")
-    table.add_column("")
+    table.add_column("", min_width=18)  # the longest name of a task
     for header in (card.teacher.name, card.student.name, "student ÷ teacher"):
-        table.add_column(header, justify="right", no_wrap=True)  # a narrow terminal wraps words, not figures
-    for row in score_rows(card):
-        table.add_row(*row)
+        table.add_column(header, justify="right", min_width=14, overflow="fold")
+    for name, *figures in score_rows(card):  # on two lines, so that 80 columns hold them
+        table.add_row(name.replace(": ", "\n"), *(figure.replace(" [", "\n[") for figure in figures))
     table.add_section()
     for row in cost_rows(card):
         table.add_row(*row)
