@@ -14,6 +14,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.augmentation import check_augmentation
+from shards.augmentation import Augmentation
+
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
 
@@ -39,6 +42,9 @@ class DataConfig:
     labelled_only: bool = False  # leave samples without text out instead of learning the teacher's answers
     workers: int = 0  # processes that read and decode, on each rank
     max_bad: float = 0.001  # share of unreadable samples (and at least 10) above which a run stops
+    bucket_batches: int = 0  # clips of so many batches are sorted by length before they are cut up; 0: none are
+    batch_seconds: float = 0.0  # most seconds of audio a step, padding included; 0: train.batch_size alone decides
+    task_weights: dict[str, float] = field(default_factory=dict)  # how often an epoch a task's clips come; else 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class TeacherConfig:
     whisper: str = ""  # the checkpoint's Whisper: folder or hub id
     second: str = ""  # the checkpoint's second encoder: BEATs or EAT file; empty: none
     second_kind: str = ""  # "beats" or "eat"
+    end_token: str = ""  # text that ended the checkpoint's answers; empty: as its file says, or the tokenizer's
+    prompts: str = ""  # JSON file of the prompts it was trained with; empty: the library's
+    front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
     online: bool = False  # compute targets in every step instead of reading the cache
 
 
@@ -101,8 +110,10 @@ class LossConfig:
     temperature: float = 1.0  # of the divergence; must be one of those the cache keeps
     feature: float = 1.0  # distance of the Q-Former queries to the teacher's
     feature_kind: str = "mse"  # "mse", "cosine", "smooth_l1", or "relation": how alike each clip's windows are
-    hidden: float = 0.0  # distance of the LLM's last hidden states to the teacher's, when they are cached
+    hidden: float = 0.0  # distance of the LLM's hidden states to the teacher's, when they are cached
     hidden_kind: str = "cosine"  # as feature_kind; widths that differ meet through a learned projector
+    hidden_layers: dict[int, int] = field(default_factory=lambda: {-1: -1})  # the teacher's blocks, from 1, to the
+    # student's; -1 is what enters the head
     cross_tokenizer: str = "refuse"  # when the student's ids mean other tokens: "refuse", or "chunk": the terms below
     chunk: float = 1.0  # likelihood of the answer's chunks at whose ends both tokenizers agree; `kl`: where they match
     chunk_temperature: float = 100.0  # of the chunks' likelihood
@@ -138,6 +149,8 @@ class EvalConfig:
     batch_size: int = 32
     max_new_tokens: int = 60
     num_beams: int = 1
+    repetition_penalty: float = 1.0  # above 1: ids of the answer so far become less likely
+    length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favours long answers
     normalise: bool = True  # Whisper's English text normaliser before WER
 
 
@@ -174,6 +187,7 @@ class Config:
     precision: str = "auto"  # of products: "float32", "bf16", or "auto": bf16 on a GPU, float32 on a CPU
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -215,6 +229,7 @@ CHOICES = {
     "student.quantization": ("nf4", "none"),
     "student.connector": ("teacher", "new"),
     "student.windows": ("audio", "all"),
+    "teacher.front_end": ("exact", "shared"),
     "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
     "cache.features": ("int8", "float16", "none"),
     "cache.frames": ("int8", "float16", "none"),
@@ -273,6 +288,8 @@ def check_config(config: Config, origin: str = "config") -> None:
     for key in ("data.labelled_share", "corpus.valid_share"):
         if not 0 <= value_at(config, key) <= 1:
             raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but is a share from 0 to 1; correct it.")
+
+    check_augmentation(config, origin)
 
 
 def value_at(config: Config, key: str):

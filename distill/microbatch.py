@@ -55,14 +55,15 @@ class Collator:
             return MicroBatch(self.student.collate(samples).to(self.device), None, [False] * len(samples), True, None)
         samples, is_pseudo = self.teacher.label(samples)
         batch = self.student.collate(samples).to(self.device)
-        frames = self._frames(batch) if self.shares_ears else None
+        hears_the_same = all(sample.clean_N is None for sample in samples)
+        frames = self._frames(batch) if self.shares_ears and hears_the_same else None
         return MicroBatch(batch, self.teacher.targets(batch, frames), is_pseudo, True, frames)
 
     @torch.no_grad()
     def _frames(self, batch: Batch) -> list[Tensor]:
         """The frozen ears run once, for teacher and student."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.student.frames(batch.waveforms_BN, batch.num_samples_B)
+            return self.student.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)
 
     def _silence(self) -> Sample:
         task = next(task for task, prompts in self.student.rows.prompts.by_task.items() if "{}" not in prompts[0])

@@ -8,6 +8,7 @@ from distill.config import Config, fingerprint, load_config, to_yaml
 from distill.distiller import PREEMPTED, Distiller
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher
+from shards.sample import SAMPLE_RATE
 from shards.stream import ShardStream
 from students.student import build_student, save_student
 from teachers.loading import write_atomically
@@ -39,7 +40,7 @@ def run(config: Config) -> int:
     result = Distiller(
         teacher,
         student,
-        train=open_training_stream(config, accelerator, teacher),
+        train=open_training_stream(config, accelerator, teacher, student),
         valid=config.shards("valid") if config.shards("valid").is_dir() else None,
         loss=config.loss,
         options=config.train,
@@ -71,8 +72,8 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
     return CachedTeacher(config.cache_folder, describe_teacher(model, config))
 
 
-def open_training_stream(config: Config, accelerator, teacher) -> ShardStream:
-    """The training samples of this rank, with their targets when those are cached."""
+def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:
+    """The training samples of this rank, augmented, with their targets when those are cached."""
     return ShardStream(
         config.shards("train"),
         batch_size=config.train.batch_size,
@@ -83,6 +84,11 @@ def open_training_stream(config: Config, accelerator, teacher) -> ShardStream:
         targets=teacher.cache_folder,
         labelled_share=config.data.labelled_share,
         labelled_only=config.data.labelled_only,
+        weights=config.data.task_weights,
+        batch_seconds=config.data.batch_seconds or None,
+        bucket_batches=config.data.bucket_batches,
+        augmentation=config.augment,
+        max_seconds=student.max_samples / SAMPLE_RATE,
         max_bad=config.data.max_bad,
         bad_samples=config.run_folder / "bad_samples.jsonl",
     )

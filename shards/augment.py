@@ -8,67 +8,45 @@ Shape letters: B batch, N audio samples, M mel bins, X mel frames.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import numpy as np
 import soxr
 import torch
 from scipy.signal import fftconvolve
 
-from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
+from shards.audio import WINDOW_SECONDS
+from shards.augmentation import Augmentation
+from shards.sample import MAX_SECONDS, SAMPLE_RATE, MelMask, Sample
 
-TEACHER_HEARS = ("clean", "augmented")
 _MAX_COLOUR = 2.0  # noise power falls with frequency to a power of 0 (white) to this (brown)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What may happen to a clip, in this order. A `*_share` is the share of clips it happens to."""
-
-    speed_share: float = 0.0
-    speed_range: tuple[float, float] = (0.9, 1.1)  # times as fast; pitch goes with it
-    room_share: float = 0.0
-    room_range: tuple[float, float] = (0.1, 0.6)  # seconds until an echo is 60 dB down
-    noise_share: float = 0.0
-    noise_range: tuple[float, float] = (5.0, 30.0)  # dB of the clip above the noise
-    gain_share: float = 0.0
-    gain_range: tuple[float, float] = (-12.0, 6.0)  # dB; a clip that would overflow is scaled to its peak instead
-    teacher_hears: str = "clean"  # or "augmented": the very clip the student hears
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_share") and not 0 <= value <= 1:
-                raise ValueError(f"{field.name} is {value}, but a share is 0 to 1; set it so.")
-            if field.name.endswith("_range") and not (np.isfinite(value).all() and value[0] <= value[1]):
-                raise ValueError(f"{field.name} is {value}, but it goes from the lower to the higher; turn it round.")
-        if not 0.5 <= self.speed_range[0] <= self.speed_range[1] <= 2:
-            raise ValueError(f"speed_range is {self.speed_range}, but it must lie in 0.5 to 2; set it so.")
-        if not 0.02 <= self.room_range[0] <= self.room_range[1] <= 3:
-            raise ValueError(f"room_range is {self.room_range}, but it must lie in 0.02 to 3 s; set it so.")
-        if self.teacher_hears not in TEACHER_HEARS:
-            raise ValueError(
-                f"teacher_hears is {self.teacher_hears!r}, but must be one of {TEACHER_HEARS}; choose one."
-            )
-
-
-def augment_sample(sample: Sample, augmentation: Augmentation, *, seed: int) -> Sample:
+def augment_sample(sample: Sample, augmentation: Augmentation, *, seed: int, max_seconds: float) -> Sample:
     """The sample as the student is to hear it; `clean_N` keeps what the teacher is to hear where that differs."""
-    waveform_N = augment(sample.waveform_N, augmentation, seed=sample_seed(seed, sample.epoch, sample.key))
-    clean_N = sample.waveform_N if augmentation.teacher_hears == "clean" else None
-    return replace(sample, waveform_N=waveform_N, clean_N=clean_N)
+    own_seed = sample_seed(seed, sample.epoch, sample.key)
+    waveform_N = augment(sample.waveform_N, augmentation, seed=own_seed, max_seconds=max_seconds)
+    return replace(
+        sample,
+        waveform_N=waveform_N,
+        clean_N=sample.waveform_N if augmentation.teacher_hears == "clean" else None,
+        mel_mask=draw_mask(augmentation, len(waveform_N) / SAMPLE_RATE, seed=own_seed),
+    )
 
 
-def augment(waveform_N: np.ndarray, augmentation: Augmentation, *, seed: int) -> np.ndarray:
+def augment(
+    waveform_N: np.ndarray, augmentation: Augmentation, *, seed: int, max_seconds: float = MAX_SECONDS
+) -> np.ndarray:
     """Apply what the seed draws.
 
     Args:
         waveform_N: float32 mono at SAMPLE_RATE, finite, within [-1, 1].
         augmentation: shares and ranges.
         seed: of this sample in this epoch, see `sample_seed`.
+        max_seconds: what the ears take; a clip is slowed down only so far.
 
     Returns:
-        float32, finite, within [-1, 1], of at most MAX_SECONDS; another length only where speed changed.
+        float32, finite, within [-1, 1]; another length only where speed changed.
     """
     # Everything is drawn before anything is applied, so that one share's value leaves the other draws as they were.
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -89,7 +67,7 @@ def augment(waveform_N: np.ndarray, augmentation: Augmentation, *, seed: int) ->
     )
     room_rng, noise_rng = rng.spawn(2)
     if happens[0]:
-        waveform_N = change_speed(waveform_N, speed)
+        waveform_N = change_speed(waveform_N, speed, max_seconds)
     if happens[1]:
         waveform_N = add_room(waveform_N, room_seconds, room_rng)
     if happens[2]:
@@ -104,10 +82,12 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()[:16], "big")
 
 
-def change_speed(waveform_N: np.ndarray, speed: float) -> np.ndarray:
-    """Play `speed` times as fast; slowed down only as far as the clip stays within MAX_SECONDS."""
-    speed = max(speed, len(waveform_N) / (MAX_SECONDS * SAMPLE_RATE))
-    return soxr.resample(waveform_N, SAMPLE_RATE * speed, SAMPLE_RATE)[: int(MAX_SECONDS * SAMPLE_RATE)]
+def change_speed(waveform_N: np.ndarray, speed: float, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """Play `speed` times as fast, but no longer than `max_seconds` and no shorter than one Q-Former window."""
+    seconds = len(waveform_N) / SAMPLE_RATE
+    speed = min(max(speed, seconds / max_seconds), max(1.0, seconds / WINDOW_SECONDS))
+    changed_N = soxr.resample(waveform_N, SAMPLE_RATE * speed, SAMPLE_RATE)
+    return changed_N[: max(int(max_seconds * SAMPLE_RATE), len(waveform_N))]
 
 
 def add_room(waveform_N: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
@@ -131,51 +111,42 @@ def add_noise(waveform_N: np.ndarray, snr_db: float, rng: np.random.Generator) -
     return (waveform_N + noise_N * scale).astype(np.float32)
 
 
-def mask_mel(
-    mel_BMX: torch.Tensor,
-    num_frames_B: torch.Tensor,
-    seeds_B: Sequence[int],
-    *,
-    num_bands: int = 2,
-    band_width: int = 15,
-    num_spans: int = 2,
-    span_width: int = 50,
-    span_share: float = 0.2,
-) -> torch.Tensor:
-    """SpecAugment (Park et al. 2019) without warping: bands and spans are set to the clip's mean.
+def draw_mask(augmentation: Augmentation, seconds: float, *, seed: int) -> MelMask | None:
+    """What SpecAugment hides of a clip (Park et al. 2019, without warping); None: nothing."""
+    rng = np.random.Generator(np.random.PCG64(seed).jumped())  # far from what `augment` draws
+    if rng.random() >= augmentation.mask_share:
+        return None
+    longest = min(augmentation.mask_span_share, augmentation.mask_span_seconds / seconds)
+    return MelMask(
+        bands=tuple(_draw_part(rng, augmentation.mask_band_share) for _ in range(augmentation.mask_bands)),
+        spans=tuple(_draw_part(rng, longest) for _ in range(augmentation.mask_spans)),
+    )
+
+
+def mask_mel_(mel_BMX: torch.Tensor, num_frames_B: torch.Tensor, masks_B: Sequence[MelMask | None]) -> None:
+    """Set each clip's hidden bands and spans to the clip's mean, in place; padding stays as it was.
 
     Args:
         mel_BMX: log-mels, on any device.
-        num_frames_B: frames of each clip that are not padding.
-        seeds_B: of each sample in this epoch, see `sample_seed`.
-        num_bands: bands of mel bins to mask in each clip.
-        band_width: the most bins of a band.
-        num_spans: spans of frames to mask in each clip.
-        span_width: the most frames of a span.
-        span_share: the most of a clip that one span may take.
-
-    Returns:
-        A masked copy of shape (B, M, X); padding is as it was.
+        num_frames_B: frames of each clip that are not padding; on CPU they cost no wait for the device.
+        masks_B: of each clip; None: nothing is hidden.
     """
-    masked_BMX = mel_BMX.clone()
-    num_mels = mel_BMX.shape[1]
-    for mel_MX, num_frames, seed in zip(masked_BMX, num_frames_B.tolist(), seeds_B):
-        rng = np.random.Generator(np.random.PCG64(seed))
+    for mel_MX, num_frames, mask in zip(mel_BMX, num_frames_B.tolist(), masks_B):
+        if mask is None:
+            continue
         clip_MX = mel_MX[:, :num_frames]
         mean = clip_MX.mean()
-        for _ in range(num_bands):
-            low, high = _draw_range(rng, num_mels, band_width)
-            clip_MX[low:high] = mean
-        for _ in range(num_spans):
-            low, high = _draw_range(rng, num_frames, min(span_width, int(span_share * num_frames)))
-            clip_MX[:, low:high] = mean
-    return masked_BMX
+        for start, end in mask.bands:
+            clip_MX[round(start * len(clip_MX)) : round(end * len(clip_MX))] = mean
+        for start, end in mask.spans:
+            clip_MX[:, round(start * num_frames) : round(end * num_frames)] = mean
 
 
-def _draw_range(rng: np.random.Generator, size: int, most: int) -> tuple[int, int]:
-    width = int(rng.integers(0, min(most, size) + 1))
-    low = int(rng.integers(0, size - width + 1))
-    return low, low + width
+def _draw_part(rng: np.random.Generator, most: float) -> tuple[float, float]:
+    """Start and end of a part of at most `most` of the whole."""
+    width = rng.uniform(0, most)
+    start = rng.uniform(0, 1 - width)
+    return start, start + width
 
 
 def _power(waveform_N: np.ndarray) -> float:

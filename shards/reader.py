@@ -13,7 +13,8 @@ import numpy as np
 
 from shards.archive import ShardError
 from shards.audio import AudioError, decode_audio, hash_waveform
-from shards.augment import Augmentation, augment_sample
+from shards.augment import augment_sample
+from shards.augmentation import Augmentation
 from shards.catalog import Catalog
 from shards.sample import SAMPLE_RATE, Sample
 from shards.source import ShardCache
@@ -43,9 +44,11 @@ class BadSample:
 class Reader:
     """Reads samples of a catalog by row; each process has its own open files."""
 
-    def __init__(self, catalog: Catalog, cache: ShardCache, augmentation: Augmentation | None, seed: int):
+    def __init__(
+        self, catalog: Catalog, cache: ShardCache, augmentation: Augmentation | None, seed: int, max_seconds: float
+    ):
         self.catalog, self.cache = catalog, cache
-        self.augmentation, self.seed = augmentation, seed
+        self.augmentation, self.seed, self.max_seconds = augmentation, seed, max_seconds
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample | BadSample] | Exception:
@@ -87,7 +90,9 @@ class Reader:
             epoch=epoch,
             targets=targets,
         )
-        return sample if self.augmentation is None else augment_sample(sample, self.augmentation, seed=self.seed)
+        if self.augmentation is None:
+            return sample
+        return augment_sample(sample, self.augmentation, seed=self.seed, max_seconds=self.max_seconds)
 
     def _read_member(self, name: str, row: int, kind: str) -> bytes:
         offset, size, crc32 = self.catalog.members[kind][row].tolist()

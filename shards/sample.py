@@ -1,11 +1,19 @@
 """One record as the stream yields it, and the two numbers every part agrees on. Knows no file format and no model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 SAMPLE_RATE = 16_000  # Hz, of every waveform after it was decoded
 MAX_SECONDS = 30.0  # the most a sample holds: Whisper's encoder sees no more
+
+
+@dataclass(frozen=True)
+class MelMask:
+    """What SpecAugment hides of a clip's log-mel: (start, end) of each part, as shares of bins and of time."""
+
+    bands: tuple[tuple[float, float], ...]
+    spans: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +29,13 @@ class Sample:
     sha256: str  # of the decoded int16 samples, before any augmentation
     epoch: int = 0  # which pass over the data this is
     targets: bytes | None = None  # the key's KEY.targets.safetensors, when a target cache is joined
-    clean_N: np.ndarray | None = (
-        None  # before augmentation, when that is what the teacher hears; else it hears waveform_N
-    )
+    clean_N: np.ndarray | None = None  # before augmentation, when the teacher hears that; else it hears waveform_N
+    mel_mask: MelMask | None = None  # what is hidden of the log-mel that waveform_N gives
+
+    @property
+    def as_the_teacher_hears_it(self) -> "Sample":
+        """The sample itself, or the clean clip where that is what the teacher hears."""
+        return self if self.clean_N is None else replace(self, waveform_N=self.clean_N, clean_N=None, mel_mask=None)
 
     @property
     def duration(self) -> float:

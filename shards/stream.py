@@ -25,11 +25,11 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.archive import MAX_MEMBER_BYTES
-from shards.augment import Augmentation
+from shards.augmentation import Augmentation
 from shards.catalog import open_catalog
 from shards.plan import Order, Plan, Position
 from shards.reader import BadSample, Reader
-from shards.sample import Sample
+from shards.sample import MAX_SECONDS, Sample
 from shards.source import ShardCache
 
 MIN_MAX_BAD = 10  # samples that may be bad however few were read
@@ -64,7 +64,8 @@ class ShardStream(IterableDataset):
         bucket_batches: sort by length within so many batches, so that a batch holds clips of like length; 0: do not.
             Without shuffle and with a large number, the longest clips of all come first.
         window_shards: see shuffle; remote shards are fetched about in this order.
-        augmentation: of the training clips.
+        augmentation: of the training clips; None or one that does nothing: none.
+        max_seconds: the longest clip that augmentation may make, when the ears take less than 30 s.
         max_bad: the share of bad samples to stop above, if they are over 10.
         bad_samples: a JSON Lines file to append bad samples to.
         max_member_bytes: the largest member allowed in a shard.
@@ -95,6 +96,7 @@ class ShardStream(IterableDataset):
         bucket_batches: int = 0,
         window_shards: int = 16,
         augmentation: Augmentation | None = None,
+        max_seconds: float = MAX_SECONDS,
         max_bad: float = 0.001,
         bad_samples: str | Path | None = None,
         max_member_bytes: int = MAX_MEMBER_BYTES,
@@ -117,7 +119,8 @@ class ShardStream(IterableDataset):
         self.labelled_share, self.labelled_only = labelled_share, labelled_only
         groups = [(self._rows(task), order.weights.get(task, 1.0)) for task in self.tasks]
         self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
-        self._reader = Reader(self.catalog, cache, augmentation, seed)
+        self.augmentation = augmentation if augmentation is not None and augmentation.is_active else None
+        self._reader = Reader(self.catalog, cache, self.augmentation, seed, max_seconds)
         self._position = Position()
         self.num_read = 0  # samples of this rank, good and bad, since it was made
         self.num_bad: Counter[str] = Counter()  # of them, by reason
@@ -173,6 +176,7 @@ class ShardStream(IterableDataset):
             "order": self.plan.order.digest,
             "tasks": ",".join(self.tasks),
             "labels": f"{self.labelled_share:g} {'only' if self.labelled_only else 'and others'}",
+            "augment": "none" if self.augmentation is None else self.augmentation.digest,
             "data": self.catalog.digest,
         }
 
@@ -182,12 +186,13 @@ class ShardStream(IterableDataset):
         Raises:
             ValueError: the data, the tasks or the order differ.
         """
-        mine = self.state_dict()
+        mine, state = self.state_dict(), {"augment": "none", **state}  # states of before it could be set have none
         for name, remedy in (
             ("version", "resume with the release that wrote it"),
             ("data", "restore the shards it was made with"),
             ("tasks", "choose the same tasks"),
             ("labels", "set labelled_share and labelled_only as they were"),
+            ("augment", "set augment as it was"),
             ("order", "set batch_size, seed, shuffle, epochs, buckets, window_shards and weights as they were"),
         ):
             if state[name] != mine[name]:

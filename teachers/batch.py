@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.sample import Sample
+from shards.sample import MelMask, Sample
 from teachers.prompts import Prompts
 
 
@@ -55,6 +55,12 @@ class Batch:
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=True)
         return Batch(**moved)
+
+    @property
+    def masks_B(self) -> list[MelMask | None] | None:
+        """What SpecAugment hides of each clip; None: of none."""
+        masks = [sample.mel_mask for sample in self.samples]
+        return masks if any(masks) else None
 
     @property
     def num_supervised(self) -> int:

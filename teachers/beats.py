@@ -10,7 +10,7 @@ E encoder width, H attention heads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.augment import mask_mel_
+from shards.sample import MelMask
 from teachers.frontend import HOP_SAMPLES, MAX_SAMPLES, WINDOW_SAMPLES, KaldiFbank, check_lengths
 from teachers.weights import load_strictly_, read_torch_file
 
@@ -99,12 +101,15 @@ class BeatsEar(nn.Module):
         """Stay in eval mode, whatever the model around this ear does."""
         return super().train(False)
 
-    def forward(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode waveforms.
 
         Args:
             waveforms_BN: float, 16 kHz in [-1, 1], padded with zeros.
             num_samples_B: length of each row; on CPU it costs no wait for the device.
+            masks_B: what SpecAugment hides of each row; None: nothing.
 
         Returns:
             frames_BRE, zero where a row has ended, and num_frames_B.
@@ -114,6 +119,8 @@ class BeatsEar(nn.Module):
         """
         check_lengths(num_samples_B, MIN_SAMPLES, MAX_SAMPLES, "BEATs")
         mel_BXM, num_mel_frames_B = BEATS_FBANK(waveforms_BN, num_samples_B)
+        if masks_B is not None:
+            mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
         return self.encode(mel_BXM, num_mel_frames_B)
 
     def num_frames(self, num_samples: int) -> int:

@@ -11,7 +11,7 @@ E encoder width.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.augment import mask_mel_
+from shards.sample import MelMask
 from teachers.frontend import HOP_SAMPLES, MAX_SAMPLES, WINDOW_SAMPLES, KaldiFbank, check_lengths
 from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors, read_torch_file
 
@@ -106,12 +108,15 @@ class EatEar(nn.Module):
         """Stay in eval mode, whatever the model around this ear does."""
         return super().train(False)
 
-    def forward(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode waveforms.
 
         Args:
             waveforms_BN: float, 16 kHz in [-1, 1], padded with zeros.
             num_samples_B: length of each row; on CPU it costs no wait for the device.
+            masks_B: what SpecAugment hides of each row; None: nothing.
 
         Returns:
             frames_BRE without the utterance's token, zero where a row has ended, and num_frames_B.
@@ -121,6 +126,8 @@ class EatEar(nn.Module):
         """
         check_lengths(num_samples_B, WINDOW_SAMPLES, MAX_SAMPLES, "EAT")
         mel_BXM, num_mel_frames_B = EAT_FBANK(waveforms_BN, num_samples_B)
+        if masks_B is not None:
+            mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
         tokens_BRE, num_frames_B = self.encode(mel_BXM, num_mel_frames_B)
         return tokens_BRE[:, 1:], num_frames_B
 

@@ -147,11 +147,11 @@ class Salmonn(nn.Module):
 
     # Hearing
 
-    def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> list[Tensor]:
+    def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         """Each encoder's frames [B, R, E], before their LayerNorms: what a student that shares the ears takes over."""
-        frames = [self.whisper(waveforms_BN, num_samples_B)[0]]
+        frames = [self.whisper(waveforms_BN, num_samples_B, masks_B)[0]]
         if self.second is not None:
-            frames.append(self.second(waveforms_BN, num_samples_B)[0])
+            frames.append(self.second(waveforms_BN, num_samples_B, masks_B)[0])
         return frames
 
     def fuse(self, frames: list[Tensor]) -> Tensor:
@@ -168,7 +168,7 @@ class Salmonn(nn.Module):
     def hear(self, batch: Batch, frames: list[Tensor] | None = None) -> Heard:
         """The Q-Former's queries of every window; `frames` are taken over when given."""
         if frames is None:
-            frames = self.frames(batch.waveforms_BN, batch.num_samples_B)
+            frames = self.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)
         num_windows_B = [row.num_audio_tokens // self.config.num_queries for row in batch.rows]
         return Heard(self.qformer(self.fuse(frames), max(num_windows_B)), num_windows_B)
 

@@ -71,13 +71,14 @@ class OnlineTeacher:
         unlabelled = [sample for sample in samples if sample.text is None]
         if not unlabelled:
             return list(samples), is_pseudo
-        answers = iter(self.model.generate(unlabelled, max_new_tokens=self.max_new_tokens))
+        heard = [sample.as_the_teacher_hears_it for sample in unlabelled]
+        answers = iter(self.model.generate(heard, max_new_tokens=self.max_new_tokens))
         return [replace(s, text=next(answers)) if s.text is None else s for s in samples], is_pseudo
 
     @torch.no_grad()
     def targets(self, batch: Batch, frames: list[Tensor] | None = None) -> Targets:
         """Run the teacher on the batch's samples; `frames` of shared ears are taken over when given."""
-        own = self.model.collate(batch.samples).to(self.model.device)
+        own = self.model.collate([sample.as_the_teacher_hears_it for sample in batch.samples]).to(self.model.device)
         logits_SV, heard = self.model(own, frames)
         distribution = Distribution.from_logits(logits_SV, self.k, self.temperatures)
         return Targets(distribution, heard.queries_BWQE, heard.num_windows_B)

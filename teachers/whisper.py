@@ -5,6 +5,7 @@ Knows nothing of Whisper's decoder and never loads it.
 Shapes: B batch, N audio samples, M mel bins, X mel frames (10 ms), R encoder frames (20 ms), E encoder width.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from shards.augment import mask_mel_
+from shards.sample import MelMask
 from teachers.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
 from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
 
@@ -63,12 +66,15 @@ class WhisperEar(nn.Module):
         """Stay in eval mode, whatever the model around this ear does."""
         return super().train(False)
 
-    def forward(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode waveforms, padded to the encoder's full length as Whisper was trained.
 
         Args:
             waveforms_BN: float, 16 kHz in [-1, 1], padded with zeros.
             num_samples_B: length of each row.
+            masks_B: what SpecAugment hides of each row; None: nothing.
 
         Returns:
             frames_BRE with R = max_source_positions, and num_frames_B: how many of them hold audio.
@@ -78,7 +84,10 @@ class WhisperEar(nn.Module):
         """
         check_lengths(num_samples_B, 1, self.max_samples, "this Whisper")
         num_frames_B = (num_samples_B.to(waveforms_BN.device) + FRAME_SAMPLES - 1) // FRAME_SAMPLES
-        return self.encode(self.log_mel(waveforms_BN, num_samples_B)), num_frames_B
+        mel_BMX = self.log_mel(waveforms_BN, num_samples_B)
+        if masks_B is not None:
+            mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
+        return self.encode(mel_BMX), num_frames_B
 
     def encode(self, mel_BMX: Tensor) -> Tensor:
         """Encode log-mel features of the full length, frames_BRE."""

@@ -7,15 +7,8 @@ import pytest
 import torch
 from tars import make_waveform, write_shards
 
-from shards.augment import (
-    Augmentation,
-    add_noise,
-    add_room,
-    augment,
-    change_speed,
-    mask_mel,
-    sample_seed,
-)
+from shards.augment import add_noise, add_room, augment, change_speed, draw_mask, mask_mel_, sample_seed
+from shards.augmentation import Augmentation
 from shards.sample import MAX_SECONDS, SAMPLE_RATE
 from shards.stream import ShardStream
 
@@ -97,6 +90,13 @@ def test_slowing_down_never_cuts_the_end_of_a_clip():
     assert len(out_N) == MAX_SECONDS * SAMPLE_RATE and np.abs(out_N[-400:]).max() > 0.5
 
 
+def test_speed_keeps_a_clip_within_what_the_ears_take():
+    assert len(change_speed(TONE, 0.5, max_seconds=1.25)) == 1.25 * SAMPLE_RATE
+    assert len(change_speed(TONE, 2.0)) == SAMPLE_RATE // 2
+    assert len(change_speed(TONE[:8000], 2.0)) == pytest.approx(SAMPLE_RATE / 3, abs=1)  # one Q-Former window
+    assert len(change_speed(TONE[:2000], 2.0)) == 2000
+
+
 def test_a_room_decays_by_60_db_in_its_time():
     click_N = np.zeros(SAMPLE_RATE, np.float32)
     click_N[0] = 1
@@ -117,18 +117,20 @@ def test_shares_are_kept_and_one_does_not_move_the_others():
     assert [power_db(out_N) < power_db(TONE) - 1 for out_N in more] == changed[:40]
 
 
-@pytest.mark.parametrize("teacher_hears", ["clean", "augmented"])
+@pytest.mark.parametrize("teacher_hears", ["clean", "same"])
 def test_the_teacher_hears_what_the_config_says(tmp_path, teacher_hears):
     write_shards(tmp_path, [3])
     plain = {s.key: s for s in next(iter(ShardStream(tmp_path, batch_size=3)))}
-    augmentation = Augmentation(noise_share=1, gain_share=1, teacher_hears=teacher_hears)
+    augmentation = Augmentation(noise_share=1, gain_share=1, mask_share=1, teacher_hears=teacher_hears)
     for sample in next(iter(ShardStream(tmp_path, batch_size=3, augmentation=augmentation))):
+        heard = sample.as_the_teacher_hears_it
+        assert sample.mel_mask is not None and (heard.mel_mask is None) == (teacher_hears == "clean")
         assert not np.array_equal(sample.waveform_N, plain[sample.key].waveform_N)
         assert sample.sha256 == plain[sample.key].sha256
         if teacher_hears == "clean":
-            assert np.array_equal(sample.clean_N, plain[sample.key].waveform_N)
+            assert np.array_equal(heard.waveform_N, plain[sample.key].waveform_N)
         else:
-            assert sample.clean_N is None
+            assert heard is sample
 
 
 def test_augmented_samples_do_not_depend_on_ranks_workers_or_order(tmp_path):
@@ -152,6 +154,8 @@ def test_augmented_samples_do_not_depend_on_ranks_workers_or_order(tmp_path):
         ({"noise_range": (0, float("nan"))}, "noise_range is"),
         ({"speed_range": (0.0, 1.0)}, "it must lie in 0.5 to 2"),
         ({"teacher_hears": "nothing"}, "teacher_hears is 'nothing'"),
+        ({"mask_share": -0.1}, "mask_share is -0.1, but a share is 0 to 1"),
+        ({"mask_bands": -1}, "bands, spans and seconds are counted"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -159,31 +163,42 @@ def test_impossible_options_are_refused(options, message):
         Augmentation(**options)
 
 
+MASKS = [draw_mask(Augmentation(mask_share=1), seconds, seed=seed) for seed, seconds in enumerate((2.0, 0.9, 0.01))]
+
+
 def test_masked_mels_are_the_mean_in_bands_and_spans_and_padding_stays():
     mel_BMX = torch.randn(3, 80, 200)
     num_frames_B = torch.tensor([200, 90, 1])
-    masked_BMX = mask_mel(mel_BMX, num_frames_B, [1, 2, 3])
+    masked_BMX = mel_BMX.clone()
+    mask_mel_(masked_BMX, num_frames_B, MASKS)
     for mel_MX, masked_MX, num_frames in zip(mel_BMX, masked_BMX, num_frames_B.tolist()):
         assert torch.equal(mel_MX[:, num_frames:], masked_MX[:, num_frames:])
         changed_MX = (mel_MX != masked_MX)[:, :num_frames]
         assert torch.allclose(masked_MX[:, :num_frames][changed_MX], mel_MX[:, :num_frames].mean(), atol=1e-6)
         bands, spans = changed_MX.all(1), changed_MX.all(0)
         assert torch.equal(changed_MX, bands[:, None] | spans[None, :])
-        assert bands.sum() <= 30 and (num_frames == 1 or spans.sum() <= 0.4 * num_frames)
+        assert bands.sum() <= 32 and (num_frames == 1 or spans.sum() <= 0.4 * num_frames)
     assert torch.isfinite(masked_BMX).all() and (masked_BMX[0] != mel_BMX[0]).any()
 
 
-def test_a_mel_is_masked_alike_alone_and_in_a_batch():
+def test_a_mel_is_masked_alike_alone_and_in_a_batch_and_no_mask_changes_nothing():
     mel_BMX = torch.randn(2, 80, 120)
-    both = mask_mel(mel_BMX, torch.tensor([120, 100]), [7, 8])
-    assert torch.equal(mask_mel(mel_BMX[1:], torch.tensor([100]), [8])[0], both[1])
+    both_BMX, alone_BMX, none_BMX = mel_BMX.clone(), mel_BMX[1:].clone(), mel_BMX.clone()
+    mask_mel_(both_BMX, torch.tensor([120, 100]), MASKS[:2])
+    mask_mel_(alone_BMX, torch.tensor([100]), MASKS[1:2])
+    mask_mel_(none_BMX, torch.tensor([120, 100]), [None, None])
+    assert torch.equal(alone_BMX[0], both_BMX[1]) and torch.equal(none_BMX, mel_BMX)
 
 
-def test_masking_leaves_the_input_as_it_was():
-    mel_BMX = torch.randn(1, 80, 120)
-    before = mel_BMX.clone()
-    mask_mel(mel_BMX, torch.tensor([120]), [1])
-    assert torch.equal(mel_BMX, before)
+def test_masks_come_for_their_share_and_within_their_limits():
+    options = Augmentation(mask_share=0.4, mask_bands=3, mask_band_share=0.1, mask_spans=1, mask_span_seconds=0.2)
+    masks = [draw_mask(options, 4.0, seed=seed) for seed in range(300)]
+    drawn = [mask for mask in masks if mask is not None]
+    assert 85 < len(drawn) < 155 and len(set(drawn)) == len(drawn)
+    for mask in drawn:
+        assert len(mask.bands) == 3 and len(mask.spans) == 1
+        assert all(0 <= start <= end <= 1 and end - start <= 0.1 for start, end in mask.bands)
+        assert all(0 <= start <= end <= 1 and end - start <= 0.05 for start, end in mask.spans)
 
 
 def test_a_waveform_of_a_shard_survives_every_augmentation():

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from shards.archive import ShardError
 from shards.audio import encode_flac, hash_waveform
-from shards.augment import Augmentation
+from shards.augmentation import Augmentation
 from shards.plan import Order, Plan, Position
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
