@@ -109,6 +109,22 @@ def prune(folder: Path, keep: int, best_step: int) -> None:
             shutil.rmtree(path)
 
 
+def load_weights_(parameters: dict[str, nn.Parameter], file: Path) -> None:
+    """Copy a checkpoint's tensors into the parameters of their names, in place.
+
+    Raises:
+        ValueError: the file names a tensor that is not there, or one of another shape.
+    """
+    for name, tensor in load_file(file).items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "no such tensor"
+            raise ValueError(
+                f"tensor {name} of {file} has shape {tuple(tensor.shape)}, but this run has {found}; "
+                f"choose another name= for a new run, or put the config back."
+            )
+        parameters[name].data.copy_(tensor)
+
+
 def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """AdamW's moments by `NAME.exp_avg` and `NAME.exp_avg_sq`, float32 on the CPU. Every rank must call it."""
     moments: dict[str, Tensor] = {}

@@ -16,23 +16,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill.config import EvalConfig, LossConfig, TrainConfig
+from distill.crossteacher import meet
 from distill.evaluate import evaluate
 from distill.metrics import mean_error
 from distill.microbatch import Collator, MicroBatch, split
-from distill.objective import TERMS, Counts, Objective, weigh
+from distill.objective import Objective
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.weighing import TERMS, Counts, active_terms, build_schedules, loss_at
 from shards.sample import SAMPLE_RATE, Sample
 from shards.source import expand_shards
 from shards.stream import ShardStream
-from teachers.loading import load_own_tensors_, own_tensors
+from teachers.loading import own_tensors
 from teachers.salmonn import Salmonn
-from teachers.targets import check_vocabularies
 
 PREEMPTED = 143  # exit code after SIGTERM, as the shell counts it
 
@@ -92,9 +93,10 @@ class Distiller:
         self.teacher, self.student = teacher, student
         self.loss, self.options = loss or LossConfig(), options or TrainConfig()
         if teacher is None:
-            self.loss = dataclasses.replace(self.loss, kl=0.0, feature=0.0)
-        else:
-            check_vocabularies(teacher.vocab, student.tokenizer)
+            self.loss = only_ce(self.loss)
+        check_tasks(self.loss.task_weights, student)
+        self.schedules = build_schedules(self.loss, self.options.steps)
+        self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder), seed
         self.dtype = resolve_precision(precision)
         self.accelerator = accelerator or build_accelerator()
@@ -104,7 +106,17 @@ class Distiller:
         self.valid, self.answers = valid, answers or EvalConfig()
         self.best = Best()
         self.identity = {"seed": seed, "batch_size": self.options.batch_size, **(identity or {})}
-        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.objective = Objective(
+            student,
+            self.loss,
+            self.dtype,
+            active=active_terms(self.loss, self.schedules),
+            vocab_size=vocab_size,
+            widths=getattr(self.teacher, "widths", None),
+            seed=seed,
+        )
+        self.projectors = {f"projectors.{name}": p for name, p in self.objective.projectors.named_parameters()}
+        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
         self._stop = False
@@ -152,19 +164,20 @@ class Distiller:
         """Load the newest checkpoint if the run is to go on, wrap the student, and return the first step to do."""
         saved = self._find_checkpoint()
         if saved is not None:
-            load_own_tensors_(self.student, saved.folder / ckpt.WEIGHTS)
+            ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
             self.stream.load_state_dict(saved.state["stream"])
             self.best = Best(**saved.state["best"])
             say(self.accelerator, f"resumes {self.run_folder} after step {saved.step}")
         optimizer = torch.optim.AdamW(
             group_by_decay(self.named, self.options.weight_decay), lr=0.0, betas=(0.9, self.options.beta2)
         )
-        objective = Objective(self.student, self.loss, self.dtype)
         if is_deepspeed(self.accelerator):
             self._configure_deepspeed()
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.collator = Collator(self.teacher, self.student, self.accelerator.device, self.dtype)
+        self.objective, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.collator = Collator(
+            self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights
+        )
         self.student.train()
         if saved is not None:
             ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, saved.step)
@@ -224,7 +237,8 @@ class Distiller:
         *totals, stop, seconds = sum_over_ranks(
             self.accelerator, [*local, float(self._stop or step + 1 == self.options.stop_after), seconds]
         )
-        terms = self._forward_backward(micro_batches, Counts(*map(int, totals)))
+        loss = loss_at(self.loss, self.schedules, step)
+        terms = self._forward_backward(micro_batches, loss, Counts(*map(int, totals)))
         norm = self._update(terms)
         sums = sum_over_ranks(self.accelerator, [terms[name] for name in TERMS])
         record = {"step": step + 1, "loss": sum(sums), **dict(zip(TERMS, sums)), "learning_rate": rate,
@@ -232,7 +246,9 @@ class Distiller:
         self._check_finite(record, [s.key for s in samples])
         return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}
 
-    def _forward_backward(self, micro_batches: list[MicroBatch], totals: Counts) -> dict[str, float]:
+    def _forward_backward(
+        self, micro_batches: list[MicroBatch], loss_now: LossConfig, totals: Counts
+    ) -> dict[str, float]:
         # accelerate and DeepSpeed divide by the micro-batches, DDP and ZeRO by the ranks; the weights already did
         scale = self.accelerator.num_processes * self.num_micro_batches
         terms = dict.fromkeys(TERMS, 0.0)
@@ -241,8 +257,7 @@ class Distiller:
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             context = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
             with context:
-                weights = weigh(m.batch, m.is_pseudo, self.loss, totals, m.is_real)
-                loss, values = self.objective(m.batch, m.targets, weights, m.frames)
+                loss, values = self.objective(m.batch, m.targets, m.weigh(loss_now, totals), m.frames)
                 self.accelerator.backward(loss * scale)
             for name, value in values.items():
                 terms[name] += float(value)
@@ -293,9 +308,14 @@ class Distiller:
             folder = self.run_folder / "checkpoints"
             best = dataclasses.asdict(self.best)
             state = {"identity": self.identity, "stream": self.stream.state_dict(), "best": best}
-            ckpt.save_checkpoint(folder, step, state, own_tensors(self.student), moments)
+            ckpt.save_checkpoint(folder, step, state, self._tensors(), moments)
             ckpt.prune(folder, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the weights: the student's own, and the projectors that only training needs."""
+        projectors = {name: p.detach().cpu().contiguous() for name, p in self.projectors.items()}
+        return own_tensors(self.student) | projectors
 
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
@@ -314,7 +334,7 @@ class Distiller:
         if self.best.step in (0, self.options.steps):
             return
         folder = ckpt.checkpoint_folder(self.run_folder / "checkpoints", self.best.step)
-        load_own_tensors_(self.student, folder / ckpt.WEIGHTS)
+        ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, folder / ckpt.WEIGHTS)
         say(self.accelerator, f"the student keeps its weights of step {self.best.step}, the best on {self.valid}")
 
     def _on_signal(self, number, frame) -> None:
@@ -322,3 +342,21 @@ class Distiller:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+
+
+def only_ce(loss: LossConfig) -> LossConfig:
+    """The objective of a student without a teacher."""
+    schedules = {name: text for name, text in loss.schedules.items() if name == "ce"}
+    return dataclasses.replace(loss, kl=0.0, feature=0.0, hidden=0.0, chunk=0.0, schedules=schedules)
+
+
+def check_tasks(task_weights: dict[str, float], student: Salmonn) -> None:
+    """Refuse the weight of a task that no sample can have.
+
+    Raises:
+        ValueError: naming the task.
+    """
+    known = student.rows.prompts.by_task
+    for task in task_weights:
+        if task not in known:
+            raise ValueError(f"loss.task_weights names {task}, but the tasks are {', '.join(known)}; correct the name.")

@@ -1,14 +1,17 @@
 """A step's samples cut into micro-batches, collated, with the teacher's targets beside them. Knows no optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill.objective import Counts, count
+from distill.config import LossConfig
+from distill.schedule import sample_weight
+from distill.weighing import Counts, Weights, count, weigh
 from shards.sample import SAMPLE_RATE, Sample
 from teachers.batch import Batch
 from teachers.salmonn import Salmonn
@@ -22,12 +25,17 @@ class MicroBatch:
     batch: Batch
     targets: Targets | None
     is_pseudo: list[bool]  # whether a sample's answer is the teacher's own
+    sample_weights: list[float]  # what a sample counts in every term
     is_real: bool  # False: a silent stand-in that keeps the ranks in step
     frames: list[Tensor] | None  # of ears that teacher and student share
 
     @property
     def counts(self) -> Counts:
         return count(self.batch, self.targets, self.is_real)
+
+    def weigh(self, loss: LossConfig, totals: Counts) -> Weights:
+        """What its elements count, given the terms' weights at this step and the counts of the whole step."""
+        return weigh(self.batch, self.targets, self.is_pseudo, self.sample_weights, loss, totals, self.is_real)
 
 
 class Collator:
@@ -38,26 +46,33 @@ class Collator:
         student: whose rows the batches are.
         device: where the tensors go.
         dtype: of the ears' products, when they are shared and run here.
+        task_weights: what the samples of a task count; 1 for one that is not named.
     """
 
-    def __init__(self, teacher, student: Salmonn, device: torch.device, dtype: torch.dtype):
+    def __init__(self, teacher, student: Salmonn, device: torch.device, dtype: torch.dtype,
+                 task_weights: Mapping[str, float] = MappingProxyType({})):  # fmt: skip
         self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
+        self.task_weights = task_weights
         model = getattr(teacher, "model", None)
         self.shares_ears = model is not None and all(
             own is theirs for own, theirs in ((student.whisper, model.whisper), (student.second, model.second))
         )
 
     def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
-        """Collate, and fetch or compute the targets; no samples make a stand-in of a tenth of a second of silence."""
+        """Collate, and fetch or compute the targets; no samples make a stand-in of a moment of silence."""
         if not samples:
-            return MicroBatch(self.student.collate([self._silence()]).to(self.device), None, [False], False, None)
+            return MicroBatch(
+                self.student.collate([self._silence()]).to(self.device), None, [False], [0.0], False, None
+            )
+        weights = [sample_weight(sample.task, self.task_weights) for sample in samples]
         if self.teacher is None:
-            return MicroBatch(self.student.collate(samples).to(self.device), None, [False] * len(samples), True, None)
+            batch = self.student.collate(samples).to(self.device)
+            return MicroBatch(batch, None, [False] * len(samples), weights, True, None)
         samples, is_pseudo = self.teacher.label(samples)
         batch = self.student.collate(samples).to(self.device)
         hears_the_same = all(sample.clean_N is None for sample in samples)
         frames = self._frames(batch) if self.shares_ears and hears_the_same else None
-        return MicroBatch(batch, self.teacher.targets(batch, frames), is_pseudo, True, frames)
+        return MicroBatch(batch, self.teacher.targets(batch, frames), is_pseudo, weights, True, frames)
 
     @torch.no_grad()
     def _frames(self, batch: Batch) -> list[Tensor]:
@@ -67,7 +82,9 @@ class Collator:
 
     def _silence(self) -> Sample:
         task = next(task for task, prompts in self.student.rows.prompts.by_task.items() if "{}" not in prompts[0])
-        return Sample("silence", np.zeros(SAMPLE_RATE // 10, np.float32), "", task, None, "", "")
+        return Sample(
+            "silence", np.zeros(max(SAMPLE_RATE // 10, self.student.min_samples), np.float32), "", task, None, "", ""
+        )
 
 
 def split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:

@@ -1,67 +1,24 @@
-"""What a student is trained on: CE + KL + feature loss of one micro-batch, as a module that DDP and DeepSpeed wrap.
+"""What a student is trained on: the terms of one micro-batch, as a module that DDP and DeepSpeed wrap.
 
 Shapes: B batch, S supervised positions, W windows, Q queries a window, E query width, D LLM width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import LossConfig
-from distill.features import feature_loss
+from distill.crossteacher import CrossedTargets
+from distill.crosstokenizer import fused_cross_loss
+from distill.features import build_projector, feature_loss
 from distill.fused import fused_ce_kl
 from distill.head import head_weight, logit_transform
+from distill.losses import build_divergence, check_temperature
+from distill.weighing import TERMS, Weights, shared_windows, window_rows
 from teachers.batch import Batch
 from teachers.salmonn import Heard, Salmonn
-from teachers.targets import Targets
-
-TERMS = ("ce", "kl", "feature")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What each element of a micro-batch counts in the step's loss: a term's weight over its global count."""
-
-    ce_S: Tensor
-    kl_S: Tensor
-    feature: float  # a window
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many elements a term has in one micro-batch; summed over micro-batches and ranks they divide the term."""
-
-    ce: int
-    kl: int
-    feature: int
-
-
-def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
-    """Count what `batch` brings to each term; one that only keeps the ranks in step (`is_real` false) none."""
-    if not is_real:
-        return Counts(0, 0, 0)
-    has_features = targets is not None and targets.queries_BWQE is not None
-    windows = sum(shared_windows(batch, targets)) if has_features else 0
-    return Counts(batch.num_supervised, batch.num_supervised if targets is not None else 0, windows)
-
-
-def shared_windows(batch: Batch, targets: Targets) -> list[int]:
-    """Windows of each clip that student and teacher both have."""
-    own = [row.num_audio_tokens // targets.queries_BWQE.shape[2] for row in batch.rows]
-    return [min(a, b) for a, b in zip(own, targets.num_windows_B)]
-
-
-def weigh(batch: Batch, is_pseudo: list[bool], loss: LossConfig, totals: Counts, is_real: bool) -> Weights:
-    """The weights of one micro-batch, given the counts of the whole step over all ranks."""
-    device = batch.labels_S.device
-    scale_S = torch.tensor([loss.pseudo_ce if p else 1.0 for p in is_pseudo], device=device)[batch.row_S]
-    real = float(is_real)
-    return Weights(
-        ce_S=scale_S * (real * loss.ce / max(totals.ce, 1)),
-        kl_S=torch.full_like(scale_S, real * loss.kl / max(totals.kl, 1)),
-        feature=real * loss.feature / max(totals.feature, 1),
-    )
+from teachers.targets import HEAD_INPUT, Targets, record_blocks
 
 
 class Objective(nn.Module):
@@ -69,51 +26,124 @@ class Objective(nn.Module):
 
     Args:
         student: the model that is trained.
-        loss: weights, temperature and kind of the terms.
+        loss: temperature and kinds of the terms; their weights come with each micro-batch.
         dtype: of the products; the losses are float32.
+        active: the terms that are computed.
+        vocab_size: ids that teacher and student share; None: all rows of the head.
+        widths: of the teacher's features, by term; where the student's differs, a projector is learned beside it.
+        seed: of the projectors.
+
+    Raises:
+        ValueError: the divergence, its parameter or the temperature cannot be.
     """
 
-    def __init__(self, student: Salmonn, loss: LossConfig, dtype: torch.dtype):
+    def __init__(self, student: Salmonn, loss: LossConfig, dtype: torch.dtype, *,
+                 active: frozenset[str] = frozenset(TERMS), vocab_size: int | None = None,
+                 widths: dict[str, int] | None = None, seed: int = 0):  # fmt: skip
         super().__init__()
-        self.student, self.loss, self.dtype = student, loss, dtype
+        self.student, self.loss, self.dtype, self.active, self.vocab_size = student, loss, dtype, active, vocab_size
+        self.divergence = build_divergence(loss.kl_kind, loss.kl_parameter)
+        check_temperature(loss.temperature)
+        self.projectors = build_projectors(student, loss, active, widths or {}, seed)
 
     def forward(self, batch: Batch, targets: Targets | None, weights: Weights,
                 frames: list[Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The micro-batch's part of the step's loss, and each term's part of it (detached, weights included)."""
         with torch.autocast(batch.labels_S.device.type, self.dtype, enabled=self.dtype != torch.float32):
             heard = self.student.hear(batch, frames)
-            hidden_SD = self.student.answer_states(batch, heard)
-        fused = self._ce_kl(hidden_SD, batch, targets, weights)
-        terms = {"ce": (weights.ce_S * fused.ce_S).sum(), "kl": (weights.kl_S * fused.kl_S).sum()}
-        total = fused.loss_S.sum()
-        feature = self._feature(heard, batch, targets) if self.loss.feature else None
-        if feature is not None:
-            terms["feature"] = (feature.sum() * weights.feature).detach()
-            total = total + feature.sum() * weights.feature
+            with record_blocks(self.student, self.own_layers) as outputs:
+                hidden_SD = self.student.answer_states(batch, heard)
+        total, terms = self._on_tokens(hidden_SD, batch, targets, weights)
+        values = {
+            "feature": (self._feature(heard, batch, targets), weights.feature_W),
+            "hidden": (self._hidden(outputs | {HEAD_INPUT: hidden_SD}, batch, targets), weights.hidden_S),
+        }
+        for name, (value_X, weight_X) in values.items():
+            if value_X is not None:
+                part = (value_X * weight_X).sum()
+                terms[name], total = part.detach(), total + part
+        if targets is None:  # DDP waits for every trained tensor's gradient
+            total = total + 0 * sum(p.sum() for p in self.projectors.parameters())
         return total, terms
 
-    def _ce_kl(self, hidden_SD: Tensor, batch: Batch, targets: Targets | None, weights: Weights):
-        llm = self.student.llm
-        if targets is None or not self.loss.kl:
+    def _on_tokens(self, hidden_SD: Tensor, batch: Batch, targets: Targets | None, weights: Weights):
+        """Cross-entropy, divergence and chunk likelihood."""
+        head = self.student.llm.get_output_embeddings()
+        options = {"divergence": self.divergence, "bias_V": getattr(head, "bias", None), "vocab_size": self.vocab_size,
+                   **logit_transform(self.student.llm.config.get_text_config())}  # fmt: skip
+        common = hidden_SD, head_weight(head), batch.labels_S
+        if isinstance(targets, CrossedTargets):
+            loss = fused_cross_loss(*common, targets.cross, weights.ce_S, weights.kl_S, weights.chunk_C,
+                                    self.loss.temperature, self.loss.chunk_temperature, **options)  # fmt: skip
+            parts = (weights.ce_S * loss.ce_S, weights.kl_S * loss.kl_S, weights.chunk_C * loss.chunk_C)
+            return loss.loss, {name: part.sum() for name, part in zip(("ce", "kl", "chunk"), parts)}
+        if targets is None or "kl" not in self.active:
             empty = hidden_SD.new_zeros((len(hidden_SD), 0))
-            ids, logprobs, residual = empty.long(), empty, empty.sum(-1)
-            kl_weight_S = torch.zeros_like(weights.kl_S)
+            sparse, kl_weight_S = (empty.long(), empty, empty.sum(-1)), torch.zeros_like(weights.kl_S)
         else:
-            ids = targets.distribution.ids_SK
-            logprobs, residual = targets.distribution.at(self.loss.temperature)
+            distribution = targets.distribution
+            sparse = distribution.ids_SK, *distribution.at(self.loss.temperature)
             kl_weight_S = weights.kl_S
-        return fused_ce_kl(
-            hidden_SD, head_weight(llm.get_output_embeddings()), batch.labels_S, ids, logprobs, residual,
-            weights.ce_S, kl_weight_S, self.loss.temperature, **logit_transform(llm.config),
-        )  # fmt: skip
+        loss = fused_ce_kl(*common, *sparse, weights.ce_S, kl_weight_S, self.loss.temperature, **options)
+        return loss.loss_S.sum(), {"ce": (weights.ce_S * loss.ce_S).sum(), "kl": (kl_weight_S * loss.kl_S).sum()}
 
     def _feature(self, heard: Heard, batch: Batch, targets: Targets | None) -> Tensor | None:
         """The distance of each shared window's queries, one value a window."""
-        if targets is None or targets.queries_BWQE is None:
+        if targets is None or "feature" not in self.active:
             return None
+        if targets.queries_BWQE is None:
+            raise missing("feature", "the Q-Former's queries", "cache.features=int8")
         shared = shared_windows(batch, targets)
-        theirs = targets.queries_BWQE.to(heard.queries_BWQE)
         own_WQE = torch.cat([heard.queries_BWQE[b, :w] for b, w in enumerate(shared)])
-        theirs_WQE = torch.cat([theirs[b, :w] for b, w in enumerate(shared)])
-        sample_W = torch.repeat_interleave(torch.tensor(shared)).to(own_WQE.device)
-        return feature_loss(self.loss.feature_kind, own_WQE, theirs_WQE, sample_W)
+        theirs_WQE = torch.cat([targets.queries_BWQE[b, :w] for b, w in enumerate(shared)])
+        row_W = window_rows(batch, targets)
+        return feature_loss(self.loss.feature_kind, self._project("feature", own_WQE), theirs_WQE, row_W)
+
+    def _hidden(self, outputs: dict[int, Tensor], batch: Batch, targets: Targets | None) -> Tensor | None:
+        """The distance of each pair of layers, one value a supervised position, mean over the pairs."""
+        if targets is None or "hidden" not in self.active:
+            return None
+        theirs = targets.hidden_by_layer | {HEAD_INPUT: targets.hidden}
+        values = []
+        for their_layer, own_layer in self.loss.hidden_layers.items():
+            if theirs.get(their_layer) is None:
+                raise missing("hidden", f"the states of layer {their_layer}", f"cache.hidden_layers=[{their_layer}]")
+            own_SD = outputs[own_layer]
+            if own_layer != HEAD_INPUT:
+                own_SD = own_SD.flatten(0, 1)[batch.predicting_S]
+            own_SD = self._project(f"hidden{their_layer}", own_SD)
+            values.append(feature_loss(self.loss.hidden_kind, own_SD, theirs[their_layer], batch.row_S))
+        return torch.stack(values).mean(0)
+
+    @property
+    def own_layers(self) -> list[int]:
+        """The student's blocks whose outputs are compared."""
+        layers = self.loss.hidden_layers.values() if "hidden" in self.active else ()
+        return sorted(set(layers) - {HEAD_INPUT})
+
+    def _project(self, name: str, own: Tensor) -> Tensor:
+        return self.projectors[name](own.float()) if name in self.projectors else own.float()
+
+
+def build_projectors(
+    student: Salmonn, loss: LossConfig, active: frozenset[str], widths: Mapping[str, int], seed: int
+) -> nn.ModuleDict:
+    """A learned map for every pair of features whose widths differ and whose distance needs equal ones."""
+    pairs = {"feature": ("feature", loss.feature_kind, student.config.qformer_width)}
+    for layer in loss.hidden_layers:
+        pairs[f"hidden{layer}"] = ("hidden", loss.hidden_kind, student.project.out_features)
+    projectors = nn.ModuleDict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, (term, kind, width) in pairs.items():
+            if term in active and kind != "relation" and term in widths and widths[term] != width:
+                projectors[name] = build_projector(width, widths[term]).to(student.device)
+    return projectors
+
+
+def missing(term: str, what: str, remedy: str) -> ValueError:
+    """The error of a term whose targets are not there."""
+    return ValueError(
+        f"loss.{term} is above 0, but the teacher's targets hold no {what}; cache again with {remedy}, or set "
+        f"loss.{term}=0."
+    )

@@ -5,6 +5,7 @@ here.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,30 @@ class Schedule:
         span = max(1, self.num_steps - 1 - self.warmup_steps)
         passed = min(1.0, (step - self.warmup_steps) / span)
         return self.start + (self.end - self.start) * SHAPES[self.kind](passed)
+
+
+def parse_schedule(text: str, start: float, num_steps: int, name: str) -> Schedule:
+    """A schedule from its short form: `KIND [END] [warmup STEPS]`, as in "cosine 0.1", "constant warmup 300".
+
+    Args:
+        text: the short form; a constant one has no end.
+        start: the term's own weight.
+        num_steps: optimizer steps of the run.
+        name: what the error calls it.
+
+    Raises:
+        ValueError: the text is not of this form, or the schedule cannot be.
+    """
+    match = re.fullmatch(r"(\w+)(?:\s+([-+.\deE]+))?(?:\s+warmup\s+(\d+))?", text.strip())
+    if not match or (match[2] is None) != (match[1] == "constant"):
+        raise ValueError(
+            f"{name} is {text!r}, but must read 'constant warmup STEPS', 'linear END' or 'cosine END warmup STEPS'; "
+            f"correct it."
+        )
+    try:
+        return Schedule(match[1], start, float(match[2] or start), int(match[3] or 0), num_steps)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 SHAPES = {
