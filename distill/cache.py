@@ -7,46 +7,61 @@ started and killed at any time, ends in the same files.
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from distill.capture import Capturer, build_codec, captured_mass, feature_dtypes
 from distill.cli import add_config_arguments, run_stage
-from distill.config import Config, fingerprint, load_config
+from distill.config import Config, load_config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision, say
-from distill.teacher import load_teacher
+from distill.teacher import load_teacher, teach_online
 from shards.cache import TargetShard, TargetWriter, read_done
-from shards.codecs import CODECS, decode
+from shards.codecs import Hidden, describe_codec
 from shards.header import CacheHeader
-from shards.sample import Sample
+from shards.lock import read_holder
 from shards.source import expand_shards
 from shards.stream import ShardStream
 from shards.targets import TargetRecord
+from teachers.cacheparts import hash_head, hash_prompts, head_tensor, save_parts
 from teachers.loading import hash_frozen_parts, hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
-from teachers.targets import QUERIES, OnlineTeacher, Vocabulary, identify_row
+from teachers.targets import Vocabulary
+
+POLL_SECONDS = 1.0  # between looks at whether other ranks have finished the last shards
+FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers")
 
 
 def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
     """Everything the targets depend on; its hash is the cache's fingerprint."""
-    settings = asdict(teacher.config)
+    settings, cache = asdict(teacher.config), config.cache
     paths = {name: settings.pop(name) for name in ("llm", "whisper", "second", "prompts")}
+    codec = build_codec(cache)
+    head = {"head": hash_head(head_tensor(teacher))} if isinstance(codec, Hidden) else {}
     return CacheHeader(
         {
             "teacher_weights": {"own": hash_tensors(own_tensors(teacher)), **hash_frozen_parts(teacher)},
             "teacher_config": settings,
+            "llm_width": teacher.project.out_features,
             "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": Path(paths["llm"]).name},
-            "prompts": fingerprint({t: list(p) for t, p in teacher.rows.prompts.by_task.items()}),
+            "prompts": hash_prompts(teacher.rows.prompts),
             "front_end": "teachers.frontend 1",
             "dtype": str(resolve_precision(config.precision)),
-            "codec": {"name": config.cache.codec, "k": config.cache.k, "temperatures": list(config.cache.temperatures)},
-            "features": config.cache.features,
-            "answers": {"labelled_share": config.data.labelled_share, "max_new_tokens": config.cache.max_new_tokens},
+            "codec": describe_codec(codec) | head,
+            "features": {
+                "queries": cache.features,
+                "hidden_layers": list(cache.hidden_layers),
+                "frames": cache.frames,
+                "windows": config.student.windows if cache.frames != "none" else None,
+            },
+            "answers": {
+                "of": cache.answers,
+                "labelled_share": config.data.labelled_share,
+                "max_new_tokens": cache.max_new_tokens,
+                "num_beams": cache.num_beams,
+                "transcripts": cache.transcripts,
+            },
         }
     )
 
@@ -54,30 +69,95 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
 def cache(config: Config) -> int:
     """Write the targets of every training shard that has none yet; returns the exit code."""
     accelerator = build_accelerator()
-    teacher = OnlineTeacher(load_teacher(config).to(accelerator.device), max_new_tokens=config.cache.max_new_tokens)
+    teacher = teach_online(config, load_teacher(config).to(accelerator.device))
     writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config))
+    save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
     shards = expand_shards(config.shards("train"))
     missing = [shard for shard in shards if not writer.is_done(shard)]
     if not missing:
         say(accelerator, f"cache: {config.cache_folder} holds the targets of all {len(shards)} shards, used again")
         return 0
-    num_samples = ShardStream(missing, batch_size=1, shuffle=False, epochs=1).num_samples
-    share = -(-num_samples // accelerator.num_processes)
     began = time.monotonic()
-    with Progress("cache", share, accelerator=accelerator, unit="samples") as progress:
-        for shard in missing:
-            with writer.claim(shard) as target:
-                if target is not None:
-                    write_shard(target, shard, teacher, config, progress)
-    accelerator.wait_for_everyone()
+    job = Job(config, Capturer(teacher, config), writer, missing, accelerator)
+    job.run(first=accelerator.process_index * len(missing) // accelerator.num_processes)
     if accelerator.is_main_process:
-        print(summarise(config.cache_folder, shards, time.monotonic() - began))
+        print(summarise(config.cache_folder, shards, missing, time.monotonic() - began))
     return 0
 
 
-def write_shard(target: TargetShard, shard: str, teacher: OnlineTeacher, config: Config, progress: Progress) -> None:
-    """Run the teacher over one audio shard, longest clips first, and write the records in the shard's own order."""
-    stream = ShardStream(
+class Job:
+    """One process's part of a caching job: whatever shards it can get.
+
+    Args:
+        config: of the run.
+        capture: makes the records of a batch.
+        writer: of the cache.
+        missing: the shards to do, by this process or another.
+        accelerator: whose main process shows the progress of all.
+    """
+
+    def __init__(self, config: Config, capture: Capturer, writer: TargetWriter, missing: Sequence[str], accelerator):
+        self.config, self.capture, self.writer, self.missing = config, capture, writer, list(missing)
+        total = ShardStream(self.missing, batch_size=1, shuffle=False, epochs=1).num_samples
+        self.progress = Progress("cache", total, accelerator=accelerator, unit="samples")
+        self.began, self.finished = time.monotonic(), dict.fromkeys(FIGURES, 0)
+        self.counted: set[str] = set()
+
+    def run(self, first: int = 0) -> None:
+        """Do shards, from the `first` on, until all are done; the others' last ones are waited for, or taken over."""
+        left = self.missing[first:] + self.missing[:first]
+        with self.progress:
+            while left:
+                num_done = len(self.counted)
+                for shard in left:
+                    with self.writer.claim(shard, self._expect_bytes()) as target:
+                        if target is not None:
+                            self._write(target, shard)
+                    self._count_finished()
+                left = [shard for shard in left if not self.writer.is_done(shard)]
+                if left and len(self.counted) == num_done:
+                    self.progress.advance(f"waits for {read_holder(self.writer.lock_path(left[0]))}", units=0)
+                    time.sleep(POLL_SECONDS)
+
+    def _write(self, target: TargetShard, shard: str) -> None:
+        """Run the teacher over one audio shard, longest clips first, and write the records as they come."""
+        stream = open_shard(self.config, shard)
+        target.figures |= dict.fromkeys(FIGURES, 0)
+        for samples in stream:
+            for key, record in self.capture(samples).items():
+                target.add(key, record.pack(feature_dtypes(self.config.cache, record)))
+                tally_(target.figures, record)
+            self._show(target)
+        if target.rows < stream.num_samples:
+            raise ValueError(
+                f"{shard} holds {stream.num_samples - target.rows} samples that cannot be read (the messages above "
+                f"name them), but every sample needs targets; find them with `distill pack --verify` and pack again."
+            )
+
+    def _show(self, target: TargetShard) -> None:
+        """Bring the line up to date: what all processes have finished, and this one's part of a shard."""
+        figures = {name: self.finished[name] + target.figures[name] for name in FIGURES}
+        rate = figures["tokens"] / (time.monotonic() - self.began)
+        size = sum(read_done(self.writer.folder, s)["bytes"] for s in self.counted) + target.tar.size
+        note = f"{rate:,.0f} tokens/s, {size / 1e6:,.1f} MB, {target.name}"
+        self.progress.advance(note, units=figures["samples"] - self.progress.done)
+
+    def _count_finished(self) -> None:
+        for shard in set(self.missing) - self.counted:
+            done = read_done(self.writer.folder, shard)
+            if done is not None and self.writer.is_done(shard):
+                self.counted.add(shard)
+                self.finished = {name: self.finished[name] + done["figures"][name] for name in FIGURES}
+
+    def _expect_bytes(self) -> int:
+        """What a shard took on average; 0 before the first."""
+        sizes = [read_done(self.writer.folder, shard)["bytes"] for shard in self.counted]
+        return sum(sizes) // max(1, len(sizes))
+
+
+def open_shard(config: Config, shard: str) -> ShardStream:
+    """The samples of one shard as the job reads them: in batches of like length, the same in every run."""
+    return ShardStream(
         shard,
         batch_size=config.cache.batch_size,
         shuffle=False,
@@ -86,91 +166,33 @@ def write_shard(target: TargetShard, shard: str, teacher: OnlineTeacher, config:
         num_workers=config.data.workers,
         labelled_share=config.data.labelled_share,
     )
-    records: dict[str, TargetRecord] = {}
-    for samples in stream:
-        records |= make_records(samples, teacher, config)
-        progress.advance(f"{Path(shard).name}", units=len(samples))
-    keys = [stream.catalog.key(row) for row in range(stream.num_samples)]
-    unread = [key for key in keys if key not in records]
-    if unread:
-        raise ValueError(
-            f"{shard} holds {len(unread)} samples that cannot be read ({', '.join(unread[:5])}), but every sample "
-            f"needs targets; find them with `distill pack --verify` and pack again."
-        )
-    dtype = "int8" if config.cache.features == "none" else config.cache.features
-    for key in keys:
-        target.add(key, records[key].pack(dtype))
-    target.figures |= tally(records.values())
 
 
-@torch.no_grad()
-def make_records(samples: Sequence[Sample], teacher: OnlineTeacher, config: Config) -> dict[str, TargetRecord]:
-    """One teacher forward; each sample's record by key."""
-    model, codec = teacher.model, build_codec(config)
-    samples, is_pseudo = teacher.label(samples)
-    batch = model.collate(samples).to(model.device)
-    dtype = resolve_precision(config.precision)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        logits_SV, heard = model(batch)
-    captured = {name: values.cpu().numpy() for name, values in codec.capture(logits_SV).items()}
-    label_logprobs_S, entropy_S = judge(logits_SV, batch.labels_S)
-    records, start = {}, 0
-    for b, (sample, row) in enumerate(zip(samples, batch.rows)):
-        part = slice(start, start := start + len(row.answer))
-        queries_WQE = heard.queries_BWQE[b, : heard.num_windows_B[b]].float().cpu().numpy()
-        records[sample.key] = TargetRecord(
-            payload=codec.encode({n: v[part] if v.ndim else v for n, v in captured.items()}),
-            answer_ids_S=np.asarray(row.answer, np.int32),
-            label_logprobs_S=label_logprobs_S[part],
-            entropy_S=entropy_S[part],
-            byte_ends_S=np.asarray(model.rows.byte_ends(sample.text, len(row.answer)), np.int32),
-            answer=sample.text,
-            answer_source="teacher" if is_pseudo[b] else "label",
-            identity=identify_row(sample, row),
-            features={} if config.cache.features == "none" else {QUERIES: queries_WQE},
-        )
-    return records
+def tally_(figures: dict[str, float], record: TargetRecord) -> None:
+    """Add a record to its shard's totals: tokens, bytes of distributions, the mass they keep, own answers."""
+    figures["samples"] += 1
+    for part in (record, record.other):
+        if part is not None:
+            figures["tokens"] += len(part.answer_ids_S)
+            figures["payload_bytes"] += len(part.payload)
+            figures["captured_mass"] += captured_mass(part.payload)
+            figures["own_answers"] += part.answer_source == "teacher"
 
 
-def judge(logits_SV: Tensor, labels_S: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probability of each label and the entropy of each position, nats, float32."""
-    logprobs_SV = torch.log_softmax(logits_SV.float(), -1)
-    entropy_S = -(logprobs_SV.exp() * logprobs_SV).nan_to_num(0.0).sum(-1)
-    return logprobs_SV.gather(1, labels_S[:, None])[:, 0].cpu().numpy(), entropy_S.cpu().numpy()
-
-
-def build_codec(config: Config):
-    """The codec that the config names, with those of its settings that it has."""
-    kind = CODECS[config.cache.codec]
-    settings = {"k": config.cache.k, "temperatures": tuple(config.cache.temperatures)}
-    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
-
-
-def tally(records: Iterable[TargetRecord]) -> dict[str, float]:
-    """Totals for a shard's done record: samples, tokens, bytes of distributions, the mass they keep, own answers."""
-    totals = dict.fromkeys(("samples", "tokens", "payload_bytes", "captured_mass", "own_answers"), 0)
-    for record in records:
-        totals["samples"] += 1
-        totals["tokens"] += len(record.answer_ids_S)
-        totals["payload_bytes"] += len(record.payload)
-        totals["captured_mass"] += float(decode(record.payload).logprobs_SK.exp().sum())
-        totals["own_answers"] += record.answer_source == "teacher"
-    return totals
-
-
-def summarise(folder: Path, shards: Sequence[str], seconds: float) -> str:
-    """The closing table of a caching job."""
-    done = [read_done(folder, shard) for shard in shards]
-    total = {name: sum(d["figures"][name] for d in done) for name in done[0]["figures"]}
-    size, tokens = sum(d["bytes"] for d in done), max(1, total["tokens"])
+def summarise(folder: Path, shards: Sequence[str], written: Sequence[str], seconds: float) -> str:
+    """The closing table of a caching job: the whole cache, and how fast the shards just written came."""
+    done = {shard: read_done(folder, shard) for shard in shards}
+    total = {name: sum(d["figures"][name] for d in done.values()) for name in FIGURES}
+    size, tokens = sum(d["bytes"] for d in done.values()), max(1, total["tokens"])
+    rate = sum(done[shard]["figures"]["tokens"] for shard in written) / max(seconds, 1e-9)
     rows = {
-        "shards": len(done),
-        "samples": f"{total['samples']:,} ({total['own_answers']:,} on the teacher's own answer)",
+        "shards": f"{len(done):,} ({len(written):,} in this job)",
+        "samples": f"{total['samples']:,} ({total['own_answers']:,} own answers of the teacher)",
         "tokens": f"{total['tokens']:,}",
         "bytes": f"{size:,} ({size / max(1, total['samples']):,.0f} a sample)",
-        "bytes a token": f"{total['payload_bytes'] / tokens:.1f} (distributions alone)",
+        "bytes a token": f"{total['payload_bytes'] / tokens:.1f} ({size / tokens:,.1f} with all that is kept)",
         "captured mass": f"{total['captured_mass'] / tokens:.4f}",
-        "this job": f"{seconds / 3600:.3f} h",
+        "hours": f"{seconds / 3600:.3f} (this job, {rate:,.0f} tokens/s)",
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
 

@@ -189,6 +189,20 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
     return scores
 
 
+def error_rate(task: str, reference: str, hypothesis: str, *, normalise: bool = True) -> float | None:
+    """Word or phone errors over reference words of one answer; None for a task without words, or an empty reference.
+
+    Args:
+        normalise: as in `score`.
+    """
+    if task not in METRICS or METRICS[task] not in ERROR_RATES:
+        return None
+    rules = str.strip if METRICS[task] == "per" else partial(normalise_text, english=normalise)
+    if not rules(reference):
+        return None
+    return float(jiwer.process_words(rules(reference), rules(hypothesis)).wer)
+
+
 def mean_error(scores: Mapping[str, TaskScore]) -> float:
     """One number that chooses between checkpoints, the lower the better: the mean over tasks of what each lacks of 1.
 

@@ -7,8 +7,9 @@ from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, fingerprint, load_config, to_yaml
 from distill.distiller import PREEMPTED, Distiller
 from distill.ranks import build_accelerator, resolve_precision, say
-from distill.teacher import load_teacher
+from distill.teacher import load_teacher, teach_online
 from shards.sample import SAMPLE_RATE
+from shards.source import expand_shards
 from shards.stream import ShardStream
 from students.student import build_student, save_student
 from teachers.loading import write_atomically
@@ -63,13 +64,12 @@ def run(config: Config) -> int:
 def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeacher:
     """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's."""
     if config.teacher.online:
-        cache = config.cache
-        return OnlineTeacher(
-            model, k=cache.k, temperatures=tuple(cache.temperatures), max_new_tokens=cache.max_new_tokens
-        )
+        return teach_online(config, model)
     from distill.cache import describe_teacher
 
-    return CachedTeacher(config.cache_folder, describe_teacher(model, config))
+    teacher = CachedTeacher(config.cache_folder, describe_teacher(model, config))
+    teacher.reader.check_shards(expand_shards(config.shards("train")))
+    return teacher
 
 
 def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:

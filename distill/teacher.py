@@ -8,6 +8,7 @@ from distill.ranks import resolve_precision
 from teachers.checkpoint import load_checkpoint
 from teachers.loading import load_salmonn
 from teachers.salmonn import Salmonn
+from teachers.targets import HEAD_INPUT, OnlineTeacher
 
 
 def teacher_path(config: Config) -> Path:
@@ -43,3 +44,17 @@ def load_teacher(config: Config) -> Salmonn:
     )
     print(f"teacher {path}: {report}", file=sys.stderr)
     return model
+
+
+def teach_online(config: Config, model: Salmonn) -> OnlineTeacher:
+    """The teacher as one that computes its targets, with the settings a cache of it would have."""
+    cache = config.cache
+    return OnlineTeacher(
+        model,
+        k=None if cache.codec in ("hidden", "dense") else cache.k,
+        temperatures=tuple(cache.temperatures),
+        answers=cache.answers,
+        max_new_tokens=cache.max_new_tokens,
+        num_beams=cache.num_beams,
+        hidden_layers=[layer for layer in cache.hidden_layers if layer != HEAD_INPUT],
+    )

@@ -39,7 +39,7 @@ class TargetShard:
     rows: int = 0
 
     def add(self, key: str, record: bytes) -> None:
-        """Append a sample's record, in the order of the audio shard."""
+        """Append a sample's record; the order is the caller's, and must be the same in every run."""
         self.tar.add(f"{key}.targets.safetensors", record)
         self.rows += 1
 
@@ -72,6 +72,10 @@ class TargetWriter:
             and path.stat().st_size == done["bytes"]
         )
 
+    def lock_path(self, shard: str) -> Path:
+        """Where the lock of a shard that is being written is."""
+        return self.folder / f".{shard_name(shard)}.targets.lock"
+
     @contextmanager
     def claim(self, shard: str, expected_bytes: int = 0) -> Iterator[TargetShard | None]:
         """A shard to write, complete when the block ends; None where it is done or another process writes it.
@@ -86,7 +90,7 @@ class TargetWriter:
             OSError: the disk is full, or will be.
         """
         name = shard_name(shard)
-        lock = FileLock.acquire(self.folder / f".{name}.targets.lock")
+        lock = FileLock.acquire(self.lock_path(shard))
         if lock is None:
             yield None
             return
@@ -159,10 +163,10 @@ class TargetReader:
         return self._open(shard_name(shard))[0].keys
 
     def check_shards(self, shards: Iterable[str]) -> None:
-        """Refuse a cache that lacks the targets of some of these audio shards.
+        """Refuse a cache that lacks the targets of some of these audio shards, or holds another teacher's.
 
         Raises:
-            ShardError: with the first few missing names.
+            ShardError: with the first few missing names, or both fingerprints or sizes.
         """
         names = [shard_name(shard) for shard in shards]
         missing = [n for n in names if read_done(self.folder, n) is None or not tar_path(self.folder, n).exists()]
@@ -171,6 +175,14 @@ class TargetReader:
                 f"{self.folder} lacks the targets of {len(missing)} of {len(names)} shards ({', '.join(missing[:5])}), "
                 f"but training needs them all; run distill/cache.py again, it goes on where it stopped."
             )
+        for name in names:
+            done, path = read_done(self.folder, name), tar_path(self.folder, name)
+            size = path.stat().st_size
+            if (done["fingerprint"], done["bytes"]) != (self.header.fingerprint, size):
+                raise ShardError(
+                    f"{path} is {size:,} bytes of {done['fingerprint'][:16]}, but {done['bytes']:,} bytes of "
+                    f"{self.header.fingerprint[:16]} were written; delete it and cache this shard again."
+                )
 
     def read(self, shard: str, key: str) -> bytes:
         """A sample's record.

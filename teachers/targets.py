@@ -5,33 +5,43 @@ Shapes: S supervised positions, K kept ids, W windows, Q queries a window, E que
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from shards.cache import TargetReader
-from shards.codecs import decode
+from shards.codecs import HiddenStates, decode
 from shards.distributions import Distribution
 from shards.header import CacheHeader
 from shards.sample import Sample
 from shards.targets import TargetRecord, identify_sample
-from teachers.batch import Batch, Row
+from teachers.batch import Batch, Row, RowTokenizer
+from teachers.cacheparts import load_head, load_rows
 from teachers.salmonn import Salmonn
 
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
+FRAMES = "frames_"  # beginning of the names of the encoders' frames
+HEAD_INPUT = -1  # number of the layer that enters the head
 
 
 @dataclass(frozen=True)
 class Targets:
     """The teacher's word on every supervised position of a batch, row after row, and its Q-Former's queries."""
 
-    distribution: Distribution
+    distribution: Distribution | HiddenStates
     queries_BWQE: Tensor | None  # None: not cached
     num_windows_B: list[int]
+    label_logprobs_S: Tensor  # natural log-probability of each label, at temperature 1
+    hidden: Tensor | None = None  # the states that enter the teacher's head, [S, D]; None: not cached
+    hidden_by_layer: dict[int, Tensor] = field(default_factory=dict)  # outputs of LLM blocks, 1 is the first: [S, D]
+    frames: list[Tensor] | None = None  # of ears that teacher and student share, [B, R, E] each; None: not cached
 
 
 @dataclass(frozen=True)
@@ -55,33 +65,48 @@ class OnlineTeacher:
         model: the teacher.
         k: ids kept a position; None keeps the whole vocabulary, exact at any temperature.
         temperatures: those the targets can be had at.
-        max_new_tokens: of its own answer to a clip without text.
+        answers: whose answers are learned: "label" where a clip has one, "teacher": always its own, "both": by turns.
+        max_new_tokens: of its own answer.
+        num_beams: of it.
+        hidden_layers: LLM blocks whose outputs its targets hold, 1 is the first.
     """
 
     def __init__(self, model: Salmonn, *, k: int | None = None, temperatures: Sequence[float] = (1.0,),
-                 max_new_tokens: int = 60):  # fmt: skip
+                 answers: str = "label", max_new_tokens: int = 60, num_beams: int = 1,
+                 hidden_layers: Sequence[int] = ()):  # fmt: skip
         self.model = model.eval().requires_grad_(False)
-        self.k, self.temperatures, self.max_new_tokens = k, temperatures, max_new_tokens
+        self.k, self.temperatures, self.answers = k, temperatures, answers
+        self.max_new_tokens, self.num_beams, self.hidden_layers = max_new_tokens, num_beams, hidden_layers
         self.vocab = Vocabulary.of(model.tokenizer)
+        self.rows = model.rows
+        self.widths = {"feature": model.config.qformer_width, "hidden": model.project.out_features}
         self.cache_folder = None
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
-        """Give clips without text the teacher's own greedy answer, and say which those are."""
-        is_pseudo = [sample.text is None for sample in samples]
-        unlabelled = [sample for sample in samples if sample.text is None]
-        if not unlabelled:
-            return list(samples), is_pseudo
-        heard = [sample.as_the_teacher_hears_it for sample in unlabelled]
-        answers = iter(self.model.generate(heard, max_new_tokens=self.max_new_tokens))
-        return [replace(s, text=next(answers)) if s.text is None else s for s in samples], is_pseudo
+        """Put the teacher's own answer where it is the one to learn, and say where that is."""
+        is_pseudo = [learns_own_answer(sample, self.answers) for sample in samples]
+        answers = iter(self.answer([sample for sample, is_own in zip(samples, is_pseudo) if is_own]))
+        return [replace(s, text=next(answers)) if is_own else s for s, is_own in zip(samples, is_pseudo)], is_pseudo
+
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """The teacher's own answers, greedy or by beam search."""
+        if not samples:
+            return []
+        heard = [sample.as_the_teacher_hears_it for sample in samples]
+        return self.model.generate(heard, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
 
     @torch.no_grad()
     def targets(self, batch: Batch, frames: list[Tensor] | None = None) -> Targets:
         """Run the teacher on the batch's samples; `frames` of shared ears are taken over when given."""
         own = self.model.collate([sample.as_the_teacher_hears_it for sample in batch.samples]).to(self.model.device)
-        logits_SV, heard = self.model(own, frames)
+        heard = self.model.hear(own, frames)
+        with record_blocks(self.model, self.hidden_layers) as outputs:
+            hidden_SD = self.model.answer_states(own, heard)
+        logits_SV = self.model.llm.lm_head(hidden_SD).float()
+        label_logprobs_S = logits_SV.log_softmax(-1).gather(1, own.labels_S[:, None])[:, 0]
         distribution = Distribution.from_logits(logits_SV, self.k, self.temperatures)
-        return Targets(distribution, heard.queries_BWQE, heard.num_windows_B)
+        layers = {n: x_BTD.flatten(0, 1)[own.predicting_S] for n, x_BTD in outputs.items()}
+        return Targets(distribution, heard.queries_BWQE, heard.num_windows_B, label_logprobs_S, hidden_SD, layers)
 
 
 class CachedTeacher:
@@ -97,14 +122,28 @@ class CachedTeacher:
 
     def __init__(self, folder: str | Path, expected: CacheHeader | None = None):
         self.cache_folder, self.model = Path(folder), None
-        self.header = TargetReader(self.cache_folder, expected).header
-        self.vocab = Vocabulary(**self.header.identity["tokenizer"])
+        self.reader = TargetReader(self.cache_folder, expected)
+        self.header = self.reader.header
+        identity = self.header.identity
+        self.widths = {"feature": identity["teacher_config"]["qformer_width"], "hidden": identity["llm_width"]}
+        self.vocab = Vocabulary(**identity["tokenizer"])
+
+    @cached_property
+    def rows(self) -> RowTokenizer:
+        """Makes the teacher's own rows of a sample, for a student with another tokenizer."""
+        return load_rows(self.cache_folder, self.header)
+
+    @cached_property
+    def head_weight_VD(self) -> Tensor:
+        """The teacher's head, where the targets are hidden states."""
+        return load_head(self.cache_folder, self.header)
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
-        """Give clips without text the answer the teacher gave when it was cached, and say which those are."""
-        records = {s.key: self._record(s) for s in samples if s.text is None}
-        labelled = [replace(s, text=records[s.key].answer) if s.text is None else s for s in samples]
-        return labelled, [sample.text is None for sample in samples]
+        """Put the answer that the teacher gave when it was cached where it is the one to learn, and say where."""
+        policy = self.header.identity["answers"]["of"]
+        is_pseudo = [learns_own_answer(sample, policy) for sample in samples]
+        labelled = [replace(s, text=self._record(s).answer) if own else s for s, own in zip(samples, is_pseudo)]
+        return labelled, is_pseudo
 
     def targets(self, batch: Batch, frames: list[Tensor] | None = None) -> Targets:
         """Read the batch's targets, each checked against the sample it is for; on the batch's device.
@@ -116,12 +155,42 @@ class CachedTeacher:
         for record, sample, row in zip(records, batch.samples, batch.rows):
             record.check(identify_row(sample, row), f"{self.cache_folder}: {sample.key}")
         device = batch.labels_S.device
-        distribution = Distribution.concatenate([decode(record.payload) for record in records]).to(device)
+        decoded = [decode(record.payload) for record in records]
+        distribution = type(decoded[0]).concatenate(decoded).to(device)
+        layers = {n: join_positions(records, hidden_name(n)).to(device) for n in self._layers}
+        hidden_SD = layers.pop(HEAD_INPUT, None)
+        if isinstance(distribution, HiddenStates):
+            self.head_weight_VD = self.head_weight_VD.to(device)
+            distribution = distribution.with_head(self.head_weight_VD)
+            hidden_SD = distribution.hidden_SD
         queries = [record.features.get(QUERIES) for record in records]
-        if any(q is None for q in queries):
-            return Targets(distribution, None, [])
-        padded_BWQE = pad_sequence([torch.from_numpy(q) for q in queries], batch_first=True)
-        return Targets(distribution, padded_BWQE.to(device, non_blocking=True), [len(q) for q in queries])
+        has_queries = all(q is not None for q in queries)
+        return Targets(
+            distribution=distribution,
+            queries_BWQE=pad_rows(queries).to(device) if has_queries else None,
+            num_windows_B=[len(q) for q in queries] if has_queries else [],
+            label_logprobs_S=torch.cat([torch.tensor(record.label_logprobs_S) for record in records]).to(device),
+            hidden=hidden_SD,
+            hidden_by_layer=layers,
+            frames=self._frames(batch, records, device),
+        )
+
+    @property
+    def _layers(self) -> list[int]:
+        return self.header.identity["features"]["hidden_layers"]
+
+    def _frames(self, batch: Batch, records: Sequence[TargetRecord], device: torch.device) -> list[Tensor] | None:
+        """The ears' frames, each row cut or padded with zeros to the longest."""
+        names = sorted(name for name in records[0].features if name.startswith(FRAMES))
+        if not names:
+            return None
+        changed = [s.key for s in batch.samples if s.clean_N is not None or s.mel_mask is not None]
+        if changed:
+            raise ValueError(
+                f"sample {changed[0]} is augmented, but {self.cache_folder} holds the encoders' frames of the clean "
+                f"clip; cache with cache.frames=none, or train without augmentation."
+            )
+        return [pad_rows([record.features[name] for record in records]).to(device) for name in names]
 
     def _record(self, sample: Sample) -> TargetRecord:
         if sample.targets is None:
@@ -129,7 +198,57 @@ class CachedTeacher:
                 f"targets of sample {sample.key} are not there, but this run reads the cache {self.cache_folder}; "
                 f"open the stream with targets= that folder, or set teacher.online=true."
             )
-        return TargetRecord.unpack(sample.targets)
+        record = TargetRecord.unpack(sample.targets)
+        if record.other is None or not learns_own_answer(sample, "both"):
+            return record
+        return replace(record.other, features=record.features | record.other.features)
+
+
+def learns_own_answer(sample: Sample, policy: str) -> bool:
+    """Whether a sample's answer is to be the teacher's own: "both" takes turns, the label in epochs 0, 2, 4 …"""
+    return sample.text is None or policy == "teacher" or (policy == "both" and sample.epoch % 2 == 1)
+
+
+@contextmanager
+def record_blocks(model: Salmonn, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """While it is open, a pass of the LLM leaves the outputs of these blocks, by number from 1: [B, T, D].
+
+    Raises:
+        ValueError: the LLM has no such block.
+    """
+    blocks, outputs = model.llm.model.layers, {}
+    handles = []
+    for number in layers:
+        if not 1 <= number <= len(blocks):
+            raise ValueError(
+                f"hidden_layers names {number}, but the LLM's blocks are 1 to {len(blocks)} ({HEAD_INPUT} is the input "
+                f"of the head); correct cache.hidden_layers."
+            )
+
+        def keep(module, inputs, output, number=number):
+            outputs[number] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(blocks[number - 1].register_forward_hook(keep))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_name(layer: int) -> str:
+    """The name of a layer's states among a record's features."""
+    return "hidden_head_SD" if layer == HEAD_INPUT else f"hidden_{layer}_SD"
+
+
+def join_positions(records: Sequence[TargetRecord], name: str) -> Tensor:
+    """A feature of every record, one after the other."""
+    return torch.cat([torch.from_numpy(record.features[name]) for record in records])
+
+
+def pad_rows(rows: Sequence[np.ndarray]) -> Tensor:
+    """Rows of several lengths as one tensor, zeros behind the shorter."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
 
 
 def identify_row(sample: Sample, row: Row) -> str:

@@ -1,0 +1,124 @@
+"""What of the teacher a target cache carries, so that training needs no teacher: tokenizer, prompts, and the head.
+
+They lie in the cache's folder `teacher`, written once and whole; the cache's header holds their hashes. The head is
+there only where targets are hidden states, which become logits through it. Knows no target.
+
+Shapes: V vocabulary, D LLM width.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from shards.header import CacheHeader
+from shards.manifest import sync_folder
+from teachers.batch import RowTokenizer
+from teachers.loading import hash_tensors
+from teachers.prompts import Prompts
+from teachers.salmonn import Salmonn
+
+FOLDER, HEAD, TOKENIZER, PROMPTS = "teacher", "head.safetensors", "tokenizer", "prompts.json"
+
+
+def head_tensor(model: Salmonn) -> Tensor:
+    """The weight of the teacher's head, detached.
+
+    Raises:
+        ValueError: the head is not one float matrix, so that hidden states alone do not give the logits.
+    """
+    head = model.llm.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f"head of {model.config.llm} is {head}, but cache.codec=hidden needs a linear layer without bias, LoRA or "
+            f"quantisation; choose another codec."
+        )
+    return head.weight.detach()
+
+
+def hash_head(weight_VD: Tensor) -> str:
+    """sha256 of a head's type, shape and bytes."""
+    return hash_tensors({"weight": weight_VD})
+
+
+def hash_prompts(prompts: Prompts) -> str:
+    """sha256 of every task's prompts."""
+    text = json.dumps({t: list(p) for t, p in prompts.by_task.items()}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_parts(cache: Path, model: Salmonn, *, with_head: bool) -> None:
+    """Write the folder `teacher` of a cache, unless it is there; of two processes one wins, and both find it whole.
+
+    Raises:
+        OSError: the disk is full; nothing is left under the folder's name.
+    """
+    final, temporary = cache / FOLDER, cache / f".{FOLDER}.tmp-{os.getpid()}"
+    if final.is_dir():
+        return
+    temporary.mkdir()
+    try:
+        model.tokenizer.save_pretrained(temporary / TOKENIZER)
+        prompts = {"by_task": dict(model.rows.prompts.by_task), "template": model.rows.prompts.template}
+        (temporary / PROMPTS).write_text(json.dumps(prompts))
+        if with_head:
+            save_file({"weight": head_tensor(model).cpu().contiguous()}, temporary / HEAD)
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if not final.is_dir():  # another process was first
+                raise
+        sync_folder(cache)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_head(cache: Path, header: CacheHeader) -> Tensor:
+    """The teacher's head from a cache, float32 where the CPU multiplies; weight_VD.
+
+    Raises:
+        ValueError: it is missing, or is not the one that the header names.
+    """
+    path, expected = cache / FOLDER / HEAD, header.identity["codec"]["head"]
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not there, but targets of codec hidden need the head {expected[:16]}; restore it, or delete "
+            f"{cache} and cache again."
+        )
+    weight_VD = load_file(path)["weight"]
+    found = hash_head(weight_VD)
+    if found != expected:
+        raise ValueError(f"{path} has hash {found[:16]}, but was cached as {expected[:16]}; restore it or cache again.")
+    return weight_VD if torch.cuda.is_available() else weight_VD.float()
+
+
+def load_rows(cache: Path, header: CacheHeader) -> RowTokenizer:
+    """What turns a sample into the teacher's own rows, from a cache; it makes rows without audio tokens.
+
+    Raises:
+        ValueError: tokenizer or prompts are missing, or are not those that the header names.
+    """
+    folder, settings = cache / FOLDER, header.identity["teacher_config"]
+    if not (folder / PROMPTS).is_file():
+        raise ValueError(f"{folder} is not whole, but holds a cache's tokenizer and prompts; restore it.")
+    prompts = Prompts(**json.loads((folder / PROMPTS).read_text()))
+    if hash_prompts(prompts) != header.identity["prompts"]:
+        raise ValueError(
+            f"{folder / PROMPTS} has hash {hash_prompts(prompts)[:16]}, but was cached as "
+            f"{header.identity['prompts'][:16]}; restore it or cache again."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    return RowTokenizer(tokenizer, prompts, settings["end_token"], _no_audio, settings["max_answer_tokens"])
+
+
+def _no_audio(num_samples: int) -> int:
+    return 0
