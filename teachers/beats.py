@@ -60,6 +60,8 @@ class BeatsConfig:
 class BeatsEar(nn.Module):
     """A BEATs encoder that takes waveforms; `width` is the size of its frames."""
 
+    min_samples = MIN_SAMPLES
+
     def __init__(self, config: BeatsConfig):
         super().__init__()
         width = config.encoder_embed_dim
@@ -117,11 +119,15 @@ class BeatsEar(nn.Module):
         Raises:
             ValueError: a row is shorter than one patch or longer than 30 s.
         """
-        check_lengths(num_samples_B, MIN_SAMPLES, MAX_SAMPLES, "BEATs")
+        self.check(num_samples_B)
         mel_BXM, num_mel_frames_B = BEATS_FBANK(waveforms_BN, num_samples_B)
         if masks_B is not None:
             mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
         return self.encode(mel_BXM, num_mel_frames_B)
+
+    def check(self, num_samples_B: Tensor) -> None:
+        """Refuse rows that this ear cannot hear, with `ValueError`."""
+        check_lengths(num_samples_B, self.min_samples, MAX_SAMPLES, "BEATs")
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of a clip of so many audio samples."""

@@ -23,6 +23,7 @@ LEFTOVER = re.compile(
     r"speech_Qformer\.bert\.embeddings\.position_ids$|.*relative_attention_bias\.weight$|.*lm_head\.weight$|.*inv_freq$"
 )
 QFORMER = "speech_Qformer.bert."
+LORA_ALPHA = 32.0  # of all of SALMONN's configs
 DIRECT = {
     "speech_query_tokens": "qformer.query",
     "speech_llama_proj.weight": "project.weight",
@@ -31,6 +32,14 @@ DIRECT = {
     "ln_speech.bias": "ln_speech.bias",
     "ln_audio.weight": "ln_audio.weight",
     "ln_audio.bias": "ln_audio.bias",
+}
+# What SALMONN's trainer calls the settings that no tensor tells
+SETTINGS = {
+    "prompt_template": "template",
+    "end_sym": "end_token",
+    "max_txt_len": "max_answer_tokens",
+    "second_per_window": "window_seconds",
+    "second_stride": "stride_seconds",
 }
 
 
@@ -65,29 +74,31 @@ def our_name(key: str) -> str | None:
 
 
 def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "", second_kind: str = "",
-                    qformer_heads: int = 12, lora_alpha: float = 32.0, end_token: str = "", windows: str = "all",
-                    prompts: str = "", dtype: torch.dtype = torch.float32) -> tuple[Salmonn, KeyReport]:  # fmt: skip
+                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32,
+                    **settings) -> tuple[Salmonn, KeyReport]:  # fmt: skip
     """A released SALMONN as a frozen teacher, and the report of its keys.
 
     Args:
         path: the `.pth` file.
         llm, whisper, second, second_kind: the frozen parts it was trained on, as in `SalmonnConfig`.
-        qformer_heads, lora_alpha: what no tensor's shape tells.
-        end_token: text it ends answers with; empty: the tokenizer's end token.
-        windows, prompts: as in `SalmonnConfig`.
+        lora_alpha: of LoRA, which no tensor's shape tells; None: the file's own config, or SALMONN's 32.
         dtype: of the LLM's weights.
+        settings: further fields of `SalmonnConfig`. What neither they nor the tensors' shapes tell is taken from the
+            config that SALMONN's trainer saves in the file: windows, template and end token.
 
     Raises:
         ValueError: the file is no SALMONN checkpoint, holds code or is cut, or does not fit these parts.
     """
-    state = read_torch_file(path).get("model")
-    if state is None or "speech_query_tokens" not in state:
+    content = read_torch_file(path)
+    state = content.get("model")
+    if not isinstance(state, dict) or "speech_query_tokens" not in state:
         raise ValueError(f"{path} holds no SALMONN: speech_query_tokens is missing under 'model'; give its checkpoint.")
     names = _translate(state, path)
-    config = SalmonnConfig(
-        llm=llm, whisper=whisper, second=second, second_kind=second_kind, windows=windows, prompts=prompts,
-        end_token=end_token, qformer_heads=qformer_heads, **_qformer_sizes(state),
-    )  # fmt: skip
+    theirs = _read_config(content)
+    if lora_alpha is None:
+        lora_alpha = theirs.get("lora_alpha", LORA_ALPHA)
+    fields = {**_trained_settings(theirs), **_qformer_sizes(state, path), **settings}
+    config = SalmonnConfig(llm=llm, whisper=whisper, second=second, second_kind=second_kind, **fields)
     model = build_salmonn(config, lora=_lora_settings(state, lora_alpha), dtype=dtype)
     own = {name: state[key] for key, name in names.items() if name is not None}
     _load_strictly_(model, own, path)
@@ -104,7 +115,8 @@ def save_checkpoint(model: Salmonn, path: str | Path) -> None:
         key = their_name(name)
         if key is not None:
             state[key] = parameter.detach().cpu().clone()
-    write_atomically(Path(path), lambda temporary: torch.save({"model": state}, temporary))
+    content = {"model": state, "config": {"model": _settings_to_save(model)}}
+    write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def their_name(name: str) -> str | None:
@@ -136,10 +148,37 @@ def _translate(state: dict[str, Tensor], path) -> dict[str, str | None]:
     return names
 
 
-def _qformer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+def _read_config(content: dict) -> dict:
+    """The model's part of the config that SALMONN's trainer saves beside the tensors; empty where there is none."""
+    config = content.get("config")
+    return config["model"] if isinstance(config, dict) and "model" in config else {}
+
+
+def _trained_settings(theirs: dict) -> dict:
+    """Our fields out of SALMONN's config."""
+    found = {ours: theirs[name] for name, ours in SETTINGS.items() if name in theirs}
+    if "window_level_Qformer" in theirs and not theirs["window_level_Qformer"]:
+        found |= {"window_seconds": 0.0, "stride_seconds": 0.0}
+    return found
+
+
+def _settings_to_save(model: Salmonn) -> dict:
+    theirs = {name: getattr(model.config, ours) for name, ours in SETTINGS.items()}
+    theirs |= {"end_sym": model.config.end_token or model.tokenizer.eos_token, "window_level_Qformer": True}
+    if not model.config.window_seconds:
+        theirs["window_level_Qformer"] = False
+    if lora := getattr(model.llm, "peft_config", None):
+        theirs |= {"lora": True, "lora_rank": lora["default"].r, "lora_alpha": lora["default"].lora_alpha}
+    return {**theirs, "num_speech_query_token": model.config.num_queries}
+
+
+def _qformer_sizes(state: dict[str, Tensor], path) -> dict[str, int]:
+    first = f"{QFORMER}encoder.layer.0.intermediate_query.dense.weight"
+    if first not in state:
+        raise ValueError(f"{path} has no {first}, but every SALMONN's Q-Former has; give a whole checkpoint.")
     _, num_queries, width = state["speech_query_tokens"].shape
     layers = {int(m[1]) for key in state if (m := re.match(r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\.", key))}
-    ffn = state[f"{QFORMER}encoder.layer.0.intermediate_query.dense.weight"].shape[0]
+    ffn = state[first].shape[0]
     return {"num_queries": num_queries, "qformer_width": width, "qformer_layers": len(layers), "qformer_ffn": ffn}
 
 

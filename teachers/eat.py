@@ -59,6 +59,8 @@ class EatConfig:
 class EatEar(nn.Module):
     """An EAT encoder that takes waveforms; `width` is the size of its frames."""
 
+    min_samples = WINDOW_SAMPLES
+
     def __init__(self, config: EatConfig):
         super().__init__()
         self.config = config
@@ -124,12 +126,16 @@ class EatEar(nn.Module):
         Raises:
             ValueError: a row is shorter than one 25 ms frame or longer than 30 s.
         """
-        check_lengths(num_samples_B, WINDOW_SAMPLES, MAX_SAMPLES, "EAT")
+        self.check(num_samples_B)
         mel_BXM, num_mel_frames_B = EAT_FBANK(waveforms_BN, num_samples_B)
         if masks_B is not None:
             mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
         tokens_BRE, num_frames_B = self.encode(mel_BXM, num_mel_frames_B)
         return tokens_BRE[:, 1:], num_frames_B
+
+    def check(self, num_samples_B: Tensor) -> None:
+        """Refuse rows that this ear cannot hear, with `ValueError`."""
+        check_lengths(num_samples_B, self.min_samples, MAX_SAMPLES, "EAT")
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of a clip of so many audio samples, without the utterance's token."""

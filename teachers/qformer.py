@@ -4,6 +4,8 @@ Knows nothing of audio or of the LLM. Shapes: B batch, R frames, E width, W wind
 Source: SALMONN (Tang et al., 2024, arXiv 2310.13289), window-level Q-Former; `Blip2QFormerModel` is the same network.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
@@ -68,9 +70,21 @@ class WindowQFormer(nn.Module):
         touched = -(-num_audio_frames // self.stride_frames)
         return max(1, min(touched, self.num_windows(num_frames)))
 
-    def forward(self, frames_BRE: Tensor, num_windows: int | None = None) -> Tensor:
-        """Read the first `num_windows` windows (all of them by default); returns queries_BWQE in float32."""
-        batch = frames_BRE.shape[0]
+    def forward(
+        self, frames_BRE: Tensor, num_windows: int | None = None, num_frames_B: Sequence[int] | None = None
+    ) -> Tensor:
+        """Read windows.
+
+        Args:
+            frames_BRE: of both encoders, side by side.
+            num_windows: how many are read; None: all of them.
+            num_frames_B: frames a row has, where rows are padded to the longest; only one window of all frames, which
+                would see the padding, asks for it.
+
+        Returns:
+            queries_BWQE, float32.
+        """
+        batch, mask_BR = frames_BRE.shape[0], None
         if self.window_frames:
             windows_BWER = frames_BRE.unfold(1, self.window_frames, self.stride_frames)
             if num_windows is not None:
@@ -78,6 +92,11 @@ class WindowQFormer(nn.Module):
             windows = windows_BWER.transpose(2, 3).flatten(0, 1)
         else:
             windows = frames_BRE
+            if num_frames_B is not None and min(num_frames_B) < frames_BRE.shape[1]:
+                places_R = torch.arange(frames_BRE.shape[1], device=frames_BRE.device)
+                mask_BR = places_R < torch.tensor(num_frames_B, device=frames_BRE.device)[:, None]
         query = self.query.expand(windows.shape[0], -1, -1)
-        hidden = self.qformer(query_embeds=query, encoder_hidden_states=windows, return_dict=True).last_hidden_state
+        hidden = self.qformer(
+            query_embeds=query, encoder_hidden_states=windows, encoder_attention_mask=mask_BR, return_dict=True
+        ).last_hidden_state
         return hidden.unflatten(0, (batch, -1))

@@ -6,19 +6,25 @@ R encoder frames, E encoder or query width, D LLM width.
 Source: Tang et al., "SALMONN", ICLR 2024 (arXiv 2310.13289), and bytedance/SALMONN's and Nota's trainers.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteriaList
 
+from shards.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from teachers.batch import Batch, RowTokenizer, collate
+from teachers.ending import EndSequence, cut_after_end
+from teachers.frontend import HOP_SAMPLES
+from teachers.one_frontend import OneFrontEnd, measure_approximation
 from teachers.prompts import load_prompts
 from teachers.qformer import WindowQFormer
 
 FRAME_SAMPLES = 320  # audio samples behind one encoder frame: Whisper, BEATs and EAT all give 50 a second
-FRAME_SECONDS = FRAME_SAMPLES / SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,16 @@ class SalmonnConfig:
     template: str = "USER: {}\nASSISTANT:"
     end_token: str = ""  # text that ends an answer; empty: the tokenizer's end token
     max_answer_tokens: int = 300  # longer answers are cut before the end token
+    front_end: str = "exact"  # "exact", or "shared": Whisper and BEATs from one power spectrum, approximate for BEATs
 
     def __post_init__(self):
+        if self.front_end not in ("exact", "shared"):
+            raise ValueError(f"front_end is {self.front_end!r}, but must be 'exact' or 'shared'; correct the config.")
+        if self.front_end == "shared" and self.second_kind != "beats":
+            raise ValueError(
+                f"front_end is 'shared', but second_kind is {self.second_kind!r} and only BEATs shares Whisper's "
+                f"spectrum; use front_end 'exact'."
+            )
         if self.windows not in ("all", "audio"):
             raise ValueError(f"windows is {self.windows!r}, but must be 'all' or 'audio'; correct the config.")
         if bool(self.second) != bool(self.second_kind):
@@ -77,6 +91,10 @@ class Salmonn(nn.Module):
         super().__init__()
         self.config, self.llm, self.tokenizer, self.whisper, self.second = config, llm, tokenizer, whisper, second
         self.own_names: frozenset[str] | None = None  # tensors it was loaded with; None: those that are trainable
+        self.front_end = None  # of both encoders, where they share one
+        if config.second_kind == "beats":
+            self.front_end = OneFrontEnd(whisper.log_mel, approximate=config.front_end == "shared")
+        self.is_error_known = not (self.front_end and self.front_end.approximate)
         self.ln_speech = nn.LayerNorm(whisper.width)
         self.ln_audio = nn.LayerNorm(second.width) if second is not None else None
         self.qformer = WindowQFormer(
@@ -99,12 +117,28 @@ class Salmonn(nn.Module):
             config.max_answer_tokens,
         )
 
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, llm: str, whisper: str, beats: str = "", eat: str = "",
+                        **settings) -> "Salmonn":  # fmt: skip
+        """A released SALMONN (`salmonn_v1.pth`, Nota's `llama_stage2_ckpt.pth`) as a frozen teacher.
+
+        What became of the file's keys is printed; see `teachers.checkpoint.load_checkpoint` for `settings` and errors.
+        """
+        from teachers.checkpoint import load_checkpoint  # it builds a Salmonn
+
+        second_kind = "beats" if beats else "eat" if eat else ""
+        model, report = load_checkpoint(
+            path, llm=llm, whisper=whisper, second=beats or eat, second_kind=second_kind, **settings
+        )
+        print(f"{path}: {report}", file=sys.stderr)
+        return model
+
     def train(self, mode: bool = True) -> "Salmonn":
-        """Training mode for what is trained; frozen ears stay in evaluation (BEATs would drop layers otherwise)."""
+        """Training mode for what is trained; frozen parts stay in evaluation (BEATs would drop layers otherwise)."""
         super().train(mode)
-        for ear in (self.whisper, self.second):
-            if ear is not None and not any(p.requires_grad for p in ear.parameters()):
-                ear.eval()
+        for part in (self.whisper, self.second, self.qformer, self.llm):
+            if part is not None and not any(p.requires_grad for p in part.parameters()):
+                part.eval()
         return self
 
     @property
@@ -113,17 +147,25 @@ class Salmonn(nn.Module):
 
     # What a clip becomes
 
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of so many audio samples, those of the encoder that gives more."""
+        own = 0 if self.second is None else self.second.num_frames(num_samples)
+        return max(self.whisper.max_samples // FRAME_SAMPLES, own)
+
     def num_windows(self, num_samples: int) -> int:
         """Q-Former windows of a clip of so many audio samples."""
-        num_frames = self.whisper.max_samples // FRAME_SAMPLES
-        if self.second is not None:
-            num_frames = max(num_frames, self.second.num_frames(num_samples))
+        num_frames = self.num_frames(num_samples)
         if self.config.windows == "all":
             return self.qformer.num_windows(num_frames)
         return self.qformer.windows_with_audio(-(-num_samples // FRAME_SAMPLES), num_frames)
 
     def num_audio_tokens(self, num_samples: int) -> int:
         return self.num_windows(num_samples) * self.config.num_queries
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest clip that every ear takes, in audio samples."""
+        return max(FRAME_SAMPLES, 0 if self.second is None else self.second.min_samples)
 
     @property
     def max_samples(self) -> int:
@@ -134,13 +176,14 @@ class Salmonn(nn.Module):
         """Samples as a batch; without answers it is laid out for `generate`.
 
         Raises:
-            ValueError: a clip is longer than the ears take or shorter than a frame; an unknown task; no text.
+            ValueError: a clip is longer or shorter than the ears take; an unknown task; no text.
         """
         for sample in samples:
-            if not FRAME_SAMPLES <= len(sample.waveform_N) <= self.max_samples:
+            if not self.min_samples <= len(sample.waveform_N) <= self.max_samples:
                 raise ValueError(
-                    f"sample {sample.key} lasts {sample.duration:.2f} s, but these ears take {FRAME_SECONDS} to "
-                    f"{self.max_samples / SAMPLE_RATE:g} s; cut it or leave it out with `distill audit`."
+                    f"sample {sample.key} lasts {sample.duration:.2f} s, but these ears take "
+                    f"{self.min_samples / SAMPLE_RATE:g} to {self.max_samples / SAMPLE_RATE:g} s; cut it or leave it "
+                    f"out with `distill audit`."
                 )
         rows = [self.rows.row(s, with_answer=with_answer, first_prompt=first_prompt) for s in samples]
         return collate(samples, rows, self.rows.pad_id)
@@ -149,10 +192,24 @@ class Salmonn(nn.Module):
 
     def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         """Each encoder's frames [B, R, E], before their LayerNorms: what a student that shares the ears takes over."""
+        if self.front_end is not None:
+            return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B)
         frames = [self.whisper(waveforms_BN, num_samples_B, masks_B)[0]]
         if self.second is not None:
             frames.append(self.second(waveforms_BN, num_samples_B, masks_B)[0])
         return frames
+
+    def _frames_of_one_front_end(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
+        for ear in (self.whisper, self.second):
+            ear.check(num_samples_B)
+        if not self.is_error_known:
+            measure_approximation(self.whisper.log_mel, self.second, waveforms_BN, num_samples_B)
+            self.is_error_known = True
+        mel_BMX, mel_BXM, num_mel_frames_B = self.front_end(waveforms_BN, num_samples_B)
+        if masks_B is not None:
+            mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
+            mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
+        return [self.whisper.encode(mel_BMX), self.second.encode(mel_BXM, num_mel_frames_B)[0]]
 
     def fuse(self, frames: list[Tensor]) -> Tensor:
         """LayerNorm each encoder's frames, zero-pad the shorter and put them side by side: frames_BRE."""
@@ -170,7 +227,8 @@ class Salmonn(nn.Module):
         if frames is None:
             frames = self.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)
         num_windows_B = [row.num_audio_tokens // self.config.num_queries for row in batch.rows]
-        return Heard(self.qformer(self.fuse(frames), max(num_windows_B)), num_windows_B)
+        num_frames_B = [self.num_frames(len(sample.waveform_N)) for sample in batch.samples]
+        return Heard(self.qformer(self.fuse(frames), max(num_windows_B), num_frames_B), num_windows_B)
 
     # Answering
 
@@ -211,29 +269,28 @@ class Salmonn(nn.Module):
 
     @torch.no_grad()
     def generate_ids(self, batch: Batch, **options) -> list[list[int]]:
-        """The new ids of each row up to and with its end token."""
-        # pad = end id: what stands behind a row's end is cut below, so no id has to be spared for padding
+        """The new ids of each row up to and with its end token; a beam search's are those of its best beam."""
         heard = self.hear(batch)
         ids_BT = self.llm.generate(
             inputs_embeds=self.embed(batch, heard),
             attention_mask=batch.attention_mask_BT,
             do_sample=False,
-            eos_token_id=self.end_ids,
-            pad_token_id=self.end_ids[0],
+            eos_token_id=self.end_ids or None,
+            pad_token_id=self.rows.pad_id,
+            stopping_criteria=StoppingCriteriaList([EndSequence(self.rows.end_ids)]),
             **options,
         ).tolist()
-        return [_cut_after_end(row, set(self.end_ids)) for row in ids_BT]
+        return [cut_after_end(row, self.ends) for row in ids_BT]
+
+    @property
+    def ends(self) -> list[list[int]]:
+        """Every sequence of ids that ends an answer."""
+        return [self.rows.end_ids, *([token] for token in self.end_ids)]
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end an answer: the last of our end token's, and those the LLM's own generation config names."""
+        """Single ids that end an answer: our end token when it is one id, and the LLM's own."""
         own = self.llm.generation_config.eos_token_id
         own = [] if own is None else own if isinstance(own, list) else [own]
-        return list(dict.fromkeys([self.rows.end_ids[-1], *own]))
-
-
-def _cut_after_end(ids: list[int], end_ids: set[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in end_ids:
-            return ids[: position + 1]
-    return ids
+        single = self.rows.end_ids if len(self.rows.end_ids) == 1 else []
+        return list(dict.fromkeys([*single, *own]))

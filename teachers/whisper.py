@@ -82,12 +82,16 @@ class WhisperEar(nn.Module):
         Raises:
             ValueError: a row is empty or longer than the encoder hears.
         """
-        check_lengths(num_samples_B, 1, self.max_samples, "this Whisper")
+        self.check(num_samples_B)
         num_frames_B = (num_samples_B.to(waveforms_BN.device) + FRAME_SAMPLES - 1) // FRAME_SAMPLES
         mel_BMX = self.log_mel(waveforms_BN, num_samples_B)
         if masks_B is not None:
             mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
         return self.encode(mel_BMX), num_frames_B
+
+    def check(self, num_samples_B: Tensor) -> None:
+        """Refuse rows that this ear cannot hear, with `ValueError`."""
+        check_lengths(num_samples_B, 1, self.max_samples, "this Whisper")
 
     def encode(self, mel_BMX: Tensor) -> Tensor:
         """Encode log-mel features of the full length, frames_BRE."""
