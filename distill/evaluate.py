@@ -16,6 +16,7 @@ from distill.progress import Progress
 from distill.ranks import gather
 from shards.sample import Sample
 from shards.stream import ShardStream
+from teachers.ending import has_ended
 from teachers.salmonn import Salmonn
 
 
@@ -45,7 +46,13 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
 def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[Prediction]:
     """One batch of answers beside their references."""
     batch = model.collate(samples, with_answer=False, first_prompt=True).to(model.device)
-    rows = model.generate_ids(batch, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
+    rows = model.generate_ids(
+        batch,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        repetition_penalty=options.repetition_penalty,
+        length_penalty=options.length_penalty,
+    )
     return [
         Prediction(
             key=sample.key,
@@ -53,7 +60,7 @@ def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[
             source=sample.source,
             references=(sample.text,),
             hypothesis=model.tokenizer.decode(row, skip_special_tokens=True).strip(),
-            ended=bool(row) and row[-1] in model.end_ids,
+            ended=has_ended(row, model.ends),
         )
         for sample, row in zip(samples, rows)
     ]

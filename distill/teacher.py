@@ -39,8 +39,17 @@ def load_teacher(config: Config) -> Salmonn:
     if path.is_dir():
         return load_salmonn(path, dtype=dtype)
     parts = config.teacher
+    settings = {"prompts": parts.prompts, "front_end": parts.front_end}
+    if parts.end_token:
+        settings["end_token"] = parts.end_token
     model, report = load_checkpoint(
-        path, llm=parts.llm, whisper=parts.whisper, second=parts.second, second_kind=parts.second_kind, dtype=dtype
+        path,
+        llm=parts.llm,
+        whisper=parts.whisper,
+        second=parts.second,
+        second_kind=parts.second_kind,
+        dtype=dtype,
+        **settings,
     )
     print(f"teacher {path}: {report}", file=sys.stderr)
     return model
