@@ -64,7 +64,10 @@ class CrossTeacher:
             alignment, labels_S, batch.labels_S, said.label_logprobs_S, distribution.ids_SK,
             *distribution.at(self.temperature),
         )  # fmt: skip
-        return CrossedTargets(**{f.name: getattr(said, f.name) for f in fields(said)} | {"hidden": None}, cross=cross)
+        return CrossedTargets(
+            **{f.name: getattr(said, f.name) for f in fields(said)} | {"hidden": None, "hidden_by_layer": {}},
+            cross=cross,
+        )
 
     def _align(self, sample: Sample, teacher_ids: list[int], student_ids: list[int]) -> Alignment:
         try:

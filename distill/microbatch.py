@@ -72,7 +72,8 @@ class Collator:
         batch = self.student.collate(samples).to(self.device)
         hears_the_same = all(sample.clean_N is None for sample in samples)
         frames = self._frames(batch) if self.shares_ears and hears_the_same else None
-        return MicroBatch(batch, self.teacher.targets(batch, frames), is_pseudo, weights, True, frames)
+        targets = self.teacher.targets(batch, frames)
+        return MicroBatch(batch, targets, is_pseudo, weights, True, targets.frames if frames is None else frames)
 
     @torch.no_grad()
     def _frames(self, batch: Batch) -> list[Tensor]:

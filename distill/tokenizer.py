@@ -1,8 +1,9 @@
-"""Trains a small tokenizer on a corpus: a sentencepiece BPE model, saved as a folder that transformers loads.
+"""Trains a small tokenizer on a corpus, saved as a folder that transformers loads: a sentencepiece BPE model as Llama 2
+has it, or a byte-level one as Qwen has it.
 
-The demo's teacher and student use it. It knows texts, nothing of prompts or models. Every text encodes without loss:
-what the vocabulary lacks becomes bytes, and nothing is normalised. (`▁`, U+2581, stands for the space, as in every
-sentencepiece model: a text that holds it decodes to a space there.)
+The demo's teacher and student use the first. It knows texts, nothing of prompts or models. Every text encodes without
+loss: what the vocabulary lacks becomes bytes, and nothing is normalised. (`▁`, U+2581, stands for the space, as in
+every sentencepiece model: a text that holds it decodes to a space there.)
 """
 
 import io
@@ -10,11 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPACE = "▁"
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"  # ids 0, 1, 2, 3: padding needs no resized embedding
+BYTE_PAD, BYTE_EOS = "<|endoftext|>", "<|im_end|>"  # Qwen's own names; the first begins a text, too
 NUM_BYTES = 256
 
 
@@ -106,3 +108,32 @@ def _build_fast(processor: sentencepiece.SentencePieceProcessor) -> PreTrainedTo
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_byte_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer and save it so that `AutoTokenizer.from_pretrained(folder)` loads it.
+
+    Args:
+        texts: what the model will read and write.
+        folder: where its files go.
+        vocab_size: ids at most, the 256 bytes and two special tokens among them.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[BYTE_PAD, BYTE_EOS],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BYTE_PAD,
+        eos_token=BYTE_EOS,
+        pad_token=BYTE_PAD,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(folder)
+    return fast

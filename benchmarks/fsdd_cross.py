@@ -1,0 +1,104 @@
+"""What a student with another tokenizer learns from the teacher's cache on real spoken digits: WER, three seeds.
+
+The student's LLM is a small Qwen 2 with a byte-level tokenizer, the teacher's a Llama with a sentencepiece one. Both
+students hear with the teacher's ears and see the text of 2 % of the clips. Run `benchmarks/fsdd.py` first, whose
+teacher and cache are used: `python benchmarks/fsdd_cross.py [key=value …]`.
+"""
+
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from fsdd import CONFIG, SEEDS
+from record import write_result
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from distill.config import Config, load_config
+from distill.evaluate import evaluate
+from distill.pipeline import launch_stage, make_shards
+from distill.teach import corpus_texts, pretrain_on_text_
+from distill.tokenizer import train_byte_tokenizer
+from students.student import load_student
+from teachers.prompts import load_prompts
+from teachers.salmonn import SalmonnConfig
+
+NO_TEACHER = ["loss.kl=0", "loss.chunk=0", "loss.feature=0"]
+VARIANTS = {
+    "ce": ("CE on the labelled clips", [*NO_TEACHER, "data.labelled_only=true"]),
+    "ce_pseudo": ("CE, the teacher's answers too", NO_TEACHER),
+    "chunk": ("CE + chunk likelihood", ["loss.kl=0", "loss.feature=0"]),
+    "chunk_kl": ("CE + chunk likelihood + matched KL", ["loss.feature=0"]),
+    "chunk_kl_feature": ("CE + chunk likelihood + matched KL + feature", []),
+}
+
+
+def make_qwen(config: Config, folder: Path) -> Path:
+    """A Qwen 2 of the student's size, pre-trained on the corpus' text as the teacher's LLM was; made once."""
+    if (folder / "config.json").exists():
+        return folder
+    texts = corpus_texts(config.manifest("train"), load_prompts(None, SalmonnConfig("", "").template))
+    pieces = [piece for text in texts for piece in text if piece]
+    tokenizer = train_byte_tokenizer(pieces, folder, vocab_size=config.scratch.vocab_size)
+    torch.manual_seed(config.seed)
+    width = config.scratch.student_width
+    llm = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=config.scratch.student_layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            max_position_embeddings=1024,
+            initializer_range=width**-0.5,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    pretrain_on_text_(llm, tokenizer, texts, config.scratch, title="text qwen")
+    llm.save_pretrained(folder)
+    return folder
+
+
+def train_and_score(variant: str, seed: int, llm: Path, words: list[str]) -> float:
+    """The test WER of one student."""
+    teacher = load_config(CONFIG).run_folder / "scratch" / "teacher"
+    overrides = [f"name=fsdd-cross-{variant}-{seed}", f"seed={seed}", f"teacher.path={teacher}", f"student.llm={llm}",
+                 "loss.cross_tokenizer=chunk", *VARIANTS[variant][1], *words]  # fmt: skip
+    config = load_config(CONFIG, overrides)
+    subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
+    return evaluate(load_student(config.run_folder / "student"), config.shards("test"), config.eval)["asr"].value
+
+
+def main() -> None:
+    """Run every variant and seed, two at a time, and write the table."""
+    words = sys.argv[1:]
+    config = load_config(CONFIG, words)
+    make_shards(config)
+    launch_stage("distill.teach", CONFIG, words, None)
+    launch_stage("distill.cache", CONFIG, words, None)
+    llm = make_qwen(config, load_config(CONFIG).run_folder / "qwen-llm")
+    jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    with ThreadPoolExecutor(2) as pool:
+        wers = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, llm, words), jobs)))
+    students = {variant: [wers[variant, seed] for seed in SEEDS] for variant in VARIANTS}
+    write_result("fsdd_cross", {"students": students, "steps": config.train.steps}, make_table(students))
+
+
+def make_table(students: dict[str, list[float]]) -> str:
+    """Markdown: mean and standard deviation over the seeds."""
+    lines = ["| student with its own tokenizer | WER % (mean ± sd, 3 seeds) | each |", "|---|---|---|"]
+    for variant, values in students.items():
+        mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
+        each = ", ".join(f"{100 * value:.2f}" for value in values)
+        lines.append(f"| {VARIANTS[variant][0]} | {mean:.2f} ± {deviation:.2f} | {each} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A student with its own tokenizer learns from the cache of a teacher with another."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from distill.cache import cache
+from distill.config import LossConfig, TrainConfig, load_config
+from distill.crossteacher import CrossTeacher, meet
+from distill.distiller import Distiller
+from distill.microbatch import Collator
+from distill.run import run
+from distill.teach import build_llm
+from distill.tokenizer import train_byte_tokenizer, train_tokenizer
+from shards.stream import ShardStream
+from students.student import build_student, load_student
+from teachers.loading import load_salmonn
+from teachers.lora import Lora
+from teachers.prompts import load_prompts
+from teachers.salmonn import SalmonnConfig
+from teachers.targets import CachedTeacher, OnlineTeacher
+
+OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
+CROSS = LossConfig(cross_tokenizer="chunk", feature=0.5)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A Llama-style teacher with its cache, and a Qwen-style LLM with a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data")
+    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
+                      data__labelled_share=0.5, cache__max_new_tokens=4)  # fmt: skip
+    cache(load_config(folder / "toy.yaml"))
+    prompts = load_prompts(None, SalmonnConfig("", "").template)
+    texts = [*tiny.WORDS, "one two three", *(prompt for task in prompts.by_task.values() for prompt in task)]
+    tokenizer = train_byte_tokenizer(texts, folder / "qwen", vocab_size=330)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True,
+                    eos_token_id=tokenizer.eos_token_id)
+    ).save_pretrained(folder / "qwen")  # fmt: skip
+    return folder
+
+
+def make_student(toys, llm: str = "qwen"):
+    return build_student(load_salmonn(toys / "teacher"), str(toys / llm), lora=Lora(rank=4), connector="new")
+
+
+def open_stream(toys) -> ShardStream:
+    return ShardStream(toys / "data" / "train", batch_size=4, targets=toys / "data" / "cache", labelled_share=0.5)
+
+
+def make_run(toys, run_folder, teacher=None, loss=CROSS, **changes) -> Distiller:
+    student = make_student(toys)
+    cached = CachedTeacher(toys / "data" / "cache")
+    stream = open_stream(toys)
+    return Distiller(teacher or cached, student, train=stream, loss=loss,
+                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+
+
+def test_a_qwen_student_trains_and_answers_from_the_cache_of_a_llama_teacher(toys):
+    words = [f"student.llm={toys / 'qwen'}", "loss.cross_tokenizer=chunk", "name=qwen"]
+    config = load_config(toys / "toy.yaml", words)
+    assert run(config) == 0
+    student = load_student(config.run_folder / "student")
+    assert len(student.generate([tiny.make_sample(1)], max_new_tokens=3)) == 1
+
+
+def test_every_term_of_another_tokenizer_is_counted(toys, tmp_path):
+    run_ = make_run(toys, tmp_path)
+    samples = next(iter(run_.stream))
+    m = Collator(run_.teacher, run_.student, torch.device("cpu"), torch.float32)(samples)
+    alignment = m.targets.cross.alignment
+    assert m.counts.chunk == alignment.num_chunks > len(samples)
+    assert 0 < m.counts.kl == int(m.targets.cross.is_matched_S.sum()) < m.counts.ce
+    assert run_.teacher.num_unaligned == 0
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_losses_across_tokenizers_do_not_depend_on_micro_batches(toys, tmp_path, micro_batch_size):
+    whole = make_run(toys, tmp_path / "whole").fit().losses
+    assert whole[-1] < whole[0]
+    split = make_run(toys, tmp_path / "split", micro_batch_size=micro_batch_size).fit().losses
+    assert split == pytest.approx(whole, abs=1e-5)
+
+
+def test_cached_and_online_targets_cross_alike(toys):
+    student = make_student(toys)
+    samples = next(iter(open_stream(toys)))
+    cached, _ = meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 2.0)
+    online, _ = meet(OnlineTeacher(load_salmonn(toys / "teacher"), k=16, temperatures=(2.0,)), student, "chunk", 2.0)
+    samples, _ = cached.label(samples)
+    batch = student.collate(samples)
+    ours, theirs = cached.targets(batch).cross, online.targets(batch).cross
+    torch.testing.assert_close(ours.teacher_logprobs_S, theirs.teacher_logprobs_S, atol=1e-4, rtol=0)
+    assert torch.equal(ours.is_matched_S, theirs.is_matched_S)
+    torch.testing.assert_close(ours.log_residual_S, theirs.log_residual_S, atol=0.05, rtol=0)
+
+
+def test_other_ids_are_refused_unless_chunks_are_asked_for(toys, tmp_path):
+    with pytest.raises(ValueError, match=r"vocabulary of the student .* is not that of the teacher"):
+        make_run(toys, tmp_path, loss=LossConfig())
+
+
+def test_equal_ids_are_compared_as_they_are_even_when_chunks_are_allowed(toys):
+    student = make_student(toys, "parts/student-llm")
+    teacher, size = meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)
+    assert isinstance(teacher, CachedTeacher) and size == len(student.tokenizer)
+
+
+def test_a_token_that_only_the_student_added_behind_the_others_takes_no_part(toys, tmp_path):
+    student = make_student(toys, "parts/student-llm")
+    shared = len(student.tokenizer)
+    student.tokenizer.add_tokens(["<sound>"])
+    teacher, size = meet(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
+    assert isinstance(teacher, CachedTeacher) and size == shared
+
+
+def test_ids_that_mean_other_tokens_in_a_vocabulary_of_the_same_size_are_refused(toys, tmp_path):
+    texts = [*tiny.WORDS, *"abcdefghijklmnopqrstuvwxyz", "quite other words than those of the teacher"]
+    tokenizer = train_tokenizer(texts, tmp_path / "llm", vocab_size=420)
+    build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
+    student = build_student(load_salmonn(toys / "teacher"), str(tmp_path / "llm"), lora=Lora(rank=4), connector="new")
+    with pytest.raises(ValueError, match="cross-tokenizer objective"):
+        meet(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
+    assert isinstance(meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)[0], CrossTeacher)
+
+
+def test_an_answer_that_one_side_cannot_spell_is_learned_by_cross_entropy_alone(toys):
+    student = make_student(toys)
+    teacher, _ = meet(OnlineTeacher(load_salmonn(toys / "teacher"), k=8), student, "chunk", 1.0)
+    teacher.translator.student_pieces[student.tokenizer.encode("one")[0]] = b"another"
+    with pytest.warns(UserWarning, match="learned by cross-entropy alone"):
+        targets = teacher.targets(
+            student.collate([tiny.make_sample(1, text="one two"), tiny.make_sample(2, text="two")])
+        )
+    assert teacher.num_unaligned == 1 and targets.cross.alignment.num_chunks > 0
