@@ -25,7 +25,21 @@ VARIANTS = {
     "ce_pseudo": ("CE, the teacher's answers too", ["loss.kl=0", "loss.feature=0"]),
     "ce_kl": ("CE + KL", ["loss.feature=0"]),
     "ce_kl_feature": ("CE + KL + feature", []),
-}
+    "kl": ("KL alone", ["loss.ce=0", "loss.feature=0"]),
+    "ce_kl_t2": ("CE + KL at temperature 2", ["loss.temperature=2", "loss.feature=0"]),
+    "ce_reverse_kl": ("CE + reverse KL", ["loss.kl_kind=reverse_kl", "loss.feature=0"]),
+    "ce_jsd": ("CE + JSD, beta 0.5", ["loss.kl_kind=jsd", "loss.kl_parameter=0.5", "loss.feature=0"]),
+    "ce_skewed_kl": ("CE + skewed KL, alpha 0.1", ["loss.kl_kind=skewed_kl", "loss.kl_parameter=0.1",
+                                                   "loss.feature=0"]),
+    "ce_skewed_reverse_kl": ("CE + skewed reverse KL, alpha 0.1",
+                             ["loss.kl_kind=skewed_reverse_kl", "loss.kl_parameter=0.1", "loss.feature=0"]),
+    "ce_tv": ("CE + total variation", ["loss.kl_kind=total_variation", "loss.feature=0"]),
+    "ce_kl_cosine": ("CE + KL + feature, cosine", ["loss.feature_kind=cosine"]),
+    "ce_kl_smooth_l1": ("CE + KL + feature, smooth L1", ["loss.feature_kind=smooth_l1"]),
+    "ce_kl_relation": ("CE + KL + feature, relation", ["loss.feature_kind=relation"]),
+    "ce_kl_hidden": ("CE + KL + hidden states, projected", ["loss.feature=0", "loss.hidden=1"]),
+    "ce_kl_falling": ("CE + KL, falling to 0.1 by a cosine", ["loss.feature=0", "loss.schedules.kl=cosine 0.1"]),
+}  # fmt: skip
 
 
 def train_and_score(variant: str, seed: int, words: list[str]) -> float:
