@@ -1,0 +1,344 @@
+"""The caching job: what it writes trains as the teacher itself would, and no interruption changes a byte of it."""
+
+import builtins
+import dataclasses
+import os
+import random
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from distill import cache as cache_module
+from distill.cache import cache
+from distill.config import LossConfig, TrainConfig, load_config
+from distill.distiller import Distiller
+from distill.run import wrap_teacher
+from shards.archive import ShardError
+from shards.cache import TargetReader
+from shards.codecs import decode
+from shards.stream import ShardStream
+from shards.tarwriter import TarWriter
+from students.student import build_student
+from teachers.cacheparts import FOLDER, HEAD
+from teachers.loading import load_salmonn
+from teachers.lora import Lora
+from teachers.targets import CachedTeacher, OnlineTeacher
+
+OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=2, learning_rate=2e-3, warmup_steps=1, save_every=100)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data")
+    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
+                      cache__features="float16", cache__max_new_tokens=5)  # fmt: skip
+    return folder
+
+
+def make_cache(toys: Path, folder: Path, *words: str):
+    """Run the job; returns its config."""
+    config = load_config(toys / "toy.yaml", [f"cache.folder={folder}", *words])
+    assert cache(config) == 0
+    return config
+
+
+def train(toys: Path, run_folder: Path, config, model=None, **loss) -> list[float]:
+    """Losses of a short run, from the cache of a config or, with `teacher.online`, from the teacher itself."""
+    model = model or load_salmonn(toys / "teacher")
+    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new")
+    return Distiller(wrap_teacher(config, model), student, train=toys / "data" / "train", options=OPTIONS,
+                     run_folder=run_folder, loss=LossConfig(**loss)).fit().losses  # fmt: skip
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Everything a cache is: not the index, which holds the tar's time of change."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".idx")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def read_records(folder: Path) -> dict:
+    """The records of a cache by key."""
+    reader = TargetReader(folder, None)
+    shards = sorted(path.name.removesuffix(".targets.tar") for path in folder.glob("*.targets.tar"))
+    return {key: reader.read_record(shard, key) for shard in shards for key in reader.keys(shard)}
+
+
+# --- codecs ----------------------------------------------------------------------------------------------------------
+
+# What a codec cannot keep, in nats of the loss: float16, int8 states, a coarse tail, the mean of 3,000 draws. The
+# teacher itself says what is comparable: the same k for topk and adaptive, all ids for the others.
+CODECS = {
+    "dense": (["cache.codec=dense"], 1.0, 5e-3),
+    "dense at any temperature": (["cache.codec=dense"], 1.7, 5e-3),
+    "hidden": (["cache.codec=hidden"], 1.0, 5e-3),
+    "hidden at any temperature": (["cache.codec=hidden"], 1.7, 5e-3),
+    "topk": (["cache.codec=topk", "cache.k=64"], 1.0, 5e-3),
+    "topk at a stored temperature": (["cache.codec=topk", "cache.k=64"], 2.0, 5e-3),
+    "adaptive": (["cache.codec=adaptive", "cache.k=64", "cache.threshold=0"], 1.0, 5e-3),
+    "sampled": (["cache.codec=sampled", "cache.draws=3000", "cache.k=1000"], 1.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_cache_of_every_codec_gives_the_losses_of_the_teacher_itself(toys, tmp_path, name):
+    words, temperature, error = CODECS[name]
+    config = make_cache(toys, tmp_path / "cache", *words)
+    model = load_salmonn(toys / "teacher")
+    online = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, online=True))
+    expected = train(toys, tmp_path / "online", online, model, temperature=temperature)
+    losses = train(toys, tmp_path / "cached", config, model, temperature=temperature)
+    assert losses == pytest.approx(expected, abs=error)
+
+
+@pytest.mark.parametrize("codec", ["topk", "adaptive", "sampled"])
+def test_a_temperature_that_was_not_cached_is_refused_with_both_values(toys, tmp_path, codec):
+    config = make_cache(toys, tmp_path / "cache", f"cache.codec={codec}")
+    with pytest.raises(ValueError, match=r"temperature is 3\.0, but these targets were stored for \[1\.0"):
+        train(toys, tmp_path / "run", config, temperature=3.0)
+
+
+@pytest.mark.parametrize("codec", ["sampled", "hidden"])
+def test_caching_again_from_nothing_gives_the_same_bytes(toys, tmp_path, codec):
+    for name in ("first", "second"):
+        make_cache(toys, tmp_path / name, f"cache.codec={codec}", "data.labelled_share=0.5")
+    assert read_files(tmp_path / "first") == read_files(tmp_path / "second")
+
+
+def test_hidden_states_find_the_head_in_the_cache_and_refuse_another(toys, tmp_path):
+    make_cache(toys, tmp_path, "cache.codec=hidden")
+    teacher = CachedTeacher(tmp_path)
+    assert torch.equal(teacher.head_weight_VD, load_salmonn(toys / "teacher").llm.lm_head.weight)
+    path = tmp_path / FOLDER / HEAD
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=r"head\.safetensors has hash [0-9a-f]{16}, but was cached as [0-9a-f]{16}"):
+        CachedTeacher(tmp_path).head_weight_VD  # noqa: B018
+    path.unlink()
+    with pytest.raises(ValueError, match=r"head\.safetensors is not there, but targets of codec hidden need the head"):
+        CachedTeacher(tmp_path).head_weight_VD  # noqa: B018
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def test_cached_layers_are_those_of_the_teacher(toys, tmp_path):
+    config = make_cache(toys, tmp_path, "cache.hidden_layers=[-1,1]")
+    model = load_salmonn(toys / "teacher")
+    stream = ShardStream(toys / "data" / "train", batch_size=3, shuffle=False, targets=tmp_path)
+    batch = model.collate(next(iter(stream)))
+    cached = wrap_teacher(config, model).targets(batch)
+    live = OnlineTeacher(model, hidden_layers=[1]).targets(batch)
+    assert cached.hidden_by_layer.keys() == live.hidden_by_layer.keys() == {1}
+    torch.testing.assert_close(cached.hidden_by_layer[1], live.hidden_by_layer[1], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(cached.hidden, live.hidden, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(cached.label_logprobs_S, live.label_logprobs_S, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_the_llm_does_not_have_is_refused(toys, tmp_path):
+    with pytest.raises(ValueError, match=r"hidden_layers names 7, but the LLM's blocks are 1 to 1"):
+        make_cache(toys, tmp_path, "cache.hidden_layers=[7]")
+    assert not list(tmp_path.glob("*.targets.tar"))
+
+
+@pytest.mark.parametrize("windows", ["audio", "all"])
+def test_cached_frames_give_the_losses_of_ears_that_run(toys, tmp_path, windows):
+    words = ["cache.codec=dense", "cache.frames=float16", f"student.windows={windows}"]
+    config = make_cache(toys, tmp_path / "cache", *words)
+    plain = make_cache(toys, tmp_path / "plain", "cache.codec=dense")
+    model = load_salmonn(toys / "teacher")
+    expected = train(toys, tmp_path / "a", plain, model)
+    model.whisper.forward = None  # nobody may hear
+    model.whisper.encode = None
+    assert train(toys, tmp_path / "b", config, model) == pytest.approx(expected, abs=5e-3)
+
+
+def test_frames_are_cut_to_what_the_students_windows_read(toys, tmp_path):
+    make_cache(toys, tmp_path, "cache.frames=int8")
+    sizes = {len(record.features["frames_0_RE"]) for record in read_records(tmp_path).values()}
+    assert sizes == {34, 51}  # two windows of 17 frames for clips of 0.5 s, three for 0.75 and 1 s, of 100 for 2 s
+
+
+def test_cached_frames_are_refused_for_an_augmented_clip(toys, tmp_path):
+    config = make_cache(toys, tmp_path, "cache.frames=int8")
+    model = load_salmonn(toys / "teacher")
+    sample = next(iter(ShardStream(toys / "data" / "train", batch_size=1, targets=tmp_path)))[0]
+    sample = dataclasses.replace(sample, clean_N=sample.waveform_N, waveform_N=sample.waveform_N * 0.5)
+    with pytest.raises(ValueError, match=r"is augmented, but .* holds the encoders' frames of the clean clip"):
+        wrap_teacher(config, model).targets(model.collate([sample]))
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_with_both_answers_epochs_take_turns_and_targets_fit_each(toys, tmp_path):
+    config = make_cache(toys, tmp_path, "cache.answers=both", "cache.codec=dense", "cache.num_beams=2")
+    model = load_salmonn(toys / "teacher")
+    teacher = wrap_teacher(config, model)
+    stream = ShardStream(toys / "data" / "train", batch_size=3, shuffle=False, targets=tmp_path)
+    samples = next(iter(stream))
+    own = OnlineTeacher(model, answers="teacher", max_new_tokens=5, num_beams=2).label(samples)[0]
+    for epoch, expected in ((0, samples), (1, own), (2, samples)):
+        now, is_pseudo = teacher.label([dataclasses.replace(sample, epoch=epoch) for sample in samples])
+        assert [s.text for s in now] == [s.text for s in expected] and is_pseudo == [epoch == 1] * 3
+        cached, live = (t.targets(model.collate(now)) for t in (teacher, OnlineTeacher(model)))
+        torch.testing.assert_close(cached.distribution.logprobs_SK, live.distribution.logprobs_SK, rtol=0, atol=5e-3)
+        torch.testing.assert_close(cached.queries_BWQE, live.queries_BWQE, rtol=2e-3, atol=2e-3)
+    assert {(r.answer_source, r.other.answer_source) for r in read_records(tmp_path).values()} == {("label", "teacher")}
+
+
+def test_the_teachers_own_answers_can_replace_every_label(toys, tmp_path):
+    make_cache(toys, tmp_path, "cache.answers=teacher")
+    records = read_records(tmp_path)
+    labels = read_records(make_cache(toys, tmp_path / "labels").cache_folder)
+    assert {record.answer_source for record in records.values()} == {"teacher"}
+    assert all(records[key].answer != labels[key].answer for key in records)
+
+
+def test_transcripts_stand_beside_the_label_with_their_error_rate(toys, tmp_path):
+    make_cache(toys, tmp_path, "cache.transcripts=true", "eval.normalise=false")
+    notes = [record.notes for record in read_records(tmp_path).values()]
+    assert all("transcript" in note and float(note["wer"]) > 0 for note in notes)
+
+
+def test_byte_offsets_are_those_of_the_tokens_even_inside_a_character(toys, tmp_path):
+    capturer = cache_module.Capturer(OnlineTeacher(load_salmonn(toys / "teacher")), load_config(toys / "toy.yaml"))
+    text = "one Ä €"  # the tokenizer knows neither Ä nor €: their bytes are its tokens
+    answer = capturer.model.rows.answer_ids(text)
+    ends = capturer._byte_ends(answer, text).tolist()
+    assert ends == sorted(ends) and ends[-1] == ends[-2] == len(text.encode())
+    assert {5, 6, 8, 9, 10} <= set(ends)  # each byte of Ä (4 to 6) and of € (7 to 10) ends a token
+    assert capturer._byte_ends(answer, "another text").tolist() == [-1] * len(answer)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def run_child(function) -> tuple[int, str]:
+    """Run a function in a process of its own; returns its exit status, -9 where it was killed, and its error."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            os.write(write_end, traceback.format_exc().encode()[-4000:])
+            os._exit(1)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        error = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), error
+
+
+def kill_at(call: int) -> None:
+    """Make this process die by kill -9 before its n-th call of the teacher or of a disk."""
+    left = [call]
+
+    def fatal(function):
+        def wrapper(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapper
+
+    for owner, names in ((os, ("fsync", "replace", "link", "rename")), (builtins, ("open",)),
+                         (TarWriter, ("add", "close")), (cache_module.Capturer, ("__call__",))):  # fmt: skip
+        for name in names:
+            setattr(owner, name, fatal(getattr(owner, name)))
+
+
+def test_kill_9_at_ten_random_moments_ends_in_the_bytes_of_an_undisturbed_job(toys, tmp_path):
+    words = ["cache.codec=sampled", "data.labelled_share=0.5"]
+    expected = read_files(make_cache(toys, tmp_path / "whole", *words).cache_folder)
+    moments, killed = random.Random(0), 0
+    for attempt in range(30):
+        folder, moment = tmp_path / f"killed-{killed // 3}", moments.randrange(1, 60)
+        status, error = run_child(lambda at=moment, to=folder: (kill_at(at), make_cache(toys, to, *words)))
+        assert status in (0, -signal.SIGKILL), error
+        killed += status != 0
+        left = {name: data for name, data in read_files(folder).items() if not name.startswith(".")}
+        assert all(data == expected[name] for name, data in left.items()), f"attempt {attempt}, killed at {moment}"
+        assert status != 0 or left == expected
+        if killed == 10:
+            break
+    assert killed == 10
+    for number in range(4):  # each was killed three times, the last once
+        make_cache(toys, tmp_path / f"killed-{number}", *words)
+        left = read_files(tmp_path / f"killed-{number}")
+        assert {name: data for name, data in left.items() if not name.startswith(".")} == expected
+
+
+def test_three_processes_share_a_job_and_write_the_bytes_of_one(toys, tmp_path):
+    expected = read_files(make_cache(toys, tmp_path / "one").cache_folder)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                make_cache(toys, tmp_path / "three")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert read_files(tmp_path / "three") == expected
+
+
+def test_the_closing_table_counts_what_was_written(toys, tmp_path, capsys):
+    make_cache(toys, tmp_path, "cache.codec=topk")
+    printed = capsys.readouterr().out
+    records = read_records(tmp_path).values()
+    tokens = sum(len(record.answer_ids_S) for record in records)
+    mass = sum(float(decode(record.payload).logprobs_SK.exp().sum()) for record in records) / tokens
+    payload = sum(len(record.payload) for record in records) / tokens
+    for name, value in (("samples", "12 "), ("tokens", f"{tokens}"), ("bytes a token", f"{payload:.1f} "),
+                        ("captured mass", f"{mass:.4f}"), ("hours", "0.0")):  # fmt: skip
+        assert f"  {name:<14} {value}" in printed
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_training_refuses_a_cache_that_lacks_a_shard_or_holds_a_cut_one(toys, tmp_path):
+    config = make_cache(toys, tmp_path)
+    model, tars = load_salmonn(toys / "teacher"), sorted(tmp_path.glob("*.targets.tar"))
+    tars[0].write_bytes(tars[0].read_bytes()[:-512])
+    with pytest.raises(ShardError, match=r"targets\.tar is [\d,]+ bytes of \w+, but [\d,]+ bytes of \w+ were written"):
+        wrap_teacher(config, model)
+    tars[0].unlink()
+    with pytest.raises(ShardError, match=r"lacks the targets of 1 of 3 shards \(train-000000\)"):
+        wrap_teacher(config, model)
+    make_cache(toys, tmp_path)
+    assert len(wrap_teacher(config, model).reader.keys("train-000000")) == 5
+
+
+CHANGES = {
+    "codec.k": "cache.k=8",
+    "codec.temperatures": "cache.temperatures=[1.0]",
+    "codec.name": "cache.codec=adaptive",
+    "features.queries": "cache.features=int8",
+    "features.hidden_layers": "cache.hidden_layers=[1]",
+    "features.frames": "cache.frames=int8",
+    "answers.of": "cache.answers=both",
+    "answers.num_beams": "cache.num_beams=3",
+    "answers.max_new_tokens": "cache.max_new_tokens=6",
+    "answers.labelled_share": "data.labelled_share=0.5",
+    "dtype": "precision=bf16",
+}
+
+
+def test_a_cache_with_other_settings_is_refused_by_name(toys, tmp_path):
+    make_cache(toys, tmp_path)
+    model = load_salmonn(toys / "teacher")
+    for field, word in CHANGES.items():
+        config = load_config(toys / "toy.yaml", [f"cache.folder={tmp_path}", word])
+        with pytest.raises(ValueError, match=rf"(?s)was cached as .* {field}: cached .*, this run"):
+            wrap_teacher(config, model)
