@@ -19,6 +19,7 @@ STAGES = {
     "stats": ("shards.stats", "counts, hours and lengths of a data set"),
     "teach": ("distill.teach", "the demo's small teacher, from nothing"),
     "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
+    "cache-verify": ("distill.cache_verify", "re-read a target cache, and let the teacher say a share of it again"),
     "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
     "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
     "report": ("distill.report", "a run's curves and scorecard as one HTML file"),
@@ -28,7 +29,7 @@ STAGES = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the top level alone; a command's own is built when it is chosen."""
-    lines = "\n".join(f"  {name:<11} {text}" for name, (_, text) in STAGES.items())
+    lines = "\n".join(f"  {name:<12} {text}" for name, (_, text) in STAGES.items())
     return argparse.ArgumentParser(
         prog="distill",
         formatter_class=argparse.RawDescriptionHelpFormatter,
