@@ -21,7 +21,8 @@ from safetensors.numpy import load, save
 from shards.archive import MAX_MEMBER_BYTES, Member, ShardError, Walk
 
 SIDECAR_SUFFIX = ".idx"
-_VERSION = "1"
+AS_WRITTEN = 0
+_VERSION = 2
 _KIND_SETS = ({"audio", "json"}, {"targets"})
 _NUM_SHOWN = 5  # problems listed in an error
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class ShardIndex:
     name: str  # file name of the tar
     size: int  # bytes
     sha256: str  # of the tar
-    mtime_ns: int  # of the tar when it was last compared
+    mtime_ns: int  # of the tar when it was last compared; AS_WRITTEN: the sidecar was written right after it
     keys: list[str]
     members: dict[str, np.ndarray]  # "audio" and "json", or "targets" -> int64 of shape (samples, 3)
     seconds: np.ndarray  # float32; 0 where the sample's JSON cannot be read, and in target shards
@@ -64,7 +65,7 @@ def load_index(path: Path, *, sha256: str | None = None, max_member_bytes: int =
     if index is None or sha256 not in (None, index.sha256):
         index = build_index(path, max_member_bytes=max_member_bytes)
         _write_sidecar(sidecar, index)
-    elif (index.size, index.mtime_ns) != (status.st_size, status.st_mtime_ns):
+    elif not _is_unchanged(index, status, sidecar):
         index = _compare_again(path, index)
         _write_sidecar(sidecar, index)
     return index
@@ -104,18 +105,21 @@ def sidecar_path(path: Path) -> Path:
 
 
 def write_index(path: Path) -> ShardIndex:
-    """Index a tar that was just written and leave the sidecar beside it.
+    """Index a tar that was just written and leave the sidecar beside it: equal bytes for equal tars.
 
     Raises:
         ShardError: see `load_index`; also where the folder cannot be written to.
     """
     index = build_index(Path(path))
-    write_atomically(sidecar_path(Path(path)), pack_sidecar(index))
+    write_atomically(sidecar_path(Path(path)), pack_sidecar(replace(index, mtime_ns=AS_WRITTEN)))
     return index
 
 
 def pack_sidecar(index: ShardIndex) -> bytes:
-    """The sidecar's bytes: a safetensors file whose metadata holds a crc32 over its arrays."""
+    """The sidecar's bytes: a safetensors file whose metadata holds a crc32 over its arrays.
+
+    All of it is one field of the metadata, because safetensors writes several in any order.
+    """
     arrays = {
         "keys": np.frombuffer("\n".join(index.keys).encode(), np.uint8),
         "tasks": np.frombuffer("\n".join(index.tasks).encode(), np.uint8),
@@ -124,26 +128,25 @@ def pack_sidecar(index: ShardIndex) -> bytes:
         "has_text": index.has_text,
         **{f"members.{kind}": rows for kind, rows in index.members.items()},
     }
-    metadata = {"version": _VERSION, "name": index.name, "size": str(index.size), "sha256": index.sha256}
-    metadata |= {"mtime_ns": str(index.mtime_ns), "samples": str(len(index))}
-    return save(arrays, metadata | {"crc32": str(_checksum(arrays, metadata))})
+    facts = {"version": _VERSION, "name": index.name, "size": index.size, "sha256": index.sha256}
+    facts |= {"mtime_ns": index.mtime_ns, "samples": len(index)}
+    return save(arrays, {"index": json.dumps(facts | {"crc32": _checksum(arrays, facts)})})
 
 
 def unpack_sidecar(data: bytes) -> ShardIndex | None:
     """The index in a sidecar's bytes; None where they are damaged or of another version."""
     try:
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        arrays = load(data)
-        stored = metadata.pop("crc32")
-        if metadata["version"] != _VERSION or stored != str(_checksum(arrays, metadata)):
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts, arrays = json.loads(header["__metadata__"]["index"]), load(data)
+        if facts.pop("crc32") != _checksum(arrays, facts) or facts["version"] != _VERSION:
             return None
-    except (SafetensorError, ValueError, KeyError, TypeError, EOFError):
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
     return ShardIndex(
-        name=metadata["name"],
-        size=int(metadata["size"]),
-        sha256=metadata["sha256"],
-        mtime_ns=int(metadata["mtime_ns"]),
+        name=facts["name"],
+        size=facts["size"],
+        sha256=facts["sha256"],
+        mtime_ns=facts["mtime_ns"],
         keys=_split_lines(arrays["keys"]),
         members={name.partition(".")[2]: rows for name, rows in arrays.items() if name.startswith("members.")},
         seconds=arrays["seconds"],
@@ -156,11 +159,23 @@ def unpack_sidecar(data: bytes) -> ShardIndex | None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name beside `path`, sync, rename."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_unchanged(index: ShardIndex, status: os.stat_result, sidecar: Path) -> bool:
+    """Whether a tar has the size and the age that its sidecar knows."""
+    if index.mtime_ns == AS_WRITTEN:
+        is_known = status.st_mtime_ns <= sidecar.stat().st_mtime_ns
+    else:
+        is_known = status.st_mtime_ns == index.mtime_ns
+    return is_known and status.st_size == index.size
 
 
 def _write_sidecar(path: Path, index: ShardIndex) -> None:
@@ -220,8 +235,8 @@ def _read_facts(data: bytes) -> tuple[float, str, bool]:
         return 0.0, "", False
 
 
-def _checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> int:
-    crc = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+def _checksum(arrays: dict[str, np.ndarray], facts: dict) -> int:
+    crc = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(arrays):
         array = arrays[name]
         crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)

@@ -20,6 +20,7 @@ from shards.manifest import Entry, check_paths, check_tasks, scan_manifest
 from shards.packfolder import PackFolder
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.records import RowError
+from shards.space import EvenChoice, check_space, estimate_bytes
 
 ROWS_A_PIECE = 16
 SHARD_SAMPLES = 2000
@@ -79,14 +80,18 @@ def pack(
     Raises:
         FileNotFoundError: the manifest or a recording is not there.
         ValueError: unknown task, too many bad samples, or `out` holds another pack.
+        OSError: the disk has too little room.
     """
     manifest, out = Path(manifest), Path(out)
     workers = count_cpus() if workers is None else workers
     options = options or EncodeOptions()
-    num_rows = _survey(manifest, root, tasks)
+    num_rows, some = _survey(manifest, root, tasks)
     packing = PackFolder(manifest, out, name or manifest.stem, shard_samples, shard_bytes, options)
     resumed = packing.resume()
     if not packing.complete:
+        longest = math.inf if options.too_long == "chunk" else options.limits.max_seconds
+        needed = estimate_bytes(some, num_rows - packing.next_row, longest=longest)
+        check_space(out, needed, "shards", remedy="free some space, or give a folder on another disk")
         max_bad = max(MIN_MAX_BAD, math.ceil(max_bad_share * num_rows))
         rows = dropwhile(lambda row: row.number < packing.next_row, scan_manifest(manifest, root=root))
         encoded = map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
@@ -154,9 +159,9 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None) -> i
     return 0
 
 
-def _survey(manifest: Path, root: Path | None, tasks: Collection[str] | None) -> int:
-    """Number of rows, once every task is known and every recording is there; nothing is decoded yet."""
-    num_bad = 0
+def _survey(manifest: Path, root: Path | None, tasks: Collection[str] | None) -> tuple[int, list[Entry]]:
+    """Number of rows and some of them, once every task is known and every recording is there; nothing is decoded."""
+    num_bad, some = 0, EvenChoice()
 
     def entries() -> Iterator[Entry]:
         nonlocal num_bad
@@ -166,4 +171,8 @@ def _survey(manifest: Path, root: Path | None, tasks: Collection[str] | None) ->
             else:
                 yield row
 
-    return sum(1 for _ in check_paths(check_tasks(entries(), tasks))) + num_bad
+    num_good = 0
+    for entry in check_paths(check_tasks(entries(), tasks)):
+        some.add(entry)
+        num_good += 1
+    return num_good + num_bad, some.chosen

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shards.encode import BadSample, Encoded, EncodeOptions, count_reasons, describe_reasons
+from shards.index import sidecar_path, write_index
 from shards.manifest import open_atomically
 from shards.tarwriter import TarWriter, member_size
 
@@ -65,6 +66,8 @@ class PackFolder:
             path = self.out / shard["name"]
             if not path.exists() or path.stat().st_size != shard["bytes"] or hash_file(path) != shard["sha256"]:
                 break
+            if not sidecar_path(path).exists():
+                write_index(path)
             self.shards.append(shard)
         self.complete = record_path.name == INDEX and len(self.shards) == len(record["shards"])
         self.bad = self._read_bad()
@@ -110,6 +113,7 @@ class PackFolder:
 
     def _finish(self, writer: TarWriter, count: int, seconds: float, first_row: int, end_row: int) -> None:
         sha256 = writer.close()
+        write_index(writer.path)
         self.shards.append(
             {
                 "name": writer.path.name,

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shards.archive import Walk
+from shards.archive import Member, Walk
 from shards.audio import decode_audio, hash_waveform
 from shards.container import AudioError
+from shards.index import sidecar_path, unpack_sidecar
 from shards.manifest import missing_file_error
 from shards.pool import count_cpus, map_in_order, progress_bar
 from shards.sample import SAMPLE_RATE
@@ -64,6 +65,7 @@ def _verify_shard(out: Path, shard: dict) -> tuple[str, str, list[str]]:
         walk = Walk(path)
         members = list(walk)
         problems = [] if walk.sha256 == shard["sha256"] else [f"{path} has another SHA-256 than index.json says"]
+        problems += _verify_sidecar(path, walk.sha256, members)
         if [member.kind for member in members] != ["audio", "json"] * shard["samples"]:
             return "", "", [*problems, f"{path} does not hold {shard['samples']} pairs of audio and JSON"]
         with path.open("rb") as file:
@@ -76,6 +78,18 @@ def _verify_shard(out: Path, shard: dict) -> tuple[str, str, list[str]]:
     if keys != sorted(set(keys)) or keys != [member.key for member in members[1::2]]:
         problems.append(f"{path} has keys that do not rise")
     return keys[0], keys[-1], problems
+
+
+def _verify_sidecar(path: Path, sha256: str, members: list[Member]) -> list[str]:
+    """A sidecar that is missing or damaged is built again by the stream; one that is whole and wrong is not."""
+    sidecar = sidecar_path(path)
+    index = unpack_sidecar(sidecar.read_bytes()) if sidecar.exists() else None
+    if index is None or index.sha256 != sha256:
+        return [f"{sidecar} is missing or not of this shard"]
+    rows = [(member.offset, member.size, member.crc32) for member in members]
+    if index.members["audio"].tolist() == list(map(list, rows[::2])) and index.keys == [m.key for m in members[::2]]:
+        return []
+    return [f"{sidecar} says that its samples lie elsewhere"]
 
 
 def _verify_sample(name: str, data: bytes, fields: dict) -> list[str]:

@@ -16,7 +16,7 @@ from tars import make_key, make_members, make_waveform, write_catalog, write_sha
 
 from shards.archive import ShardError
 from shards.audio import hash_waveform
-from shards.index import build_index, load_index, sidecar_path
+from shards.index import AS_WRITTEN, build_index, load_index, sidecar_path, write_index
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
 
@@ -270,6 +270,23 @@ def test_a_copied_shard_keeps_its_index_and_a_changed_one_is_refused(tmp_path):
         load_index(path)
     sidecar_path(path).unlink()
     assert load_index(path).keys == [make_key(n) for n in range(1, 4)]
+
+
+def test_an_index_written_with_its_shard_is_believed_while_it_is_the_newer_file(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(3))
+    written = write_index(path)
+    (tmp_path / "b").mkdir()
+    assert write_index(write_shard(tmp_path / "b" / "a.tar", range(3))).sha256 == written.sha256
+    assert sidecar_path(path).read_bytes() == sidecar_path(tmp_path / "b" / "a.tar").read_bytes()
+    assert load_index(path).mtime_ns == AS_WRITTEN
+    newer = sidecar_path(path).stat().st_mtime_ns + 1
+    os.utime(path, ns=(newer, newer))  # as a copy without its times
+    assert load_index(path).mtime_ns == newer
+    write_index(path)
+    write_shard(path, range(1, 4))
+    os.utime(path, ns=(newer + 1, newer + 1))
+    with pytest.raises(ShardError, match=r"a\.tar has .* but a\.tar\.idx was built from"):
+        load_index(path)
 
 
 def test_a_shard_packed_again_is_taken_with_its_new_catalog(tmp_path):

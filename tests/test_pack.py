@@ -17,6 +17,7 @@ import soundfile
 from clips import to_bytes, tone, write_annotation, write_clips
 
 from shards import pack as pack_module
+from shards import space
 from shards.audio import decode_audio, hash_waveform, load_audio
 from shards.audit import audit
 from shards.container import AudioLimits
@@ -320,7 +321,7 @@ def test_verify_finds_a_wrong_sample_even_where_every_hash_of_the_index_agrees(m
         verify(out, workers=1)
 
 
-def test_webdataset_datasets_and_tar_read_the_shards(manifest, tmp_path):
+def test_webdataset_and_tar_read_the_shards(manifest, tmp_path):
     import webdataset
 
     out = tmp_path / "out"
@@ -363,6 +364,45 @@ def test_a_full_disk_is_an_error_and_leaves_whole_shards_only(manifest, tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "out").iterdir()) == []
     assert pack(manifest, tmp_path / "out", shard_samples=20, workers=1).num_samples == 40
+
+
+def test_a_disk_without_room_is_refused_before_any_work_with_both_numbers(tmp_path):
+    rows = write_clips(tmp_path, 1, seconds=20.0) * 100
+    manifest = write_annotation(tmp_path / "train.json", rows)
+    num_rows, some = pack_module._survey(manifest, None, None)
+    report = pack(manifest, tmp_path / "out", workers=1)
+    estimate = space.estimate_bytes(some, num_rows, longest=30.0)
+    assert report.num_bytes / 4 < estimate < 4 * report.num_bytes  # a tone packs better than speech
+    with pytest.raises(
+        OSError, match=r"shards in .* need about 1\.2e\+\d+ GB, but the file system at / has [0-9.e+]+ GB free"
+    ):
+        space.check_space(tmp_path / "not" / "yet", 10**24, "shards", remedy="free some space")
+    assert not (tmp_path / "not").exists()
+
+
+def test_entries_are_chosen_evenly_from_a_stream_of_any_length():
+    for count in (0, 1, 399, 400, 12_345):
+        choice = space.EvenChoice()
+        for number in range(count):
+            choice.add(number)
+        steps = np.diff(choice.chosen)
+        assert len(choice.chosen) == count if count < 400 else 200 <= len(choice.chosen) < 400
+        assert len(set(steps)) <= 1
+
+
+def test_shards_come_with_the_index_that_the_stream_needs_and_it_is_verified(manifest, tmp_path):
+    out = tmp_path / "out"
+    pack(manifest, out, shard_samples=20, workers=1)
+    before = contents(out)
+    assert {name for name in before if name.endswith(".idx")} == {f"train-00000{n}.tar.idx" for n in (0, 1)}
+    assert ShardStream(out, batch_size=1).num_samples == 40
+    assert contents(out) == before  # nothing was walked again and written
+    shutil.copy(out / "train-000000.tar.idx", out / "train-000001.tar.idx")
+    with pytest.raises(ValueError, match=r"train-000001\.tar\.idx is missing or not of this shard"):
+        verify(out, workers=1)
+    (out / "train-000001.tar.idx").unlink()
+    assert pack(manifest, out, shard_samples=20, workers=1).num_resumed == 2
+    assert contents(out) == before
 
 
 def test_a_worker_that_dies_is_an_error_in_words():
