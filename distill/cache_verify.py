@@ -38,6 +38,8 @@ LOGPROB_ERROR, ENTROPY_ERROR = 1e-2, 2e-2  # nats
 HALF_PRECISION = {"distribution": 0.05, "label_logprobs": 0.2, "entropy": 0.2, "features": 0.05}
 NUM_SHOWN = 10  # problems that are printed
 
+Records = dict[str, TargetRecord | None]  # by key; None: damaged
+
 
 def verify(config: Config, share: float, seed: int = 0) -> int:
     """Check the whole cache and print what was found.
@@ -71,7 +73,7 @@ def verify(config: Config, share: float, seed: int = 0) -> int:
             problems += check_identities(config, shard, records, capture)
             for samples in choose_batches(config, shard, share, chance):
                 for key, fresh in capture(samples).items():
-                    if key in records:
+                    if records.get(key) is not None:
                         compare_(differences, records[key], fresh, capture)
             progress.advance()
     limits = allowed_differences(config)
@@ -81,8 +83,8 @@ def verify(config: Config, share: float, seed: int = 0) -> int:
     return 1 if problems else 0
 
 
-def read_all(reader: TargetReader, shard: str, problems: list[str]) -> Iterator[tuple[str, TargetRecord]]:
-    """Every record of a shard that is what was written; what is wrong with the others goes to `problems`."""
+def read_all(reader: TargetReader, shard: str, problems: list[str]) -> Iterator[tuple[str, TargetRecord | None]]:
+    """Every record of a shard, None where it is not what was written; what is wrong then goes to `problems`."""
     try:
         keys = reader.keys(shard)
     except ValueError as error:
@@ -100,18 +102,19 @@ def read_all(reader: TargetReader, shard: str, problems: list[str]) -> Iterator[
             yield key, record
         except ValueError as error:
             problems.append(str(error))
+            yield key, None
 
 
-def check_identities(config: Config, shard: str, records: dict[str, TargetRecord], capture: Capturer) -> list[str]:
+def check_identities(config: Config, shard: str, records: Records, capture: Capturer) -> list[str]:
     """What is wrong between a shard's samples as they are read now and the records made for them."""
     problems, unread = [], dict(records)
     for samples in open_shard(config, shard):
         for sample in samples:
-            record = unread.pop(sample.key, None)
-            if record is None:
-                problems.append(f"{shard}: {sample.key} has no targets that can be read; cache this shard again.")
+            if sample.key not in unread:
+                problems.append(f"{shard}: {sample.key} has no targets, but every sample needs some; cache it again.")
                 continue
-            for part in (record, record.other):
+            record = unread.pop(sample.key)
+            for part in (record, record.other) if record is not None else ():
                 problems += check_identity(shard, sample, part, capture) if part is not None else []
     problems += [f"{shard}: {key} has targets, but its audio cannot be read; pack it again." for key in unread]
     return problems

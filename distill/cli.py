@@ -20,6 +20,7 @@ STAGES = {
     "teach": ("distill.teach", "the demo's small teacher, from nothing"),
     "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
     "cache-verify": ("distill.cache_verify", "re-read a target cache, and let the teacher say a share of it again"),
+    "filter": ("distill.filter", "leave out or down-weight clips whose labels the teacher does not believe"),
     "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
     "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
     "report": ("distill.report", "a run's curves and scorecard as one HTML file"),

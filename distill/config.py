@@ -45,6 +45,7 @@ class DataConfig:
     bucket_batches: int = 0  # clips of so many batches are sorted by length before they are cut up; 0: none are
     batch_seconds: float = 0.0  # most seconds of audio a step, padding included; 0: train.batch_size alone decides
     task_weights: dict[str, float] = field(default_factory=dict)  # how often an epoch a task's clips come; else 1
+    weights: str = ""  # file of `distill filter`: what each clip counts; empty: all alike
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, fingerprint, load_config, to_yaml
 from distill.distiller import PREEMPTED, Distiller
+from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher, teach_online
 from shards.sample import SAMPLE_RATE
@@ -85,6 +87,7 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
         labelled_share=config.data.labelled_share,
         labelled_only=config.data.labelled_only,
         weights=config.data.task_weights,
+        sample_weights=load_weights(Path(config.data.weights), teacher.header) if config.data.weights else None,
         batch_seconds=config.data.batch_seconds or None,
         bucket_batches=config.data.bucket_batches,
         augmentation=config.augment,

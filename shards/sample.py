@@ -31,6 +31,7 @@ class Sample:
     targets: bytes | None = None  # the key's KEY.targets.safetensors, when a target cache is joined
     clean_N: np.ndarray | None = None  # before augmentation, when the teacher hears that; else it hears waveform_N
     mel_mask: MelMask | None = None  # what is hidden of the log-mel that waveform_N gives
+    weight: float = 1.0  # what it counts in the losses
 
     @property
     def as_the_teacher_hears_it(self) -> "Sample":

@@ -8,6 +8,7 @@ Memory: a worker holds at most 3 of its rank's batches of decoded audio (1.92 MB
 pipe, so that /dev/shm stays empty.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -60,6 +61,7 @@ class ShardStream(IterableDataset):
         labelled_share: share of the samples whose text is given out, chosen by key; the others come as unlabelled.
         labelled_only: leave unlabelled samples out.
         weights: task -> times an epoch each of its samples comes (1 where not named).
+        sample_weights: key -> what the sample counts in the losses (1 where not named); 0 leaves it out.
         batch_seconds: most seconds of audio in a global batch, padding included.
         bucket_batches: sort by length within so many batches, so that a batch holds clips of like length; 0: do not.
             Without shuffle and with a large number, the longest clips of all come first.
@@ -92,6 +94,7 @@ class ShardStream(IterableDataset):
         labelled_share: float = 1.0,
         labelled_only: bool = False,
         weights: Mapping[str, float] | None = None,
+        sample_weights: Mapping[str, float] | None = None,
         batch_seconds: float | None = None,
         bucket_batches: int = 0,
         window_shards: int = 16,
@@ -117,6 +120,7 @@ class ShardStream(IterableDataset):
         self._check_tasks("weights", order.weights)
         self.tasks = sorted(self.catalog.tasks if tasks is None else set(tasks))
         self.labelled_share, self.labelled_only = labelled_share, labelled_only
+        self.sample_weights = dict(sorted((sample_weights or {}).items()))
         groups = [(self._rows(task), order.weights.get(task, 1.0)) for task in self.tasks]
         self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
         self.augmentation = augmentation if augmentation is not None and augmentation.is_active else None
@@ -162,7 +166,7 @@ class ShardStream(IterableDataset):
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
-            samples = [self._hide_text(sample) for sample in batch if isinstance(sample, Sample)]
+            samples = [self._weigh(self._hide_text(sample)) for sample in batch if isinstance(sample, Sample)]
             self._account(batch)
             self._position = after.popleft()
             yield samples
@@ -177,6 +181,7 @@ class ShardStream(IterableDataset):
             "tasks": ",".join(self.tasks),
             "labels": f"{self.labelled_share:g} {'only' if self.labelled_only else 'and others'}",
             "augment": "none" if self.augmentation is None else self.augmentation.digest,
+            "sample_weights": _digest_weights(self.sample_weights),
             "data": self.catalog.digest,
         }
 
@@ -186,13 +191,15 @@ class ShardStream(IterableDataset):
         Raises:
             ValueError: the data, the tasks or the order differ.
         """
-        mine, state = self.state_dict(), {"augment": "none", **state}  # states of before it could be set have none
+        mine = self.state_dict()
+        state = {"augment": "none", "sample_weights": "none", **state}  # states of before they could be set have none
         for name, remedy in (
             ("version", "resume with the release that wrote it"),
             ("data", "restore the shards it was made with"),
             ("tasks", "choose the same tasks"),
             ("labels", "set labelled_share and labelled_only as they were"),
             ("augment", "set augment as it was"),
+            ("sample_weights", "give the weights it had"),
             ("order", "set batch_size, seed, shuffle, epochs, buckets, window_shards and weights as they were"),
         ):
             if state[name] != mine[name]:
@@ -209,6 +216,8 @@ class ShardStream(IterableDataset):
 
     def _rows(self, task: str) -> np.ndarray:
         rows = self.catalog.task_rows(task)
+        left_out = [key.encode() for key, weight in self.sample_weights.items() if weight == 0]
+        rows = rows[~np.isin(self.catalog.keys[rows], left_out)] if left_out else rows
         if not self.labelled_only:
             return rows
         rows = rows[self.catalog.has_text[rows]]
@@ -216,6 +225,9 @@ class ShardStream(IterableDataset):
 
     def _shows_text(self, key: str) -> bool:
         return self.labelled_share >= 1 or zlib.crc32(key.encode()) < self.labelled_share * 2**32
+
+    def _weigh(self, sample: Sample) -> Sample:
+        return replace(sample, weight=self.sample_weights[sample.key]) if sample.key in self.sample_weights else sample
 
     def _hide_text(self, sample: Sample) -> Sample:
         return sample if self._shows_text(sample.key) else replace(sample, text=None)
@@ -243,6 +255,10 @@ class ShardStream(IterableDataset):
                 near = get_close_matches(task, self.catalog.tasks, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "choose one of them."
                 raise ValueError(f"{name} names {task!r}, but the shards hold {', '.join(self.catalog.tasks)}; {hint}")
+
+
+def _digest_weights(weights: Mapping[str, float]) -> str:
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16] if weights else "none"
 
 
 def _same(batch):

@@ -80,7 +80,7 @@ class OnlineTeacher:
         self.vocab = Vocabulary.of(model.tokenizer)
         self.rows = model.rows
         self.widths = {"feature": model.config.qformer_width, "hidden": model.project.out_features}
-        self.cache_folder = None
+        self.cache_folder = self.header = None
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
         """Put the teacher's own answer where it is the one to learn, and say where that is."""
