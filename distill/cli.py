@@ -16,10 +16,11 @@ STAGES = {
     "pack": ("shards.pack", "manifest and audio files to WebDataset shards"),
     "split": ("shards.split", "cut a manifest into train and valid without leakage"),
     "subset": ("shards.subset", "a mini set: a share of each task, chosen tasks, so many hours"),
-    "stats": ("shards.stats", "counts, hours and lengths of a data set"),
+    "stats": ("shards.stats", "counts, hours and lengths of a data set; `stats model CONFIG`: what each part costs"),
     "teach": ("distill.teach", "the demo's small teacher, from nothing"),
     "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
     "cache-verify": ("distill.cache_verify", "re-read a target cache, and let the teacher say a share of it again"),
+    "doctor": ("distill.doctor", "prove objective, data and cache right before GPU hours are spent"),
     "filter": ("distill.filter", "leave out or down-weight clips whose labels the teacher does not believe"),
     "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
     "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if not words else 2
     command, *rest = words
     module = importlib.import_module(STAGES[command][0])
+    if words[:2] == ["stats", "model"]:
+        command, *rest = "stats model", *words[2:]
+        module = importlib.import_module("distill.costs")
     own = argparse.ArgumentParser(prog=f"distill {command}", description=(module.__doc__ or "").split("\n\n")[0])
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(own)

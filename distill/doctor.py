@@ -1,0 +1,153 @@
+"""Prove a run right before it costs GPU hours: `distill doctor CONFIG [key=value …]`, under a minute.
+
+A few clips of the config's own data go through its own student, teacher and cache, in float32. Each line says pass, or
+what is wrong and what to do; the exit code is 1 when a line fails.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import torch
+
+from distill.checks import (
+    Case,
+    Fault,
+    check_differences,
+    check_gradients,
+    check_plain,
+    check_positions,
+    check_splits,
+    check_zero,
+)
+from distill.cli import add_config_arguments
+from distill.config import Config, load_config
+from distill.crossteacher import CrossTeacher, meet
+from distill.datachecks import (
+    check_agreement,
+    check_alignment,
+    check_cache,
+    check_end,
+    check_memory,
+    check_padding,
+    check_rows,
+)
+from distill.microbatch import Collator
+from distill.objective import Objective
+from distill.ranks import build_accelerator
+from distill.run import lora_of, open_training_stream, student_llm, wrap_teacher
+from distill.teacher import load_teacher
+from distill.weighing import active_terms, build_schedules, loss_at
+from shards.sample import Sample
+from students.student import build_student
+
+CHECKS: dict[str, Callable[[Case], str]] = {
+    "rows": check_rows,
+    "padding": check_padding,
+    "end token": check_end,
+    "cache": check_cache,
+    "first choice": check_agreement,
+    "alignment": check_alignment,
+    "fused = plain": check_plain,
+    "finite differences": check_differences,
+    "positions": check_positions,
+    "splits": check_splits,
+    "KL(teacher‖teacher)": check_zero,
+    "gradients": check_gradients,
+    "memory": check_memory,
+}
+OF_TARGETS = ("cache", "first choice", "KL(teacher‖teacher)")
+
+
+def examine(case: Case, names: Iterable[str] = tuple(CHECKS)) -> Iterator[tuple[str, bool, str]]:
+    """Run the checks that apply: the name, whether it passes, and what was found."""
+    for name in names:
+        if name == "alignment" and not isinstance(case.collate.teacher, CrossTeacher):
+            continue
+        if name in OF_TARGETS and case.whole.targets is None:
+            continue
+        try:
+            yield name, True, CHECKS[name](case)
+        except (Fault, ValueError, RuntimeError, IndexError) as error:
+            # a broken objective can also fall over; the other checks still say where
+            yield name, False, str(error).splitlines()[0]
+
+
+def build_case(config: Config) -> Case:
+    """The config's own student, teacher and first samples, ready to be examined.
+
+    Raises:
+        ValueError, OSError: as a run of this config; a cache of another teacher among them.
+    """
+    accelerator = build_accelerator()
+    model = load_teacher(config)
+    student = build_student(
+        model,
+        student_llm(config),
+        lora=lora_of(config),
+        quantization=config.student.quantization,
+        connector=config.student.connector,
+        windows=config.student.windows,
+        seed=config.seed,
+    ).to(accelerator.device)
+    wake_lora_(student)
+    own = wrap_teacher(config, model.to(accelerator.device))
+    loss, schedules = config.loss, build_schedules(config.loss, config.train.steps)
+    teacher, vocab_size = meet(own, student, loss.cross_tokenizer, loss.temperature)
+    objective = Objective(
+        student,
+        loss,
+        torch.float32,
+        active=active_terms(loss, schedules),
+        vocab_size=vocab_size,
+        widths=teacher.widths,
+        seed=config.seed,
+    ).eval()
+    collate = Collator(teacher, student, accelerator.device, torch.float32, loss.task_weights)
+    samples = choose(open_training_stream(config, accelerator, own, student), config.train.micro_batch_size)
+    loss = loss_at(loss, schedules, config.train.steps // 2)
+    return Case(objective, collate, samples, collate(samples), loss, model)
+
+
+def choose(stream, size: int, num_batches: int = 4, most: int = 4) -> list[Sample]:
+    """A few samples whose answers differ in length, so that no mean of means can hide."""
+    seen = {sample.key: sample for batch in islice(iter(stream), num_batches) for sample in batch}
+    ordered = sorted(seen.values(), key=lambda sample: len(sample.text or ""))
+    count = min(max(size, 2), most, len(ordered))
+    return [ordered[round(i * (len(ordered) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def wake_lora_(student) -> None:
+    """Give LoRA's B matrices small random numbers, in place: at zero they hide the gradient of A."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def doctor(config: Config) -> int:
+    """Examine a config and print a line for each check; returns the exit code."""
+    began, failed = time.monotonic(), 0
+    try:
+        case = build_case(config)
+    except (ValueError, OSError) as error:
+        print(f"FAIL  {'set up':<20} {error}")
+        return 1
+    print(f"pass  {'set up':<20} student, teacher, targets and {len(case.samples)} clips fit together")
+    for name, is_right, text in examine(case):
+        failed += not is_right
+        print(f"{'pass' if is_right else 'FAIL'}  {name:<20} {text}", flush=True)
+    print(f"{failed or 'no'} fault{'s' * (failed != 1)} in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill doctor` takes."""
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill doctor`."""
+    return doctor(load_config(args.config, args.overrides))

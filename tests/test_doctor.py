@@ -1,0 +1,189 @@
+"""Doctor passes on sound runs, and finds each fault that trains silently."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import distill.checks
+import distill.fused
+import distill.losses
+import distill.microbatch
+import distill.weighing
+import teachers.salmonn
+from distill.cache import cache
+from distill.config import load_config
+from distill.doctor import build_case, doctor, examine
+from distill.tokenizer import train_byte_tokenizer
+from shards.distributions import Distribution
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data")
+    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
+                      loss__temperature=2.0, loss__hidden=0.5, cache__hidden_layers="[-1]")  # fmt: skip
+    cache(load_config(folder / "toy.yaml"))
+    return folder
+
+
+def faults(toys, *names: str) -> dict[str, str]:
+    """What those of the named checks say that fail."""
+    return failing(build_case(load_config(toys / "toy.yaml")), *names)
+
+
+def failing(case, *names: str) -> dict[str, str]:
+    return {name: text for name, is_right, text in examine(case, names) if not is_right}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["loss.kl_kind=jsd", "loss.kl_parameter=0.3", "loss.schedules.kl=cosine 0.1", "student.quantization=none"],
+        ["loss.kl_kind=reverse_kl", "loss.temperature=1", "loss.feature_kind=relation", "teacher.online=true"],
+    ],
+)
+def test_a_sound_run_passes(toys, words, capsys):
+    code = doctor(load_config(toys / "toy.yaml", words))
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0 and len(lines) == 13
+    assert all(line.startswith("pass") for line in lines)
+
+
+def test_a_sound_run_across_tokenizers_passes(toys, capsys):
+    tokenizer = train_byte_tokenizer([*tiny.WORDS, "USER: what do you hear? ASSISTANT:"], toys / "qwen", vocab_size=300)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=1, num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id)
+    ).save_pretrained(toys / "qwen")  # fmt: skip
+    words = [f"student.llm={toys / 'qwen'}", "loss.cross_tokenizer=chunk", "loss.hidden=0"]
+    assert doctor(load_config(toys / "toy.yaml", words)) == 0
+    assert "alignment" in capsys.readouterr().out
+
+
+def plant_in_collate(monkeypatch, change):
+    """Let every batch be changed after it was laid out."""
+    true_collate = teachers.salmonn.collate
+    monkeypatch.setattr(teachers.salmonn, "collate", lambda *args: change(true_collate(*args)))
+
+
+def test_shifted_labels_are_found(toys, monkeypatch):
+    plant_in_collate(monkeypatch, lambda batch: dataclasses.replace(batch, labels_S=batch.labels_S.roll(-1)))
+    found = faults(toys, "rows", "fused = plain")
+    assert "next token, neither shifted" in found["rows"]
+    assert "fused = plain" in found
+
+
+def test_a_mask_off_by_one_is_found(toys, monkeypatch):
+    plant_in_collate(monkeypatch, lambda batch: dataclasses.replace(batch, predicting_S=batch.predicting_S + 1))
+    found = faults(toys, "rows", "positions")
+    assert "off by 1" in found["rows"] and "the mask is off" in found["positions"]
+
+
+def test_a_missing_square_of_the_temperature_is_found(toys, monkeypatch):
+    true = distill.fused.bucket_divergence
+
+    def without_square(student_SC, logprobs_SK, log_residual_S, temperature, divergence):
+        return true(student_SC, logprobs_SK, log_residual_S, temperature, divergence) / temperature**2
+
+    monkeypatch.setattr(distill.fused, "bucket_divergence", without_square)
+    assert "it lacks the factor T² = 4" in faults(toys, "fused = plain")["fused = plain"]
+
+
+def test_a_mean_of_means_is_found(toys, monkeypatch):
+    true = distill.weighing.weigh
+
+    def by_its_own_counts(batch, targets, is_pseudo, sample_weights, loss, totals, is_real):
+        own = distill.weighing.count(batch, targets, is_real)
+        return true(batch, targets, is_pseudo, sample_weights, loss, own, is_real)
+
+    monkeypatch.setattr(distill.microbatch, "weigh", by_its_own_counts)
+    assert "a mean is taken in each part" in faults(toys, "splits")["splits"]
+
+
+def test_a_renormalised_tail_is_found_in_the_loss(toys, monkeypatch):
+    def renormalised(student_SC, logprobs_SK, log_residual_S, temperature, divergence):
+        teacher_SK = logprobs_SK.log_softmax(-1)
+        return temperature**2 * divergence(student_SC[:, :-1], teacher_SK).sum(-1)
+
+    monkeypatch.setattr(distill.fused, "bucket_divergence", renormalised)
+    found = faults(toys, "KL(teacher‖teacher)", "fused = plain")
+    assert "dropped or renormalised" in found["KL(teacher‖teacher)"]
+    assert "look for renormalised targets" in found["fused = plain"]
+
+
+def test_a_renormalised_tail_is_found_in_the_targets(toys, monkeypatch):
+    true = Distribution.at
+
+    def renormalised(self, temperature):
+        logprobs_SK, residual_S = true(self, temperature)
+        return logprobs_SK.log_softmax(-1), torch.full_like(residual_S, -torch.inf)
+
+    monkeypatch.setattr(Distribution, "at", renormalised)
+    assert "the tail was renormalised" in faults(toys, "cache")["cache"]
+
+
+def test_a_stale_cache_is_found(toys, tmp_path, capsys):
+    tiny.make_parts(tmp_path / "parts", seed=5)
+    tiny.save_teacher(tmp_path / "parts", tmp_path / "teacher")
+    assert doctor(load_config(toys / "toy.yaml", [f"teacher.path={tmp_path / 'teacher'}"])) == 1
+    line = capsys.readouterr().out
+    assert line.startswith("FAIL  set up") and "was cached as" in line
+
+
+def test_targets_that_are_another_teachers_are_found_though_the_header_agrees(toys):
+    case = build_case(load_config(toys / "toy.yaml"))
+    with torch.no_grad():
+        case.teacher.project.weight.mul_(3.0)
+        case.teacher.llm.lm_head.weight.mul_(3.0)
+    found = failing(case, "cache")
+    assert "the cache is stale or of another teacher" in found["cache"]
+
+
+def test_a_frozen_lora_is_found(toys, monkeypatch):
+    case = build_case(load_config(toys / "toy.yaml"))
+    name, parameter = next((n, p) for n, p in case.student.named_parameters() if "lora_A" in n)
+    parameter.requires_grad_(False)
+    found = failing(case, "gradients")
+    assert f"{name} is frozen" in found["gradients"]
+
+
+def test_a_detached_lora_is_found(toys):
+    case = build_case(load_config(toys / "toy.yaml"))
+    name, parameter = next((n, p) for n, p in case.student.named_parameters() if "lora_B" in n)
+    parameter.register_hook(torch.zeros_like)
+    found = failing(case, "gradients")
+    assert f"{name} is zero" in found["gradients"]
+
+
+@pytest.mark.parametrize("pad_id, message", [(10_000, "the embeddings have"), (300, "a token of texts")])
+def test_a_wrong_pad_id_is_found(toys, pad_id, message):
+    case = build_case(load_config(toys / "toy.yaml"))
+    case.student.rows.pad_id = pad_id
+    found = failing(case, "padding")
+    assert message in found["padding"]
+
+
+def test_padding_that_is_attended_is_found(toys, monkeypatch):
+    def attended(batch):
+        return dataclasses.replace(batch, attention_mask_BT=torch.ones_like(batch.attention_mask_BT))
+
+    plant_in_collate(monkeypatch, attended)
+    assert "padding must not be attended" in faults(toys, "rows")["rows"]
+
+
+def test_an_answer_without_its_end_token_is_found(toys, monkeypatch):
+    def without_end(batch):
+        is_end_S = batch.labels_S == batch.rows[0].answer[-1]
+        return dataclasses.replace(batch, labels_S=batch.labels_S[~is_end_S], row_S=batch.row_S[~is_end_S],
+                                   predicting_S=batch.predicting_S[~is_end_S])  # fmt: skip
+
+    plant_in_collate(monkeypatch, without_end)
+    assert "answers never end" in faults(toys, "end token")["end token"]
