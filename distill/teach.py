@@ -234,24 +234,26 @@ def encode_pieces(tokenizer, pieces: Sequence[str]) -> list[int]:
 
 def build_teacher(config: Config, folder: Path) -> Salmonn:
     """The SALMONN of these parts, everything trainable but Whisper's fixed positions."""
-    scratch = config.scratch
-    model = build_salmonn(
-        SalmonnConfig(
-            llm=str(folder / "llm"),
-            whisper=str(folder / "whisper"),
-            window_seconds=scratch.window_seconds,
-            stride_seconds=scratch.window_seconds,
-            windows="audio",
-            num_queries=scratch.num_queries,
-            qformer_width=scratch.qformer_width,
-            qformer_layers=scratch.qformer_layers,
-            qformer_heads=scratch.qformer_width // 32,
-            qformer_ffn=2 * scratch.qformer_width,
-        )
-    )
+    model = build_salmonn(teacher_config(config.scratch, folder))
     model.requires_grad_(True)
     model.whisper.encoder.embed_positions.requires_grad_(False)
     return model
+
+
+def teacher_config(scratch: ScratchConfig, folder: Path) -> SalmonnConfig:
+    """What the teacher is made of."""
+    return SalmonnConfig(
+        llm=str(folder / "llm"),
+        whisper=str(folder / "whisper"),
+        window_seconds=scratch.window_seconds,
+        stride_seconds=scratch.window_seconds,
+        windows="audio",
+        num_queries=scratch.num_queries,
+        qformer_width=scratch.qformer_width,
+        qformer_layers=scratch.qformer_layers,
+        qformer_heads=scratch.qformer_width // 32,
+        qformer_ffn=2 * scratch.qformer_width,
+    )
 
 
 def train_options(scratch: ScratchConfig, num_ranks: int) -> TrainConfig:

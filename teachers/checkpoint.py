@@ -40,6 +40,7 @@ SETTINGS = {
     "max_txt_len": "max_answer_tokens",
     "second_per_window": "window_seconds",
     "second_stride": "stride_seconds",
+    "qformer_heads": "qformer_heads",  # ours alone: theirs is always 12
 }
 
 
@@ -90,22 +91,35 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
         ValueError: the file is no SALMONN checkpoint, holds code or is cut, or does not fit these parts.
     """
     content = read_torch_file(path)
-    state = content.get("model")
-    if not isinstance(state, dict) or "speech_query_tokens" not in state:
-        raise ValueError(f"{path} holds no SALMONN: speech_query_tokens is missing under 'model'; give its checkpoint.")
+    config, lora = describe_checkpoint(
+        content, path, lora_alpha, llm=llm, whisper=whisper, second=second, second_kind=second_kind, **settings
+    )
+    state = content["model"]
     names = _translate(state, path)
-    theirs = _read_config(content)
-    if lora_alpha is None:
-        lora_alpha = theirs.get("lora_alpha", LORA_ALPHA)
-    fields = {**_trained_settings(theirs), **_qformer_sizes(state, path), **settings}
-    config = SalmonnConfig(llm=llm, whisper=whisper, second=second, second_kind=second_kind, **fields)
-    model = build_salmonn(config, lora=_lora_settings(state, lora_alpha), dtype=dtype)
+    model = build_salmonn(config, lora=lora, dtype=dtype)
     own = {name: state[key] for key, name in names.items() if name is not None}
     _load_strictly_(model, own, path)
     model.own_names = frozenset(own)
     frozen = [f"{part} ({name})" for part, name in (("llm", llm), ("whisper", whisper), ("second", second)) if name]
     report = KeyReport([k for k, n in names.items() if n], [k for k, n in names.items() if n is None], frozen)
     return model.eval().requires_grad_(False), report
+
+
+def describe_checkpoint(content: dict, path: str | Path, lora_alpha: float | None = None,
+                        **settings) -> tuple[SalmonnConfig, Lora | None]:  # fmt: skip
+    """The config and the LoRA of a checkpoint that was read, its tensors perhaps on the meta device.
+
+    Raises:
+        ValueError: it is no SALMONN's.
+    """
+    state = content.get("model")
+    if not isinstance(state, dict) or "speech_query_tokens" not in state:
+        raise ValueError(f"{path} holds no SALMONN: speech_query_tokens is missing under 'model'; give its checkpoint.")
+    theirs = _read_config(content)
+    if lora_alpha is None:
+        lora_alpha = theirs.get("lora_alpha", LORA_ALPHA)
+    config = SalmonnConfig(**{**_trained_settings(theirs), **_qformer_sizes(state, path), **settings})
+    return config, _lora_settings(state, lora_alpha)
 
 
 def save_checkpoint(model: Salmonn, path: str | Path) -> None:

@@ -112,9 +112,7 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
         ValueError: a frozen part is not the one that the model was trained with, or the tensors do not fit.
     """
     config = read_config(folder)
-    lora = config["settings"].get("lora")
-    lora = Lora(**{**lora, "targets": tuple(lora["targets"])}) if lora else None
-    model = build_salmonn(config["model"], lora=lora, dtype=dtype, transform_llm_=transform_llm_,
+    model = build_salmonn(config["model"], lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,
                           tokenizer_path=Path(folder) / TOKENIZER)  # fmt: skip
     load_own_tensors_(model, Path(folder) / WEIGHTS)
     model.own_names = frozenset(read_names(Path(folder) / WEIGHTS))
@@ -126,6 +124,12 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
                 f"put the original weights back under the path in {CONFIG}."
             )
     return model.eval().requires_grad_(False)
+
+
+def lora_settings(config: dict) -> Lora | None:
+    """The LoRA that a saved folder's `config.json` names."""
+    lora = config["settings"].get("lora")
+    return Lora(**{**lora, "targets": tuple(lora["targets"])}) if lora else None
 
 
 def own_tensors(model: Salmonn) -> dict[str, Tensor]:

@@ -26,15 +26,15 @@ HARMLESS_TYPES = [
 ]
 
 
-def read_torch_file(path: str | Path) -> dict:
-    """Load a `torch.save` file onto the CPU without running what it may hold.
+def read_torch_file(path: str | Path, device: str = "cpu") -> dict:
+    """Load a `torch.save` file without running what it may hold; on the "meta" device no tensor is read.
 
     Raises:
         ValueError: the file is cut short, is no `torch.save` file, holds code, or holds no dictionary.
     """
     with open(path, "rb") as file, torch.serialization.safe_globals(HARMLESS_TYPES):
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} holds Python objects or is no torch.save file, but only tensors and plain values are loaded "

@@ -1,0 +1,273 @@
+"""What each part of teacher and student costs: parameters, bytes and FLOPs a sample, for any config, without weights.
+
+`distill stats model CONFIG [key=value …]`. The models are built on the meta device from the sizes in their configs: of
+a local folder or the hub's local copy, else the published ones in `known_models.json`, else the hub's.
+
+Shapes: B batch, T LLM positions, S supervised positions, L audio tokens, X mel frames, M mel bins, D LLM width.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from distill.cli import add_config_arguments
+from distill.config import Config, load_config
+from distill.run import lora_of, student_llm
+from distill.teach import build_llm, build_whisper, teacher_config
+from distill.teacher import teacher_path
+from shards.sample import SAMPLE_RATE
+from students.quantize import nf4_bytes
+from teachers.beats import BEATS_FBANK, BeatsConfig, read_cfg
+from teachers.checkpoint import describe_checkpoint
+from teachers.eat import EatConfig
+from teachers.encoders import build_encoder
+from teachers.frontend import count_frames
+from teachers.loading import lora_settings, read_config
+from teachers.lora import Lora, add_lora_
+from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.weights import read_torch_file
+
+KNOWN_MODELS = Path(__file__).with_name("known_models.json")
+NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs
+PARTS = ("Whisper encoder", "BEATs", "EAT", "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body",
+         "LoRA", "LLM head")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The sample that FLOPs are counted for."""
+
+    seconds: float = 10.0  # of audio
+    prompt_tokens: int = 20  # text around the audio
+    answer_tokens: int = 30  # with the end token
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model. FLOPs are of one sample's forward; a multiplication and an addition are two."""
+
+    name: str
+    parameters: int
+    bytes: float
+    flops: int
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that decides a model's sizes."""
+
+    config: SalmonnConfig
+    lora: Lora | None
+    llm_dtype: torch.dtype
+    is_4bit: bool = False
+
+
+def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedConfig]]:
+    """The teacher that a run's config names, and the configs of parts that are yet to be trained here."""
+    path, dtype = teacher_path(config), llm_dtype(config)
+    if path.is_dir():
+        saved = read_config(path)
+        return Blueprint(saved["model"], lora_settings(saved), dtype), {}
+    if not config.teacher.path:
+        return Blueprint(teacher_config(config.scratch, path.parent), None, dtype), scratch_configs(config)
+    names = {name: getattr(config.teacher, name) for name in ("llm", "whisper", "second", "second_kind")}
+    if path.is_file():
+        salmonn, lora = describe_checkpoint(read_torch_file(path, device="meta"), path, **names)
+        return Blueprint(salmonn, lora, dtype), {}
+    return Blueprint(SalmonnConfig(**names), Lora(), dtype), {}
+
+
+def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
+    """The student: the teacher's ears and Q-Former sizes on its own LLM."""
+    salmonn = dataclasses.replace(teacher.config, llm=student_llm(config), windows=config.student.windows)
+    return Blueprint(salmonn, lora_of(config), llm_dtype(config), config.student.quantization == "nf4")
+
+
+def llm_dtype(config: Config) -> torch.dtype:
+    """Of a LLM's weights on the GPU that a table is for."""
+    return torch.float32 if config.precision == "float32" else torch.bfloat16
+
+
+def scratch_configs(config: Config) -> dict[str, PretrainedConfig]:
+    """Of the parts that `distill teach` has not made yet, by their paths; the vocabulary is as large as allowed."""
+    folder, scratch = config.run_folder / "scratch", config.scratch
+    with torch.device("meta"):
+        llms = {
+            "llm": build_llm(scratch.vocab_size, scratch.llm_width, scratch.llm_layers, NO_TOKENIZER),
+            "student-llm": build_llm(scratch.vocab_size, scratch.student_width, scratch.student_layers, NO_TOKENIZER),
+            "whisper": build_whisper(scratch),
+        }
+    return {str(folder / name): model.config for name, model in llms.items()}
+
+
+def model_config(name: str) -> PretrainedConfig:
+    """A model's config by folder or hub id: from this disk, from the published sizes kept here, or from the hub.
+
+    Raises:
+        FileNotFoundError: none of them has it.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        known = json.loads(KNOWN_MODELS.read_text())
+    if name in known:
+        return AutoConfig.for_model(**known[name])
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model is {name!r}, but it is no folder here, the hub does not give it ({str(error).splitlines()[0]}) and "
+            f"its sizes are not among {len(known)} known ones; name one of {', '.join(sorted(known)[:4])}, …"
+        ) from error
+
+
+def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> Salmonn:
+    """The model without weights and without LoRA; its rows cannot be tokenised."""
+    config = blueprint.config
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(_find(config.llm, given), dtype=blueprint.llm_dtype)
+        whisper = build_encoder("whisper", _find(config.whisper, given).to_dict())
+        second = build_encoder(config.second_kind, second_sizes(config)) if config.second else None
+        plain = dataclasses.replace(config, prompts="", end_token="")
+        return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
+
+
+def _find(name: str, given: dict[str, PretrainedConfig]) -> PretrainedConfig:
+    return given[name] if name in given else model_config(name)
+
+
+def second_sizes(config: SalmonnConfig) -> dict:
+    """Sizes of the second encoder: the file's own where it is BEATs and here, else the official ones."""
+    if config.second_kind == "eat":
+        return dataclasses.asdict(EatConfig())
+    if Path(config.second).is_file():
+        return dataclasses.asdict(read_cfg(read_torch_file(config.second, device="meta")["cfg"], config.second))
+    is_tagger = "finetuned" in config.second
+    return dataclasses.asdict(BeatsConfig(predictor_class=AUDIO_CLASSES if is_tagger else None))
+
+
+def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfig] | None = None) -> list[Part]:
+    """Every part of a model with its cost; parts that a model lacks are not listed."""
+    model = build_on_meta(blueprint, given or {})
+    num_samples = round(usage.seconds * SAMPLE_RATE)
+    num_tokens = model.num_audio_tokens(num_samples)
+    flops = {**_count_ears(model, num_samples), **_count_connector(model, num_samples)}
+    length = usage.prompt_tokens + num_tokens + usage.answer_tokens
+    flops["LLM body"] = _count_body(model, length)
+    head = model.llm.get_output_embeddings()
+    flops["LLM head"] = count_flops(lambda: head(_empty(usage.answer_tokens, head.in_features, like=head)))
+    linears = {m.weight for m in model.llm.modules() if isinstance(m, nn.Linear) and m is not head}
+    if blueprint.lora is not None:
+        with torch.device("meta"):
+            add_lora_(model.llm, blueprint.lora)
+        flops["LoRA"] = 2 * length * sum(p.numel() for n, p in model.llm.named_parameters() if "lora_" in n)
+    sizes = _size_parts(model, linears if blueprint.is_4bit else frozenset())
+    names = [name for name in PARTS if name in sizes or name in flops]  # a tied head has no weights of its own
+    return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
+
+
+def _size_parts(model: Salmonn, in_4bit: Set[nn.Parameter]) -> dict[str, tuple[int, float]]:
+    """Parameters and bytes of each part."""
+    sizes: dict[str, tuple[int, float]] = {}
+    for name, parameter in model.named_parameters():
+        number = parameter.numel()
+        size = nf4_bytes(number) if parameter in in_4bit else number * parameter.element_size()
+        title = part_of(name, model.config)
+        known = sizes.get(title, (0, 0.0))
+        sizes[title] = (known[0] + number, known[1] + size)
+    return sizes
+
+
+def part_of(name: str, config: SalmonnConfig) -> str:
+    """The part that a tensor of a `Salmonn` belongs to."""
+    if "lora_" in name:
+        return "LoRA"
+    if name.startswith("llm."):
+        return {"embed_tokens": "LLM embeddings", "lm_head": "LLM head"}.get(name.split(".")[-2], "LLM body")
+    second = {"beats": "BEATs", "eat": "EAT", "": ""}[config.second_kind]
+    titles = {"whisper": "Whisper encoder", "second": second, "ln_speech": "LayerNorms", "ln_audio": "LayerNorms",
+              "qformer": "Q-Former", "project": "projection"}  # fmt: skip
+    return titles[name.split(".")[0]]
+
+
+def count_flops(forward: Callable) -> int:
+    """FLOPs of a forward on the meta device."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
+def _count_ears(model: Salmonn, num_samples: int) -> dict[str, int]:
+    log_mel = model.whisper.log_mel
+    flops = {
+        "Whisper encoder": count_flops(lambda: model.whisper.encode(_empty(1, log_mel.num_mels, log_mel.num_frames)))
+    }
+    if model.second is not None:
+        mel_BXM = _empty(1, count_frames(num_samples), BEATS_FBANK.num_mels)
+        num_frames_B = _empty(1, dtype=torch.long)
+        flops[part_of("second.", model.config)] = count_flops(lambda: model.second.encode(mel_BXM, num_frames_B))
+    return flops
+
+
+def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:
+    width = model.whisper.width + (model.second.width if model.second is not None else 0)
+    frames_BRE = _empty(1, model.num_frames(num_samples), width)
+    num_windows, project = model.num_windows(num_samples), model.project
+    tokens_LE = _empty(model.num_audio_tokens(num_samples), project.in_features)
+    return {
+        "Q-Former": count_flops(lambda: model.qformer(frames_BRE, num_windows)),
+        "projection": count_flops(lambda: project(tokens_LE)),
+    }
+
+
+def _count_body(model: Salmonn, length: int) -> int:
+    embeddings = model.llm.get_input_embeddings()
+    embeds_BTD = _empty(1, length, embeddings.embedding_dim, like=embeddings)
+    mask = _empty(1, 1, length, length, like=embeddings)  # given whole: transformers looks into smaller ones
+    return count_flops(lambda: model.llm.model(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))
+
+
+def _empty(*shape: int, like: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype if like is None else like.weight.dtype, device="meta")
+
+
+def format_table(title: str, parts: list[Part]) -> str:
+    """A model's parts and their sum as text."""
+    total = Part("all", *(sum(getattr(p, f) for p in parts) for f in ("parameters", "bytes", "flops")))
+    rows = [(p.name, f"{p.parameters:,}", f"{p.bytes / 1e6:,.1f}", f"{p.flops / 1e9:,.1f}") for p in (*parts, total)]
+    rows.insert(0, (title, "parameters", "MB", "GFLOP a sample"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(f"{r[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(r[1:], widths[1:])) for r in rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill stats model` takes."""
+    add_config_arguments(parser)
+    parser.add_argument("--seconds", type=float, default=Usage.seconds, help="of audio (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=Usage.prompt_tokens, help="(%(default)s)")
+    parser.add_argument("--answer-tokens", type=int, default=Usage.answer_tokens, help="(%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill stats model`."""
+    config = load_config(args.config, args.overrides)
+    usage = Usage(args.seconds, args.prompt_tokens, args.answer_tokens)
+    teacher, given = describe_teacher(config)
+    student = describe_student(config, teacher)
+    print(
+        f"one sample: {usage.seconds:g} s of audio, {usage.prompt_tokens} tokens of prompt, {usage.answer_tokens} of "
+        f"answer; forward; LLM weights in {str(llm_dtype(config)).removeprefix('torch.')}, ears in float32"
+    )
+    print(f"\n{format_table(f'teacher ({teacher.config.llm})', measure(teacher, usage, given))}")
+    print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")
+    return 0
