@@ -24,11 +24,12 @@ from distill.crossteacher import meet
 from distill.evaluate import evaluate
 from distill.metrics import mean_error
 from distill.microbatch import Collator, MicroBatch, split
-from distill.objective import Objective
+from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, loss_at
+from distill.zero3 import configure_zero3, gathered, hide_frozen_, is_zero3, join_
 from shards.sample import SAMPLE_RATE, Sample
 from shards.source import expand_shards
 from shards.stream import ShardStream
@@ -82,7 +83,8 @@ class Distiller:
         identity: what else must not change between a run and its resumption, as plain data.
 
     Raises:
-        ValueError: no shard is where it is said to be, the vocabularies of teacher and student differ, or nothing is trainable.
+        ValueError: no shard is where it should be, teacher and student have other vocabularies, or nothing is
+            trainable.
     """
 
     def __init__(self, teacher, student: Salmonn, *, train: str | Path | ShardStream,
@@ -96,6 +98,7 @@ class Distiller:
             self.loss = only_ce(self.loss)
         check_tasks(self.loss.task_weights, student)
         self.schedules = build_schedules(self.loss, self.options.steps)
+        check_codec(getattr(teacher, "header", None), self.loss)
         self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder), seed
         self.dtype = resolve_precision(precision)
@@ -154,6 +157,7 @@ class Distiller:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        join_(self.accelerator, self.objective)
         self._take_best_()
         return self._result(self.options.steps, losses)
 
@@ -173,6 +177,8 @@ class Distiller:
         )
         if is_deepspeed(self.accelerator):
             self._configure_deepspeed()
+        if is_zero3(self.accelerator):
+            hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches
         self.objective, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.collator = Collator(
@@ -214,6 +220,8 @@ class Distiller:
         config["zero_allow_untested_optimizer"] = True
         config["zero_force_ds_cpu_optimizer"] = False
         config.setdefault("steps_per_print", 10**9)
+        if is_zero3(self.accelerator):
+            configure_zero3(config)
 
     @property
     def num_micro_batches(self) -> int:
@@ -304,11 +312,13 @@ class Distiller:
 
     def _save(self, step: int) -> None:
         moments = ckpt.gather_moments(self.accelerator, self.optimizer, self.named)
+        with gathered(self.accelerator, self.objective):
+            tensors = self._tensors() if self.accelerator.is_main_process else {}
         if self.accelerator.is_main_process:
             folder = self.run_folder / "checkpoints"
             best = dataclasses.asdict(self.best)
             state = {"identity": self.identity, "stream": self.stream.state_dict(), "best": best}
-            ckpt.save_checkpoint(folder, step, state, self._tensors(), moments)
+            ckpt.save_checkpoint(folder, step, state, tensors, moments)
             ckpt.prune(folder, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
 
@@ -320,7 +330,8 @@ class Distiller:
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
         self.student.eval()
-        scores = evaluate(self.student, self.valid, self.answers, self.accelerator, title="valid")
+        with gathered(self.accelerator, self.objective):
+            scores = evaluate(self.student, self.valid, self.answers, self.accelerator, title="valid")
         self.student.train()
         best = Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
         if self.best.error is None or best.error < self.best.error:

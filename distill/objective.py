@@ -16,6 +16,7 @@ from distill.fused import fused_ce_kl
 from distill.head import head_weight, logit_transform
 from distill.losses import build_divergence, check_temperature
 from distill.weighing import TERMS, Weights, shared_windows, window_rows
+from shards.header import CacheHeader
 from teachers.batch import Batch
 from teachers.salmonn import Heard, Salmonn
 from teachers.targets import HEAD_INPUT, Targets, record_blocks
@@ -92,7 +93,7 @@ class Objective(nn.Module):
         if targets is None or "feature" not in self.active:
             return None
         if targets.queries_BWQE is None:
-            raise missing("feature", "the Q-Former's queries", "cache.features=int8")
+            raise missing("feature", "Q-Former queries", "cache.features=int8")
         shared = shared_windows(batch, targets)
         own_WQE = torch.cat([heard.queries_BWQE[b, :w] for b, w in enumerate(shared)])
         theirs_WQE = torch.cat([targets.queries_BWQE[b, :w] for b, w in enumerate(shared)])
@@ -107,7 +108,7 @@ class Objective(nn.Module):
         values = []
         for their_layer, own_layer in self.loss.hidden_layers.items():
             if theirs.get(their_layer) is None:
-                raise missing("hidden", f"the states of layer {their_layer}", f"cache.hidden_layers=[{their_layer}]")
+                raise missing("hidden", f"states of layer {their_layer}", f"cache.hidden_layers=[{their_layer}]")
             own_SD = outputs[own_layer]
             if own_layer != HEAD_INPUT:
                 own_SD = own_SD.flatten(0, 1)[batch.predicting_S]
@@ -123,6 +124,20 @@ class Objective(nn.Module):
 
     def _project(self, name: str, own: Tensor) -> Tensor:
         return self.projectors[name](own.float()) if name in self.projectors else own.float()
+
+
+def check_codec(header: CacheHeader | None, loss: LossConfig) -> None:
+    """Refuse a divergence that a cache's targets cannot tell.
+
+    Raises:
+        ValueError: the targets are draws, which hold for the forward KL at temperature 1 alone.
+    """
+    is_sampled = header is not None and header.identity["codec"]["name"] == "sampled"
+    if is_sampled and loss.kl and (loss.kl_kind, loss.temperature) != ("forward_kl", 1.0):
+        raise ValueError(
+            f"loss.kl_kind is {loss.kl_kind} at temperature {loss.temperature:g}, but draws of the teacher "
+            f"(cache.codec=sampled) give the forward KL at temperature 1 alone; use that, or cache with topk."
+        )
 
 
 def build_projectors(

@@ -84,18 +84,18 @@ SHAPES = {
 }
 
 
-def sample_weight(task: str, task_weights: Mapping[str, float], cached_weight: float = 1.0) -> float:
-    """What a sample counts: the weight of its task (1 for one that is not named) times its own from the cache.
+def sample_weight(task: str, task_weights: Mapping[str, float], own_weight: float = 1.0) -> float:
+    """What a sample counts: the weight of its task (1 for one that is not named) times its own.
 
     Raises:
         ValueError: the product is negative or not finite.
     """
-    weight = cached_weight
+    weight = own_weight
     if task in task_weights:
         weight *= task_weights[task]
     if not 0 <= weight < math.inf:
         raise ValueError(
             f"weight of a sample of task {task} is {weight}, but it must be finite and not negative; correct "
-            f"task_weights, or cache the sample again."
+            f"loss.task_weights or data.weights."
         )
     return weight
