@@ -25,6 +25,7 @@ import zstandard
 from record import write_result
 from torch import Tensor
 
+from distill.fidelity import kl_gradient, make_student
 from shards.codecs import Adaptive, Codec, Dense, Hidden, Sampled, TopK, decode
 from shards.distributions import Distribution
 
@@ -89,23 +90,6 @@ def make_hidden(vocab_size: int, num_positions: int, seed: int = 0) -> tuple[Ten
     head_VD[:, :4] /= 8
     hidden_SD[:, :4] *= 8
     return hidden_SD, head_VD
-
-
-def make_student(logprobs_SV: Tensor, seed: int = 1) -> Tensor:
-    """Probabilities of a student on its way, S by V."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.softmax(0.9 * logprobs_SV + 0.5 * torch.randn(logprobs_SV.shape, generator=generator), -1)
-
-
-def kl_gradient(distribution: Distribution, student_SV: Tensor) -> Tensor:
-    """Gradient of the forward KL, with one bucket for all ids that are not kept, by the student's logits."""
-    logprobs_SK, log_residual_S = (values.double() for values in distribution.at(1.0))
-    student_SV = student_SV.double()
-    target_SV = torch.zeros_like(student_SV).scatter_add_(1, distribution.ids_SK, logprobs_SK.exp())
-    outside_SV = student_SV.masked_fill(target_SV > 0, 0)
-    residual_S1, outside_S1 = log_residual_S.exp()[:, None], outside_SV.sum(1, keepdim=True)
-    target_SV += outside_SV * torch.where(outside_S1 > 0, residual_S1 / outside_S1, 0)
-    return student_SV * target_SV.sum(1, keepdim=True) - target_SV
 
 
 def kl_to_dense(distribution: Distribution, logprobs_SV: Tensor) -> Tensor:

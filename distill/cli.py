@@ -18,6 +18,7 @@ STAGES = {
     "subset": ("shards.subset", "a mini set: a share of each task, chosen tasks, so many hours"),
     "stats": ("shards.stats", "counts, hours and lengths of a data set; `stats model CONFIG`: what each part costs"),
     "teach": ("distill.teach", "the demo's small teacher, from nothing"),
+    "plan": ("distill.plan", "what a target cache would take and keep, by codec, before it is made"),
     "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
     "cache-verify": ("distill.cache_verify", "re-read a target cache, and let the teacher say a share of it again"),
     "doctor": ("distill.doctor", "prove objective, data and cache right before GPU hours are spent"),
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = argparse.ArgumentParser(prog=f"distill {command}", description=(module.__doc__ or "").split("\n\n")[0])
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(own)
-    args = own.parse_args(rest)
+    args = own.parse_intermixed_args(rest)  # options and key=value words in any order
     return guard(lambda: module.main(args, **known_tasks(module.main)), debug=args.debug)
 
 
