@@ -40,6 +40,7 @@ from shards.index import build_index, pack_sidecar, sidecar_path
 from shards.sample import SAMPLE_RATE, Sample
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
+from teachers.batch import pad_waveforms
 from teachers.beats import BEATS_FBANK
 from teachers.frontend import WhisperLogMel
 from teachers.one_frontend import OneFrontEnd
@@ -125,11 +126,7 @@ def run_front_ends(folder: Path, worker: int, num_workers: int) -> int:
 
 def pad(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """waveforms_BN, zeros behind each, and num_samples_B."""
-    num_samples_B = torch.tensor([len(sample.waveform_N) for sample in samples])
-    waveforms_BN = torch.zeros(len(samples), int(num_samples_B.max()))
-    for row_N, sample in zip(waveforms_BN, samples):
-        row_N[: len(sample.waveform_N)] = torch.from_numpy(sample.waveform_N)
-    return waveforms_BN, num_samples_B
+    return pad_waveforms([sample.waveform_N for sample in samples])
 
 
 PATHS = {"original": run_original, "front ends in the worker": run_front_ends, "front ends on the device": run_decoding}
@@ -252,7 +249,7 @@ def make_table(figures: dict) -> str:
 def main() -> None:
     """Measure and write benchmarks/results/stream.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=256)
+    parser.add_argument("--clips", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--shards", type=int, default=500, help="of 2,000 samples each, of the long epoch")
     arguments = parser.parse_args()
