@@ -134,7 +134,7 @@ class Capturer:
     def _hear(self, b: int, sample: Sample, heard: Heard, frames: list[Tensor]) -> dict[str, np.ndarray]:
         """What was heard of one clip, as far as it is kept."""
         kept = {}
-        if self.config.cache.features != "none":
+        if self.config.cache.features != "none" and self.model.has_queries:
             kept[QUERIES] = heard.queries_BWQE[b, : heard.num_windows_B[b]].float().cpu().numpy()
         if self.config.cache.frames != "none":
             size = num_frames_read(self.model, len(sample.waveform_N), self.config.student.windows)

@@ -1,4 +1,4 @@
-"""The teacher a config names, loaded: a saved folder, the demo's own, or a released SALMONN checkpoint."""
+"""The teacher a config names, loaded: a saved folder, the demo's own, a released SALMONN or Qwen2-Audio."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from distill.config import Config
 from distill.ranks import resolve_precision
 from teachers.checkpoint import load_checkpoint
 from teachers.loading import load_salmonn
+from teachers.qwen2_audio import is_qwen2_audio, load_qwen2_audio
 from teachers.salmonn import Salmonn
 from teachers.targets import HEAD_INPUT, OnlineTeacher
 
@@ -36,6 +37,8 @@ def load_teacher(config: Config) -> Salmonn:
         raise FileNotFoundError(
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
         )
+    if path.is_dir() and is_qwen2_audio(path):
+        return load_qwen2_audio(path, prompts=config.teacher.prompts, dtype=dtype)
     if path.is_dir():
         return load_salmonn(path, dtype=dtype)
     parts = config.teacher

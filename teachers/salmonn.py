@@ -86,6 +86,8 @@ class Salmonn(nn.Module):
         second: an optional second encoder of the same form.
     """
 
+    has_queries = True  # of a Q-Former, for a student's to be compared with
+
     def __init__(self, config: SalmonnConfig, llm: nn.Module, tokenizer, whisper: nn.Module,
                  second: nn.Module | None = None):  # fmt: skip
         super().__init__()

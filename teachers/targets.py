@@ -106,7 +106,8 @@ class OnlineTeacher:
         label_logprobs_S = logits_SV.log_softmax(-1).gather(1, own.labels_S[:, None])[:, 0]
         distribution = Distribution.from_logits(logits_SV, self.k, self.temperatures)
         layers = {n: x_BTD.flatten(0, 1)[own.predicting_S] for n, x_BTD in outputs.items()}
-        return Targets(distribution, heard.queries_BWQE, heard.num_windows_B, label_logprobs_S, hidden_SD, layers)
+        queries_BWQE = heard.queries_BWQE if self.model.has_queries else None
+        return Targets(distribution, queries_BWQE, heard.num_windows_B, label_logprobs_S, hidden_SD, layers)
 
 
 class CachedTeacher:

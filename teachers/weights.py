@@ -54,15 +54,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_model_config(path: str | Path, model_type: str) -> dict:
+def read_model_config(path: str | Path, model_type: str, *also: str) -> dict:
     """The `config.json` of a Hugging Face folder or hub id.
 
     Raises:
-        ValueError: it describes a model of another type.
+        ValueError: it describes a model neither of `model_type` nor of the types that do as well.
     """
     file = cached_file(path, "config.json")
     config = json.loads(Path(file).read_text())
-    if "model_type" not in config or config["model_type"] != model_type:
+    if "model_type" not in config or config["model_type"] not in (model_type, *also):
         found = f"model_type {config['model_type']}" if "model_type" in config else "no model_type"
         raise ValueError(f"{file} has {found}, but {model_type} is needed; name a folder of such a model.")
     return config

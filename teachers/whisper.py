@@ -20,7 +20,9 @@ from teachers.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
 from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
 
 FRAME_SAMPLES = 2 * HOP_SAMPLES  # the second convolution halves the mel frames
-WEIGHT_PREFIXES = ("model.encoder.", "encoder.")  # of a WhisperForConditionalGeneration and of a WhisperModel
+# Of a WhisperForConditionalGeneration, a WhisperModel, and Qwen2-Audio's tower, which is a Whisper encoder by weights
+WEIGHT_PREFIXES = ("model.encoder.", "encoder.", "audio_tower.", "model.audio_tower.")
+TOWER_TYPE = "qwen2_audio"
 
 
 class WhisperEar(nn.Module):
@@ -84,10 +86,14 @@ class WhisperEar(nn.Module):
         """
         self.check(num_samples_B)
         num_frames_B = (num_samples_B.to(waveforms_BN.device) + FRAME_SAMPLES - 1) // FRAME_SAMPLES
+        return self.encode(self.mel(waveforms_BN, num_samples_B, masks_B)), num_frames_B
+
+    def mel(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None) -> Tensor:
+        """Log-mel features of the full length with parts hidden, mel_BMX."""
         mel_BMX = self.log_mel(waveforms_BN, num_samples_B)
         if masks_B is not None:
             mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
-        return self.encode(mel_BMX), num_frames_B
+        return mel_BMX
 
     def check(self, num_samples_B: Tensor) -> None:
         """Refuse rows that this ear cannot hear, with `ValueError`."""
@@ -99,10 +105,22 @@ class WhisperEar(nn.Module):
 
 
 def _load_config(path: str | Path, num_mels: int | None) -> WhisperConfig:
-    config = WhisperConfig.from_dict(read_model_config(path, "whisper"))
+    fields = read_model_config(path, "whisper", TOWER_TYPE)
+    if fields["model_type"] == TOWER_TYPE:
+        fields = {**fields["audio_config"], "model_type": "whisper"}
+    config = WhisperConfig.from_dict(fields)
     if num_mels not in (None, config.num_mel_bins):
         raise ValueError(
             f"{path} has num_mel_bins {config.num_mel_bins}, but num_mels is {num_mels}; "
             f"large-v2 and smaller have 80, large-v3 and turbo 128: name the other model or drop num_mels."
         )
     return config
+
+
+def ear_of_tower(tower: nn.Module) -> WhisperEar:
+    """Qwen2-Audio's tower as an ear that shares its modules: its frames before they are averaged, normed."""
+    with torch.device("meta"):
+        encoder = WhisperEncoder(WhisperConfig.from_dict({**tower.config.to_dict(), "model_type": "whisper"}))
+    for name, _ in list(encoder.named_children()):
+        setattr(encoder, name, getattr(tower, name))
+    return WhisperEar(encoder)
