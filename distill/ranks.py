@@ -25,7 +25,12 @@ def build_accelerator() -> Accelerator:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    if is_deepspeed(accelerator):
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # under ZeRO-3 transformers would load empty weights, also the teacher's
+    return accelerator
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

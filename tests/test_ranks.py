@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "configs" / "accelerate"
@@ -74,6 +76,15 @@ def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
 def test_two_zero2_ranks_repeat_the_losses_of_one_process(toys, alone):
     launch(toys, "zero2", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml")
     assert losses(toys, "zero2") == pytest.approx(alone, abs=1e-5)
+
+
+def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors(toys, alone):
+    launch(toys, "zero3", "train.micro_batch_size=1", launch_file="two_cpus_zero3.yaml")
+    assert losses(toys, "zero3") == pytest.approx(alone, abs=1e-5)
+    one, two = (load_file(toys / "runs" / name / "student" / "model.safetensors") for name in ("alone", "zero3"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 def test_a_run_resumed_under_zero2_repeats_the_uninterrupted_losses_of_one_process(toys, alone):

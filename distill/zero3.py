@@ -1,0 +1,81 @@
+"""What ZeRO-3 needs beside ZeRO-2: it splits the parameters themselves, and does so with every one that it finds.
+
+Only trainable tensors are given to it. Frozen ones stay whole on every rank: in 4 bits a piece of a weight is not a
+weight, and the head is read row by row, outside its own layer. Knows DeepSpeed, nothing of models.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+from torch import nn
+
+from distill.ranks import is_deepspeed
+
+WHOLE = 10**12  # elements up to which a parameter is gathered for good between steps: all of them
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether parameters are split over the ranks."""
+    return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def configure_zero3(config: dict) -> None:
+    """Let the trainable tensors be whole between steps, in place: the Q-Former's queries belong to no layer's call."""
+    zero = config["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = WHOLE
+    zero["stage3_model_persistence_threshold"] = WHOLE
+
+
+def hide_frozen_(module: nn.Module) -> None:
+    """Make every frozen parameter a plain attribute of its layer, in place, where DeepSpeed does not look."""
+    for layer in module.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                del layer._parameters[name]
+                layer.__dict__[name] = parameter  # nn.Module's own way would register it again
+
+
+@contextmanager
+def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
+    """A block in which every rank has the whole parameters, and may call layers as often as it likes.
+
+    Every rank must enter it. DeepSpeed's hooks gather by exchanges that all ranks take part in, but ranks that generate
+    answers of different lengths call layers at different times: inside the block there are no hooks.
+
+    Args:
+        accelerator: the processes; without ZeRO-3 the block is a plain one.
+        module: what `accelerator.prepare` wrapped.
+    """
+    if not is_zero3(accelerator):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    offload = accelerator.deepspeed_engine_wrapped.engine.optimizer.parameter_offload
+    with GatheredParameters(list(module.parameters())):
+        remove_hooks_(offload)
+        yield
+        offload.setup_zero_stage3_hooks()
+
+
+def join_(accelerator: Accelerator, module: nn.Module) -> None:
+    """Make a module that was trained under ZeRO-3 an ordinary one again, whole on every rank, in place."""
+    if not is_zero3(accelerator):
+        return
+    with gathered(accelerator, module):
+        whole = [parameter.detach().clone() for parameter in module.parameters()]
+    for parameter, tensor in zip(list(module.parameters()), whole):
+        parameter.data = tensor
+    remove_hooks_(accelerator.deepspeed_engine_wrapped.engine.optimizer.parameter_offload)
+    for layer in module.modules():
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, nn.Parameter):
+                del layer.__dict__[name]
+                layer.register_parameter(name, value)
+
+
+def remove_hooks_(offload) -> None:
+    """Take DeepSpeed's hooks off every layer."""
+    offload._remove_module_hooks()
+    offload.forward_hooks, offload.backward_hooks = [], []
