@@ -1,4 +1,4 @@
-"""Qwen2-Audio as a teacher: transformers' own loss, logits and answers; a batch is its rows; its tower is a student's."""
+"""Qwen2-Audio as a teacher: transformers' own loss, logits and answers; a batch is its rows."""
 
 import json
 
