@@ -14,7 +14,8 @@ import numpy as np
 
 from shards.archive import MAX_MEMBER_BYTES, ShardError
 from shards.index import SIDECAR_SUFFIX, ShardIndex, load_index, unpack_sidecar
-from shards.source import SHARD_SUFFIX, TARGETS_SUFFIX, ShardCache, expand_shards, is_folder, is_remote, read_small
+from shards.localcopy import ShardCache
+from shards.source import SHARD_SUFFIX, TARGETS_SUFFIX, expand_shards, is_folder, is_remote, read_small
 
 CATALOG = "index.json"  # written by `distill pack`: samples, bytes and sha256 of each shard
 _NUM_SHOWN = 5  # keys listed in an error

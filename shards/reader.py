@@ -16,8 +16,8 @@ from shards.audio import AudioError, decode_audio, hash_waveform
 from shards.augment import augment_sample
 from shards.augmentation import Augmentation
 from shards.catalog import Catalog
+from shards.localcopy import ShardCache
 from shards.sample import SAMPLE_RATE, Sample
-from shards.source import ShardCache
 
 MAX_OPEN = 64  # shards a process keeps open
 _FIELDS = {

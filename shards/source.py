@@ -1,11 +1,11 @@
 """Where shards come from: local paths, brace ranges, globs and folders, http(s), and whatever fsspec opens.
 
-A remote shard is fetched whole into a bounded cache on local disk, so that reading it is the same `pread` as for a
-local one. Knows names and bytes; nothing of what a shard holds. A `pipe:` command is never run.
+Knows names and bytes; nothing of what a shard holds, nor of the local copies (`shards/localcopy.py`). A `pipe:` command
+is never run.
 """
 
 import difflib
-import fcntl
+import errno
 import glob
 import http.client
 import os
@@ -22,8 +22,7 @@ from shards.archive import ShardError
 
 SHARD_SUFFIX = ".tar"
 TARGETS_SUFFIX = ".targets.tar"
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distill" / "shards"
-DEFAULT_CACHE_BYTES = 64 * 2**30
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NUM_TRIES = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled after each failed try
 TIMEOUT_SECONDS = 60.0  # without a byte
@@ -43,9 +42,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
     given = [shards] if isinstance(shards, str | Path) else list(shards)
     names = [name for spec in given for braced in _expand_braces(str(spec)) for name in _expand_pattern(braced)]
     if not names:
-        raise ShardError(
-            f"shards is {given}, but no shard matches; {_nearest(str(given[0])) if given else 'name one.'}"
-        )
+        raise ShardError(f"shards is {given}, but no shard matches; {nearest(str(given[0])) if given else 'name one.'}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ShardError(f"{twice} is given more than once, but each shard is read once; remove it from shards.")
@@ -60,107 +57,6 @@ def is_remote(name: str) -> bool:
 def is_folder(name: str) -> bool:
     """Whether a name stands for all shards of a folder."""
     return name.endswith("/") if is_remote(name) else os.path.isdir(name)
-
-
-class ShardCache:
-    """Local copies of remote files, at most `max_bytes` of them; the least recently used goes first.
-
-    Safe for several processes on one machine: a lock file a URL makes each file come once. A remote shard is taken
-    never to change; where one did, empty the folder.
-    """
-
-    def __init__(
-        self,
-        folder: Path = DEFAULT_CACHE,
-        max_bytes: int = DEFAULT_CACHE_BYTES,
-        first_wait_seconds: float = FIRST_WAIT_SECONDS,
-    ):
-        self.folder = Path(folder)
-        self.max_bytes = max_bytes
-        self.first_wait_seconds = first_wait_seconds
-
-    def open(self, name: str) -> int:
-        """A file descriptor on the shard, fetched first where it is remote; the caller closes it.
-
-        Raises:
-            ShardError: the shard cannot be had.
-        """
-        try:
-            if not is_remote(name):
-                return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-            with self.local(name) as path:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise ShardError(f"{name} is missing; {_nearest(name)}") from error
-
-    @contextmanager
-    def local(self, name: str) -> Iterator[Path]:
-        """Path of the shard or of its local copy, fetched first where it is remote; the copy stays within the block."""
-        if not is_remote(name):
-            yield Path(name)
-            return
-        with self._locked(name):
-            path, is_new = self._fetch(name)
-            yield path
-        if is_new:
-            self._evict(keep=path)
-
-    def _locked(self, name: str):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = open(_lock_path(self._path(name)), "w")  # noqa: SIM115 - closing it is what unlocks
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return file
-
-    def _path(self, name: str) -> Path:
-        scheme, _, rest = name.partition("://")
-        return self.folder / re.sub(r"[^A-Za-z0-9._-]", "_", f"{scheme}_{rest}")[-200:]
-
-    def _fetch(self, name: str) -> tuple[Path, bool]:
-        """The local copy and whether it came now."""
-        path = self._path(name)
-        if path.exists():
-            os.utime(path)
-            return path, False
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            retry(lambda: _download(name, temporary), name, first_wait_seconds=self.first_wait_seconds)
-            os.replace(temporary, path)
-        except FileNotFoundError as error:
-            raise ShardError(f"{name} is missing; {_nearest(name)}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path, True
-
-    def _evict(self, keep: Path) -> None:
-        """Remove the files used longest ago until the rest fits, but none that is in use by its path.
-
-        An open descriptor still reads a removed file.
-        """
-        files = []
-        for path in self.folder.glob(f"*{SHARD_SUFFIX}"):
-            try:
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
-            except FileNotFoundError:
-                continue  # another process evicted it
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total > self.max_bytes and path != keep and _remove_unless_locked(path):
-                total -= size
-
-
-def _lock_path(path: Path) -> str:
-    return f"{path}.lock"
-
-
-def _remove_unless_locked(path: Path) -> bool:
-    """Whether the local copy is gone; one that another thread or process holds stays."""
-    with open(_lock_path(path), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        path.unlink(missing_ok=True)
-        return True
 
 
 def read_small(name: str) -> bytes | None:
@@ -178,10 +74,11 @@ def read_small(name: str) -> bytes | None:
 
 
 def retry(call: Callable[[], _Result], name: str, *, first_wait_seconds: float = FIRST_WAIT_SECONDS) -> _Result:
-    """`call()`, tried NUM_TRIES times with growing waits; a missing file is not tried again.
+    """`call()`, tried NUM_TRIES times with growing waits; what another try cannot help is not tried again.
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: the local disk is full.
         ShardError: every try failed.
     """
     for attempt in range(NUM_TRIES):
@@ -190,6 +87,8 @@ def retry(call: Callable[[], _Result], name: str, *, first_wait_seconds: float =
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno in DISK_IS_FULL:
+                raise
             last = error
             if attempt + 1 < NUM_TRIES:
                 time.sleep(first_wait_seconds * 2**attempt)
@@ -198,8 +97,8 @@ def retry(call: Callable[[], _Result], name: str, *, first_wait_seconds: float =
     ) from last
 
 
-def _download(name: str, path: Path) -> None:
-    """Append to what an earlier try left where the server can, else begin anew."""
+def download(name: str, path: Path) -> None:
+    """Fetch a remote file whole. Append to what an earlier try left where the server can, else begin anew."""
     start = path.stat().st_size if path.exists() else 0
     with _open_remote(name, start) as (source, is_partial, length), open(path, "ab" if is_partial else "wb") as file:
         while piece := source.read(_PIECE):
@@ -295,11 +194,11 @@ def _expand_pattern(name: str) -> list[str]:
         found = [name] if os.path.exists(name) else []
     found = sorted(match for match in found if not match.endswith(TARGETS_SUFFIX))
     if not found:
-        raise ShardError(f"shards is {name!r} ({os.path.abspath(name)}), but no shard matches; {_nearest(name)}")
+        raise ShardError(f"shards is {name!r} ({os.path.abspath(name)}), but no shard matches; {nearest(name)}")
     return found
 
 
-def _nearest(name: str) -> str:
+def nearest(name: str) -> str:
     """A sentence on what is there instead."""
     folder = os.path.dirname(name) or "."
     if is_remote(name):

@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from shards.archive import MAX_MEMBER_BYTES
 from shards.augmentation import Augmentation
 from shards.catalog import open_catalog
+from shards.localcopy import ShardCache
 from shards.plan import Order, Plan, Position
 from shards.reader import BadSample, Reader
 from shards.sample import MAX_SECONDS, Sample
-from shards.source import ShardCache
 
 MIN_MAX_BAD = 10  # samples that may be bad however few were read
 _STATE_VERSION = 1
