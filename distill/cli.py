@@ -25,6 +25,7 @@ STAGES = {
     "filter": ("distill.filter", "leave out or down-weight clips whose labels the teacher does not believe"),
     "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
     "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
+    "export": ("distill.export", "a finished student as a folder to hand on, LoRA kept or merged"),
     "report": ("distill.report", "a run's curves and scorecard as one HTML file"),
     "transcribe": ("distill.transcribe", "let a saved student answer about an audio file"),
 }

@@ -44,6 +44,13 @@ def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
     return small.to(linear.weight.device)
 
 
+def dequantize(weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight in float32, read back from its 4 bits where it has those."""
+    if isinstance(weight, bnb.nn.Params4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.detach().float()
+
+
 def nf4_bytes(num_weights: int) -> float:
     """Bytes of so many weights in NF4 with double quantisation: 4 bits, and 0.127 bits for the scales.
 

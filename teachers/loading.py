@@ -101,6 +101,8 @@ def read_config(folder: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"model folder {folder} holds no {CONFIG}, but a saved model does; check the path.")
     config = json.loads(path.read_text())
+    if config["model"]["llm"].startswith("./"):  # it was exported with its LLM inside, and may have been moved
+        config["model"]["llm"] = str(Path(folder) / config["model"]["llm"])
     return {**config, "model": SalmonnConfig(**config["model"])}
 
 

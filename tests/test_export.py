@@ -1,0 +1,81 @@
+"""An exported student answers as the trained one did, wherever its folder is moved."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from distill.card import ModelFigures, Scorecard, write_scorecard
+from distill.cli import main
+from distill.config import load_config
+from distill.export import export
+from distill.metrics import TaskScore
+from distill.run import run
+from students.student import load_student
+from teachers.checkpoint import load_checkpoint
+
+SAMPLES = [tiny.make_sample(1), tiny.make_sample(2, seconds=1.1)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run with a 4-bit student whose projector was trained."""
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data", num_samples=6)
+    path = tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
+                             loss__hidden=1.0, loss__hidden_kind="mse", teacher__online=True,
+                             train__learning_rate=0.02)  # fmt: skip
+    config = load_config(path)
+    assert run(config) == 0
+    return config.run_folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(model.collate(SAMPLES))[0]
+
+
+def test_an_export_with_lora_is_the_student_without_what_training_needed(finished, tmp_path):
+    assert main(["export", str(finished), str(tmp_path / "out"), "--salmonn"]) == 0
+    student, exported = load_student(finished / "student"), load_student(tmp_path / "out")
+    assert torch.equal(logits(exported), logits(student))
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors", "salmonn.pth", "tokenizer"}
+
+
+def test_a_merged_export_has_the_students_logits_and_can_be_moved(finished, tmp_path):
+    export(finished, tmp_path / "out", merge=True)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    student, exported = load_student(finished / "student"), load_student(tmp_path / "moved")
+    torch.testing.assert_close(logits(exported), logits(student), atol=1e-4, rtol=1e-4)
+    names = [name for name, _ in exported.named_parameters()]
+    assert not any("lora" in name for name in names)
+    assert json.loads((tmp_path / "moved" / "config.json").read_text())["model"]["llm"] == "./llm"
+
+
+def test_salmonns_own_format_gives_the_students_connector_back(finished, tmp_path):
+    export(finished, tmp_path / "out", merge=True, salmonn=True)
+    student = load_student(finished / "student")
+    again, _ = load_checkpoint(tmp_path / "out" / "salmonn.pth", llm=str(tmp_path / "out" / "llm"),
+                               whisper=student.config.whisper)  # fmt: skip
+    torch.testing.assert_close(again.project.weight, student.project.weight)
+
+
+def test_the_model_card_shows_the_scores_beside_the_teachers(finished, tmp_path):
+    score = {"asr": TaskScore(metric="wer", value=0.125, low=0.1, high=0.15, num_samples=40)}
+    card = Scorecard("toy", ModelFigures("teacher", 10, score), ModelFigures("student", 5, score))
+    write_scorecard(card, finished)
+    text = (export(finished, tmp_path / "out") / "README.md").read_text()
+    (finished / "scorecard.json").unlink()
+    assert "| asr: WER ↓ | 12.5% [10.0, 15.0] | 12.5% [10.0, 15.0] |" in text and "asr 40" in text
+
+
+def test_an_export_does_not_write_over_files_and_needs_a_finished_run(finished, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="an export starts empty"):
+        export(finished, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        export(tmp_path, tmp_path / "out")
