@@ -24,7 +24,9 @@ def run(config: Config) -> int:
     """Distil the config's teacher into its student; returns the exit code."""
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
-    model = load_teacher(config).to(accelerator.device)
+    model = load_teacher(config)
+    if config.teacher.online:
+        model.to(accelerator.device)
     student = build_student(
         model,
         student_llm(config),
@@ -37,6 +39,7 @@ def run(config: Config) -> int:
         seed=config.seed,
     ).to(accelerator.device)
     teacher = wrap_teacher(config, model)
+    del model  # of a cached teacher only the ears live on, in the student
     if accelerator.is_main_process:
         config.run_folder.mkdir(parents=True, exist_ok=True)
         write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
@@ -52,7 +55,8 @@ def run(config: Config) -> int:
         seed=config.seed,
         precision=config.precision,
         accelerator=accelerator,
-        identity={key: fingerprint(getattr(config, key)) for key in ("student", "loss", "teacher")},
+        identity={key: fingerprint(getattr(config, key)) for key in ("student", "loss", "teacher")}
+        | {"targets": teacher.header.fingerprint if teacher.header else "online"},
     ).fit()
     if result.preempted:
         return PREEMPTED

@@ -59,7 +59,8 @@ class TargetWriter:
         self.folder = Path(folder)
         self.header = header
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_header(self.folder, header)
+        with explain_full_disk(self.folder, "the cache's header needs"):
+            write_header(self.folder, header)
 
     def is_done(self, shard: str) -> bool:
         """Whether a shard's targets are complete."""
@@ -99,7 +100,7 @@ class TargetWriter:
                 yield None
                 return
             self._check_space(expected_bytes)
-            with _explain_full_disk(self.folder, name):
+            with explain_full_disk(self.folder, f"the targets of {name} need"):
                 yield from self._write(name)
         finally:
             lock.release()
@@ -270,7 +271,8 @@ def _discard(tar: TarWriter) -> None:
 
 
 @contextmanager
-def _explain_full_disk(folder: Path, name: str):
+def explain_full_disk(folder: Path, needs: str):
+    """Turn the system's word for a full disk into one that says what is free, and what needs more."""
     try:
         yield
     except OSError as error:
@@ -278,6 +280,6 @@ def _explain_full_disk(folder: Path, name: str):
             raise
         raise OSError(
             error.errno,
-            f"disk of {folder} is full ({error.strerror}): {shutil.disk_usage(folder).free:,} bytes are free, but the "
-            f"targets of {name} need more; free some space and start again, finished shards are kept.",
+            f"disk of {folder} is full ({error.strerror}): {shutil.disk_usage(folder).free:,} bytes are free, but "
+            f"{needs} more; free some space and start again, finished shards are kept.",
         ) from error

@@ -97,16 +97,16 @@ def write_header(folder: Path, header: CacheHeader) -> None:
 def _create(path: Path, text: str) -> None:
     """Write a whole file unless there is one; of two processes one wins, and both find its file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)
     except FileExistsError:
         pass
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def _flatten(value: Mapping, prefix: str = "") -> dict[str, object]:

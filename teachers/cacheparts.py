@@ -9,18 +9,21 @@ Shapes: V vocabulary, D LLM width.
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from shards.cache import explain_full_disk
 from shards.header import CacheHeader
 from shards.manifest import sync_folder
 from teachers.batch import RowTokenizer
 from teachers.loading import hash_tensors
+from teachers.logits import logit_transform
 from teachers.prompts import Prompts
 from teachers.salmonn import Salmonn
 
@@ -34,10 +37,11 @@ def head_tensor(model: Salmonn) -> Tensor:
         ValueError: the head is not one float matrix, so that hidden states alone do not give the logits.
     """
     head = model.llm.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
+    is_bare = logit_transform(model.llm.config.get_text_config()) == {"softcap": None, "logit_scale": 1.0}
+    if type(head) is not nn.Linear or head.bias is not None or not is_bare:
         raise ValueError(
-            f"head of {model.config.llm} is {head}, but cache.codec=hidden needs a linear layer without bias, LoRA or "
-            f"quantisation; choose another codec."
+            f"head of {model.config.llm} is {head}, but cache.codec=hidden needs a linear layer without bias, LoRA, "
+            f"quantisation, soft cap or scale; choose another codec."
         )
     return head.weight.detach()
 
@@ -64,14 +68,8 @@ def save_parts(cache: Path, model: Salmonn, *, with_head: bool) -> None:
         return
     temporary.mkdir()
     try:
-        model.tokenizer.save_pretrained(temporary / TOKENIZER)
-        prompts = {"by_task": dict(model.rows.prompts.by_task), "template": model.rows.prompts.template}
-        (temporary / PROMPTS).write_text(json.dumps(prompts))
-        if with_head:
-            save_file({"weight": head_tensor(model).cpu().contiguous()}, temporary / HEAD)
-        for file in (path for path in temporary.rglob("*") if path.is_file()):
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
+        with explain_full_disk(cache, "the teacher's tokenizer and head need"):
+            _write_parts(temporary, model, with_head=with_head)
         try:
             os.rename(temporary, final)
         except OSError:
@@ -80,6 +78,28 @@ def save_parts(cache: Path, model: Salmonn, *, with_head: bool) -> None:
         sync_folder(cache)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_parts(folder: Path, model: Salmonn, *, with_head: bool) -> None:
+    _save_tokenizer(model.tokenizer, folder / TOKENIZER)
+    prompts = {"by_task": dict(model.rows.prompts.by_task), "template": model.rows.prompts.template}
+    (folder / PROMPTS).write_text(json.dumps(prompts))
+    if with_head:
+        (folder / HEAD).write_bytes(save({"weight": head_tensor(model).cpu().contiguous()}))
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        with open(file, "rb+") as stream:
+            os.fsync(stream.fileno())
+
+
+def _save_tokenizer(tokenizer, folder: Path) -> None:
+    """`save_pretrained`, whose Rust part raises a bare Exception with the system's number in its text."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load_head(cache: Path, header: CacheHeader) -> Tensor:

@@ -2,8 +2,10 @@
 
 import builtins
 import dataclasses
+import functools
 import os
 import random
+import resource
 import signal
 import traceback
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from distill import cache as cache_module
 from distill.cache import cache
-from distill.config import LossConfig, TrainConfig, load_config
+from distill.config import Config, LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import wrap_teacher
 from shards.archive import ShardError
@@ -28,7 +30,7 @@ from teachers.loading import load_salmonn
 from teachers.lora import Lora
 from teachers.targets import CachedTeacher, OnlineTeacher
 
-OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=2, learning_rate=2e-3, warmup_steps=1, save_every=100)
+OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,15 @@ def toys(tmp_path_factory):
     return folder
 
 
-def make_cache(toys: Path, folder: Path, *words: str):
+@functools.cache
+def read_config(path: Path, words: tuple[str, ...]) -> Config:
+    return load_config(path, words)
+
+
+def make_cache(toys: Path, folder: Path, *words: str) -> Config:
     """Run the job; returns its config."""
-    config = load_config(toys / "toy.yaml", [f"cache.folder={folder}", *words])
+    config = read_config(toys / "toy.yaml", words)
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, folder=str(folder)))
     assert cache(config) == 0
     return config
 
@@ -52,7 +60,8 @@ def make_cache(toys: Path, folder: Path, *words: str):
 def train(toys: Path, run_folder: Path, config, model=None, **loss) -> list[float]:
     """Losses of a short run, from the cache of a config or, with `teacher.online`, from the teacher itself."""
     model = model or load_salmonn(toys / "teacher")
-    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new")
+    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new",
+                            quantization="none")  # fmt: skip
     return Distiller(wrap_teacher(config, model), student, train=toys / "data" / "train", options=OPTIONS,
                      run_folder=run_folder, loss=LossConfig(**loss)).fit().losses  # fmt: skip
 
@@ -97,10 +106,17 @@ def test_a_cache_of_every_codec_gives_the_losses_of_the_teacher_itself(toys, tmp
     assert losses == pytest.approx(expected, abs=error)
 
 
-@pytest.mark.parametrize("codec", ["topk", "adaptive", "sampled"])
-def test_a_temperature_that_was_not_cached_is_refused_with_both_values(toys, tmp_path, codec):
+@pytest.mark.parametrize(
+    ("codec", "refusal"),
+    [
+        ("topk", r"temperature is 3\.0, but these targets were stored for \[1\.0, 2\.0\]"),
+        ("adaptive", r"temperature is 3\.0, but these targets were stored for \[1\.0, 2\.0\]"),
+        ("sampled", r"temperature 3, but draws of the teacher .* give the forward KL at temperature 1 alone"),
+    ],
+)
+def test_a_temperature_that_was_not_cached_is_refused_with_both_values(toys, tmp_path, codec, refusal):
     config = make_cache(toys, tmp_path / "cache", f"cache.codec={codec}")
-    with pytest.raises(ValueError, match=r"temperature is 3\.0, but these targets were stored for \[1\.0"):
+    with pytest.raises(ValueError, match=refusal):
         train(toys, tmp_path / "run", config, temperature=3.0)
 
 
@@ -259,8 +275,8 @@ def test_kill_9_at_ten_random_moments_ends_in_the_bytes_of_an_undisturbed_job(to
     words = ["cache.codec=sampled", "data.labelled_share=0.5"]
     expected = read_files(make_cache(toys, tmp_path / "whole", *words).cache_folder)
     moments, killed = random.Random(0), 0
-    for attempt in range(30):
-        folder, moment = tmp_path / f"killed-{killed // 3}", moments.randrange(1, 60)
+    for attempt in range(20):
+        folder, moment = tmp_path / f"killed-{killed // 3}", moments.randrange(1, 40)
         status, error = run_child(lambda at=moment, to=folder: (kill_at(at), make_cache(toys, to, *words)))
         assert status in (0, -signal.SIGKILL), error
         killed += status != 0
@@ -302,6 +318,24 @@ def test_the_closing_table_counts_what_was_written(toys, tmp_path, capsys):
     for name, value in (("samples", "12 "), ("tokens", f"{tokens}"), ("bytes a token", f"{payload:.1f} "),
                         ("captured mass", f"{mass:.4f}"), ("hours", "0.0")):  # fmt: skip
         assert f"  {name:<14} {value}" in printed
+
+
+@pytest.mark.parametrize("limit", [1_000, 6_000, 30_000])
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(toys, tmp_path, limit):
+    words = ["cache.codec=dense", "cache.frames=float16"]
+    expected = read_files(make_cache(toys, tmp_path / "whole", *words).cache_folder)
+
+    def write_too_much():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        make_cache(toys, tmp_path / "full", *words)
+
+    status, error = run_child(write_too_much)
+    assert status == 1
+    assert "bytes are free, but" in error and "free some space and start again" in error, error
+    left = {name: data for name, data in read_files(tmp_path / "full").items() if not name.startswith(".")}
+    assert left.items() <= expected.items()
+    assert read_files(make_cache(toys, tmp_path / "full", *words).cache_folder).items() >= expected.items()
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
