@@ -80,7 +80,7 @@ def guard(work, *, debug: bool) -> int:
     try:
         return int(work() or 0)
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print("stopped; files that were finished are kept, and the same command goes on from them", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         if debug:

@@ -35,7 +35,7 @@ class AuditReport:
         return self.num_rows - self.num_kept
 
     def __str__(self) -> str:
-        lines = [f"{'reason':<16} {'verdict':<8} {'rows':>9} {'share':>8}  what"]
+        lines = [f"{'reason':<16} {'verdict':<8} {'rows':>9} {'share':>8}  what"] if self.counts else ["nothing found"]
         for (reason, verdict), count in self.counts.most_common():
             share = count / self.num_rows
             lines.append(f"{reason:<16} {verdict:<8} {count:>9} {share:>8.2%}  {REASONS[reason].meaning}")
@@ -77,6 +77,11 @@ def audit(
     """
     policy = make_policy(policy or {})
     manifests, out = [Path(path) for path in manifests], Path(out)
+    for path in manifests:
+        if path.is_dir() or not path.suffix:
+            raise ValueError(
+                f"manifests is {path} in part, but that is no file of rows; for the results say --out {path}."
+            )
     workers = count_cpus() if workers is None else workers
     num_rows = [_count_rows(path, tasks) for path in manifests]
     out.mkdir(parents=True, exist_ok=True)

@@ -120,8 +120,8 @@ def missing_file_error(path: Path, *, place: str = "") -> FileNotFoundError:
         parent, missing = parent.parent, parent.name
     names = sorted(itertools.islice((child.name for child in parent.iterdir()), NUM_NAMES_SCANNED))
     near = difflib.get_close_matches(missing, names, 3, cutoff=0.4)
-    where = f"{place} is {path}" if place else str(path)
-    hint = f"nearest in {parent}: {', '.join(near)}" if near else f"{parent} holds nothing like {missing!r}"
+    where, folder = f"{place} is {path}" if place else f"{path} is named", os.path.abspath(parent)
+    hint = f"nearest in {folder}: {', '.join(near)}" if near else f"{folder} holds nothing like {missing!r}"
     return FileNotFoundError(f"{where}, but no such file exists; {hint}.")
 
 

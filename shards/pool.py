@@ -65,7 +65,9 @@ def progress_bar(description: str, total: int, *, show: bool):
 
     class RateColumn(TextColumn):
         def render(self, task):
-            self.text_format = f"{task.finished_speed or task.speed or 0:.0f} samples/s"
+            # rich knows no speed before a few steps, nor of a task that was over at once
+            mean = task.completed / task.elapsed if task.elapsed else 0.0
+            self.text_format = f"{mean if task.finished else task.speed or mean:.0f} samples/s"
             return super().render(task)
 
     columns = (

@@ -119,7 +119,7 @@ def _group_namer(by: str, speaker_pattern: str | None, folder: Path) -> Callable
         if speaker is None:
             raise ValueError(
                 f"{entry.place}.speaker is missing, but the split is by speaker; "
-                "give speaker_pattern, or split by recording."
+                "give speaker_pattern (--speaker-pattern), or split by recording (--by recording)."
             )
         return f"{entry.source}/{speaker}"
 

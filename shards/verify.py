@@ -39,6 +39,11 @@ def verify(out: Path, *, workers: int | None = None, show_progress: bool = False
     """
     out = Path(out)
     if not (out / "index.json").exists():
+        near = sorted(path.parent for path in out.glob("*/index.json"))
+        if near:
+            raise FileNotFoundError(
+                f"{out} is no packed folder, but {', '.join(map(str, near))} are; name one of them."
+            )
         raise missing_file_error(out / "index.json")
     index = json.loads((out / "index.json").read_text())
     workers = count_cpus() if workers is None else workers

@@ -196,6 +196,13 @@ def test_every_reason_has_a_verdict_that_it_allows():
     assert all(reason.verdict in (*reason.choices, "auto") for reason in REASONS.values())
 
 
+def test_a_folder_given_as_a_manifest_is_refused_with_the_way_to_say_it(tmp_path):
+    manifest = write_annotation(tmp_path / "train.json", write_clips(tmp_path, 1))
+    with pytest.raises(ValueError, match=r"manifests is .*audited in part, .* say --out .*audited"):
+        audit([manifest, tmp_path / "audited"], tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_prints_the_table(tmp_path, capsys):
     rows = write_clips(tmp_path, 3)
     (tmp_path / "clip001.wav").write_bytes(b"<html>")

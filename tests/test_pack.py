@@ -352,6 +352,10 @@ def test_the_command_packs_verifies_and_counts(manifest, tmp_path, capsys):
     assert "40 samples, 0.01 h, all as written" in capsys.readouterr().out
     with pytest.raises(ValueError, match="out is missing"):
         run(manifest)
+    (tmp_path / "all").mkdir()
+    (tmp_path / "out").rename(tmp_path / "all" / "out")
+    with pytest.raises(FileNotFoundError, match=r"all is no packed folder, but .*all/out are; name one"):
+        run("--verify", tmp_path / "all")
 
 
 def test_a_full_disk_is_an_error_and_leaves_whole_shards_only(manifest, tmp_path):

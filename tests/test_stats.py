@@ -85,7 +85,7 @@ def test_the_command_prints_the_table_and_draws_the_picture(manifest, tmp_path, 
 
 
 def test_a_folder_without_an_index_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"index\.json, but no such file exists"):
+    with pytest.raises(FileNotFoundError, match=r"index\.json is named, but no such file exists"):
         measure(tmp_path)
 
 
