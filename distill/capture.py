@@ -25,6 +25,7 @@ from shards.codecs import CODECS, Codec, Hidden, HiddenStates, Sampled, decode
 from shards.sample import Sample
 from shards.targets import TargetRecord
 from teachers.batch import Batch
+from teachers.logits import head_logits
 from teachers.salmonn import FRAME_SAMPLES, Heard, Salmonn
 from teachers.targets import (
     FRAMES,
@@ -92,7 +93,7 @@ class Capturer:
         heard = self.model.hear(batch, frames)
         with record_blocks(self.model, self.layers) as outputs:
             hidden_SD = self.model.answer_states(batch, heard)
-        logits_SV = self.model.llm.lm_head(hidden_SD).float()
+        logits_SV = head_logits(self.model.llm, hidden_SD)
         states = {n: x_BTD.flatten(0, 1)[batch.predicting_S] for n, x_BTD in outputs.items()}
         if HEAD_INPUT in self.config.cache.hidden_layers:
             states[HEAD_INPUT] = hidden_SD

@@ -40,18 +40,6 @@ def head_weight(module: nn.Module, name: str = "lm_head") -> Tensor:
     return module.weight
 
 
-def logit_transform(config) -> dict[str, float | None]:
-    """Soft cap and scale that a model's config asks for, as keyword arguments of the fused objective.
-
-    Args:
-        config: a transformers config: Gemma has `final_logit_softcapping`, Cohere `logit_scale`, Granite
-            `logits_scaling` (which divides), MiniCPM `dim_model_base` (its scale is in the hidden state already).
-    """
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale / divisor}
-
-
 def choose_product_dtype(hidden_SD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> torch.dtype:
     """16 bits where a GPU multiplies and one side has no more; else the accumulation dtype, as CPUs are slow at 16."""
     stored = weight_VD.quant_state.dtype if is_quantised(weight_VD) else weight_VD.dtype

@@ -13,11 +13,12 @@ from distill.crossteacher import CrossedTargets
 from distill.crosstokenizer import fused_cross_loss
 from distill.features import build_projector, feature_loss
 from distill.fused import fused_ce_kl
-from distill.head import head_weight, logit_transform
+from distill.head import head_weight
 from distill.losses import build_divergence, check_temperature
 from distill.weighing import TERMS, Weights, shared_windows, window_rows
 from shards.header import CacheHeader
 from teachers.batch import Batch
+from teachers.logits import logit_transform
 from teachers.salmonn import Heard, Salmonn
 from teachers.targets import HEAD_INPUT, Targets, record_blocks
 

@@ -26,6 +26,7 @@ from shards.archive import BLOCK
 from shards.codecs import Hidden, HiddenStates, Sampled, decode
 from shards.sample import Sample
 from shards.stream import ShardStream
+from teachers.logits import head_logits
 
 GOOD_COSINE = 0.9998  # of the gradient: what is above it trains like the dense teacher
 CANDIDATES = (
@@ -162,7 +163,7 @@ def run_dense(capture: Capturer, samples: Sequence[Sample]) -> Pass:
     dtype = resolve_precision(capture.config.precision)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         hidden_SD = model.answer_states(batch, model.hear(batch))
-        logits_SV = model.llm.lm_head(hidden_SD).float()
+        logits_SV = head_logits(model.llm, hidden_SD)
     parts, start = [], 0
     for row in batch.rows:
         parts.append(slice(start, start := start + len(row.answer)))

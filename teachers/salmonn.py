@@ -20,6 +20,7 @@ from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from teachers.batch import Batch, RowTokenizer, collate
 from teachers.ending import EndSequence, cut_after_end
 from teachers.frontend import HOP_SAMPLES
+from teachers.logits import head_logits
 from teachers.one_frontend import OneFrontEnd, measure_approximation
 from teachers.prompts import load_prompts
 from teachers.qformer import WindowQFormer
@@ -252,7 +253,7 @@ class Salmonn(nn.Module):
     def forward(self, batch: Batch, frames: list[Tensor] | None = None) -> tuple[Tensor, Heard]:
         """Logits at the supervised positions, float32: logits_SV, and what was heard."""
         heard = self.hear(batch, frames)
-        return self.llm.lm_head(self.answer_states(batch, heard)).float(), heard
+        return head_logits(self.llm, self.answer_states(batch, heard)), heard
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int = 100, num_beams: int = 1,

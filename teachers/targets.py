@@ -24,6 +24,7 @@ from shards.sample import Sample
 from shards.targets import TargetRecord, identify_sample
 from teachers.batch import Batch, Row, RowTokenizer
 from teachers.cacheparts import load_head, load_rows
+from teachers.logits import head_logits
 from teachers.salmonn import Salmonn
 
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
@@ -102,7 +103,7 @@ class OnlineTeacher:
         heard = self.model.hear(own, frames)
         with record_blocks(self.model, self.hidden_layers) as outputs:
             hidden_SD = self.model.answer_states(own, heard)
-        logits_SV = self.model.llm.lm_head(hidden_SD).float()
+        logits_SV = head_logits(self.model.llm, hidden_SD)
         label_logprobs_S = logits_SV.log_softmax(-1).gather(1, own.labels_S[:, None])[:, 0]
         distribution = Distribution.from_logits(logits_SV, self.k, self.temperatures)
         layers = {n: x_BTD.flatten(0, 1)[own.predicting_S] for n, x_BTD in outputs.items()}

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 import distill.head
 from distill.fused import FusedLoss, fused_ce_kl
-from distill.head import head_weight, logit_transform
+from distill.head import head_weight
 from distill.losses import build_divergence, ce, dense_divergence, sampled_divergence, sparse_divergence
 
 S, D, V, K = 7, 16, 2500, 5  # three tiles of 1,024 rows, the last one short
@@ -321,11 +321,3 @@ def test_a_head_without_one_weight_is_refused_by_name():
         head_weight(lora)
     with pytest.raises(ValueError, match="classifier is Sequential"):
         head_weight(nn.Sequential(nn.Linear(4, 9)), "classifier")
-
-
-def test_the_transform_of_a_config_is_what_its_model_does_to_the_logits():
-    from transformers import Gemma2Config, GraniteConfig, LlamaConfig
-
-    assert logit_transform(LlamaConfig()) == {"softcap": None, "logit_scale": 1.0}
-    assert logit_transform(Gemma2Config(final_logit_softcapping=30.0)) == {"softcap": 30.0, "logit_scale": 1.0}
-    assert logit_transform(GraniteConfig(logits_scaling=8.0)) == {"softcap": None, "logit_scale": 0.125}
