@@ -97,6 +97,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     state = content["model"]
     names = _translate(state, path)
     model = build_salmonn(config, lora=lora, dtype=dtype)
+    _check_mels(model, _read_config(content), path)
     own = {name: state[key] for key, name in names.items() if name is not None}
     _load_strictly_(model, own, path)
     model.own_names = frozenset(own)
@@ -176,6 +177,19 @@ def _trained_settings(theirs: dict) -> dict:
     return found
 
 
+def _check_mels(model: Salmonn, theirs: dict, path) -> None:
+    """Refuse a Whisper whose features are not those it was trained on: no tensor's shape tells 80 from 128 mels."""
+    trained_on = Path(theirs.get("whisper_path", "")).name
+    if not re.search("tiny|base|small|medium|large", trained_on):
+        return
+    expected, found = (128 if "large-v3" in trained_on else 80), model.whisper.log_mel.num_mels
+    if found != expected:
+        raise ValueError(
+            f"{model.config.whisper} has {found} mel bins, but {path} was trained on {trained_on} with {expected}; "
+            f"name that Whisper."
+        )
+
+
 def _settings_to_save(model: Salmonn) -> dict:
     theirs = {name: getattr(model.config, ours) for name, ours in SETTINGS.items()}
     theirs |= {"end_sym": model.config.end_token or model.tokenizer.eos_token, "window_level_Qformer": True}
@@ -183,7 +197,10 @@ def _settings_to_save(model: Salmonn) -> dict:
         theirs["window_level_Qformer"] = False
     if lora := getattr(model.llm, "peft_config", None):
         theirs |= {"lora": True, "lora_rank": lora["default"].r, "lora_alpha": lora["default"].lora_alpha}
-    return {**theirs, "num_speech_query_token": model.config.num_queries}
+    paths = {"llama_path": model.config.llm, "whisper_path": model.config.whisper}
+    if model.config.second_kind == "beats":
+        paths["beats_path"] = model.config.second
+    return {**theirs, **paths, "num_speech_query_token": model.config.num_queries}
 
 
 def _qformer_sizes(state: dict[str, Tensor], path) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """SALMONN's checkpoints: the reference's tiny model gives the reference's numbers, and ours load back identical."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,9 +8,15 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_beats import TINY as TINY_BEATS
+from test_beats import make_official
 
 from shards.sample import Sample
-from teachers.checkpoint import load_checkpoint, save_checkpoint
+from teachers.beats import BeatsEar
+from teachers.checkpoint import load_checkpoint, our_name, save_checkpoint, their_name
+from teachers.loading import build_salmonn
+from teachers.lora import Lora
+from teachers.salmonn import Salmonn, SalmonnConfig
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +78,123 @@ def test_every_key_is_accounted_for(reference):
     assert any("lora_A" in key for key in report.loaded)
 
 
-def test_a_model_saved_in_salmonns_format_loads_back_to_identical_logits(tmp_path):
-    tiny.make_parts(tmp_path)
-    model = tiny.make_teacher(tmp_path, lora=True).eval()
-    save_checkpoint(model, tmp_path / "salmonn.pth")
-    loaded, report = load_checkpoint(
-        tmp_path / "salmonn.pth", llm=str(tmp_path / "llm"), whisper=str(tmp_path / "whisper"), qformer_heads=2,
-        lora_alpha=8,
-    )  # fmt: skip
-    batch = model.collate([tiny.make_sample(1), tiny.make_sample(2, text="nine")])
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.make_parts(folder)
+    torch.manual_seed(0)
+    torch.save(make_official(BeatsEar.from_config(TINY_BEATS)), folder / "beats.pt")
+    return folder
+
+
+def make_salmonn(parts: Path, targets=("q_proj", "v_proj"), **settings) -> Salmonn:
+    """A tiny SALMONN with LoRA whose matrices are not zero, on tiny ears of a second and a half."""
+    torch.manual_seed(1)
+    fields = {"qformer_width": 32, "qformer_layers": 1, "qformer_heads": 2, "qformer_ffn": 64, **settings}
+    config = SalmonnConfig(llm=str(parts / "llm"), whisper=str(parts / "whisper"), **fields)
+    model = build_salmonn(config, lora=Lora(rank=4, alpha=12, targets=targets) if targets else None)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def logits_of(model: Salmonn) -> torch.Tensor:
     with torch.no_grad():
-        assert torch.equal(model(batch)[0], loaded(batch)[0])
-    assert not report.leftover
+        return model(model.collate([tiny.make_sample(1), tiny.make_sample(2, text="nine", seconds=1.1)]))[0]
+
+
+def names_of(parts: Path) -> dict[str, str]:
+    return {"llm": str(parts / "llm"), "whisper": str(parts / "whisper")}
+
+
+VARIANTS = {
+    "speech alone": {},
+    "without LoRA": {"targets": ()},
+    "LoRA on seven": {"targets": SEVEN},
+    "three queries": {"num_queries": 3},
+    "overlapping windows": {"window_seconds": 0.5, "stride_seconds": 0.2},
+    "no windows": {"window_seconds": 0.0, "stride_seconds": 0.0},
+    "another template and end": {"template": "Q: {}\nA:", "end_token": "</s>", "max_answer_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("beats", [False, True], ids=["whisper", "beats"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_alone_brings_a_model_back_with_identical_logits(parts, tmp_path, variant, beats):
+    second = {"second": str(parts / "beats.pt"), "second_kind": "beats"} if beats else {}
+    model = make_salmonn(parts, **VARIANTS[variant], **second)
+    save_checkpoint(model, tmp_path / "salmonn.pth")
+    loaded, report = load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts), **second)
+    end_token = model.config.end_token or model.tokenizer.eos_token
+    assert loaded.config == dataclasses.replace(model.config, end_token=end_token)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert len(report.loaded) == sum(their_name(n) is not None for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), SEVEN], ids=["two", "seven"])
+@pytest.mark.parametrize(("old", "new"), [(".default.weight", ".weight"), ("base_model.model.", "")])
+def test_lora_loads_under_old_and_new_names_of_peft(parts, tmp_path, targets, old, new):
+    model = make_salmonn(parts, targets)
+    save_checkpoint(model, tmp_path / "salmonn.pth")
+    content = torch.load(tmp_path / "salmonn.pth", weights_only=True)
+    renamed = {key.replace(old, new) if "lora_" in key else key: x for key, x in content["model"].items()}
+    assert renamed.keys() != content["model"].keys()
+    torch.save({"model": renamed, "config": content["config"]}, tmp_path / "salmonn.pth")
+    assert torch.equal(logits_of(load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))[0]), logits_of(model))
+
+
+def test_leftovers_of_the_trainer_are_named_and_not_loaded(parts, tmp_path):
+    model = make_salmonn(parts)
+    save_checkpoint(model, tmp_path / "salmonn.pth")
+    content = torch.load(tmp_path / "salmonn.pth", weights_only=True)
+    leftovers = ["speech_Qformer.bert.embeddings.position_ids", "llama_model.base_model.model.lm_head.weight",
+                 "beats.encoder.layers.1.self_attn.relative_attention_bias.weight",
+                 "llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"]  # fmt: skip
+    content["model"] |= {key: torch.zeros(2) for key in leftovers}
+    torch.save(content, tmp_path / "salmonn.pth")
+    loaded, report = load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
+    assert report.leftover == leftovers and torch.equal(logits_of(loaded), logits_of(model))
+    assert f"llm ({parts / 'llm'})" in str(report) and "4 leftovers" in str(report)
+
+
+def test_from_checkpoint_is_the_teacher_and_prints_its_report(parts, tmp_path, capsys):
+    second = {"second": str(parts / "beats.pt"), "second_kind": "beats"}
+    model = make_salmonn(parts, **second)
+    save_checkpoint(model, tmp_path / "salmonn.pth")
+    loaded = Salmonn.from_checkpoint(tmp_path / "salmonn.pth", **names_of(parts), beats=str(parts / "beats.pt"))
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert "tensors loaded, 0 leftovers, frozen: llm" in capsys.readouterr().err
+
+
+@pytest.mark.shared
+def test_a_saved_checkpoint_has_the_references_names_and_shapes(reference, shared, tmp_path):
+    save_checkpoint(reference[0], tmp_path / "salmonn.pth")
+    saved = torch.load(tmp_path / "salmonn.pth", weights_only=True)["model"]
+    theirs = torch.load(shared / "parity/salmonn/tiny_salmonn_checkpoint.pth", weights_only=True)["model"]
+    assert saved.keys() == {key for key in theirs if our_name(key) is not None}
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in saved.items())
+
+
+@pytest.mark.shared
+@torch.no_grad()
+def test_bfloat16_logits_stay_within_two_hundredths(reference):
+    model, _, tensors, scenarios = reference
+    batch = model.collate(samples_of("A1", tensors, scenarios["A1"]))
+    expected = model(batch)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(model(batch)[0], expected) < 2e-2
+
+
+def test_a_demo_teacher_saved_in_salmonns_format_loads_back_to_identical_logits(parts, tmp_path):
+    model = tiny.make_teacher(parts, lora=True, windows="audio").eval()
+    save_checkpoint(model, tmp_path / "salmonn.pth")
+    loaded, _ = load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts), windows="audio")
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 @pytest.mark.parametrize(
@@ -106,3 +218,71 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path):
     torch.save(state, tmp_path / "salmonn.pth")
     with pytest.raises(ValueError, match=r"holds 1 tensors that no SALMONN has \(speech_llama_proj2\.weight\)"):
         load_checkpoint(tmp_path / "salmonn.pth", llm=str(tmp_path / "llm"), whisper=str(tmp_path / "whisper"))
+
+
+class Boom:
+    """What unpickling runs."""
+
+    def __reduce__(self):
+        return (Path("marker").touch, ())
+
+
+def test_a_file_that_holds_code_is_refused_and_its_code_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"speech_query_tokens": Boom()}}, tmp_path / "salmonn.pth")
+    with pytest.raises(ValueError, match=r"salmonn\.pth holds Python objects .*take the file from its authors"):
+        load_checkpoint(tmp_path / "salmonn.pth", llm="", whisper="")
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
+def test_a_truncated_file_is_refused(parts, tmp_path, kept):
+    save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
+    data = (tmp_path / "salmonn.pth").read_bytes()
+    (tmp_path / "salmonn.pth").write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    with pytest.raises(
+        ValueError, match=r"salmonn\.pth (is \d+ bytes, but .*download it again|holds Python objects or)"
+    ):
+        load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("ln_speech.weight", r"holds nothing for ln_speech\.weight, but these parts need \(64,\); check llm, whisper"),
+        ("speech_Qformer.bert.encoder.layer.0.intermediate_query.dense.weight", r"but every SALMONN's Q-Former has"),
+    ],
+)
+def test_a_missing_tensor_is_refused_by_name(parts, tmp_path, key, message):
+    save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
+    content = torch.load(tmp_path / "salmonn.pth", weights_only=True)
+    del content["model"][key]
+    torch.save(content, tmp_path / "salmonn.pth")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
+
+
+def test_parts_of_another_width_are_refused(parts, tmp_path):
+    save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
+    with pytest.raises(ValueError, match=r"holds \(4, 64\) for llm.*lora_A.*, but these parts need \(4, 32\)"):
+        load_checkpoint(tmp_path / "salmonn.pth", llm=str(parts / "student-llm"), whisper=str(parts / "whisper"))
+    with pytest.raises(ValueError, match=r"holds nothing for ln_audio\.bias, but these parts need"):
+        load_checkpoint(
+            tmp_path / "salmonn.pth", **names_of(parts), second=str(parts / "beats.pt"), second_kind="beats"
+        )
+
+
+def test_a_whisper_of_another_mel_count_than_the_trained_one_is_refused(parts, tmp_path):
+    save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
+    content = torch.load(tmp_path / "salmonn.pth", weights_only=True)
+    content["config"]["model"]["whisper_path"] = "openai/whisper-large-v3-turbo"
+    torch.save(content, tmp_path / "salmonn.pth")
+    with pytest.raises(
+        ValueError, match=r"whisper has 80 mel bins, but .* was trained on whisper-large-v3-turbo with 128"
+    ):
+        load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
+
+
+def test_a_beats_file_is_no_salmonn(parts):
+    with pytest.raises(ValueError, match=r"beats\.pt holds no SALMONN: speech_query_tokens is missing under 'model'"):
+        load_checkpoint(parts / "beats.pt", **names_of(parts))

@@ -5,9 +5,14 @@ import dataclasses
 import pytest
 import tiny
 import torch
+from test_beats import TINY as TINY_BEATS
+from test_beats import make_official
 
+from students.student import build_student
+from teachers.beats import BeatsEar
 from teachers.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora, add_lora_
+from teachers.targets import OnlineTeacher
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,87 @@ def test_lora_on_a_layer_that_is_not_there_is_refused(model):
         add_lora_(model.llm, Lora(targets=("c_attn",)))
 
 
-def test_frozen_ears_stay_in_evaluation_mode(parts):
-    model = tiny.make_teacher(parts).train()
-    assert model.training and not model.whisper.training and not model.whisper.encoder.training
+@pytest.fixture(scope="module")
+def beats(parts):
+    torch.manual_seed(0)
+    torch.save(make_official(BeatsEar.from_config(TINY_BEATS)), parts / "beats.pt")
+    return {"second": str(parts / "beats.pt"), "second_kind": "beats"}
+
+
+def test_frozen_parts_stay_in_evaluation_mode_while_a_model_trains(parts, beats):
+    model = tiny.make_teacher(parts, qformer_dropout=0.5, **beats)
+    model.second.requires_grad_(False)
+    model.llm.config.attention_dropout = 0.5
+    model.train()
+    frozen = [module for part in (model.whisper, model.second, model.llm) for module in part.modules()]
+    assert model.training and model.qformer.training and not any(module.training for module in frozen)
+    model.qformer.requires_grad_(False)
+    model.train()
+    assert not any(module.training for module in model.qformer.modules())
+    batch = model.collate(SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(model(batch)[0], model(batch)[0])
+    tuned = tiny.make_teacher(parts, lora=True).train()
+    assert any(module.training for module in tuned.llm.modules() if module is not tuned.llm)
+
+
+def test_a_students_training_leaves_its_online_teacher_alone(parts, beats):
+    teacher = OnlineTeacher(tiny.make_teacher(parts, qformer_dropout=0.5, **beats))
+    student = build_student(teacher.model, str(parts / "student-llm"), lora=Lora(rank=4, dropout=0.5),
+                            quantization="none", qformer_dropout=0.5).train()  # fmt: skip
+    assert student.second is teacher.model.second and student.qformer.training
+    assert not any(module.training for module in teacher.model.modules())
+    batch = teacher.model.collate(SAMPLES)
+    first, second = (teacher.targets(batch).distribution.logprobs_SK for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_clip_shorter_than_beats_first_patch_is_refused_by_name(parts, beats):
+    with pytest.raises(ValueError, match=r"sample k000 lasts 0\.10 s, but these ears take 0\.175 to 2 s; cut it or"):
+        tiny.make_teacher(parts, **beats).collate([tiny.make_sample(0, seconds=0.1)])
+
+
+def test_features_are_float32_under_autocast(parts, beats):
+    model = tiny.make_teacher(parts, **beats).eval()
+    batch = model.collate(SAMPLES)
+    expected = model.front_end(batch.waveforms_BN, batch.num_samples_B)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            found = model.front_end(batch.waveforms_BN, batch.num_samples_B)
+            frames = model.frames(batch.waveforms_BN, batch.num_samples_B)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        assert all(x.isfinite().all() for x in frames)
+
+
+@torch.no_grad()
+def test_bfloat16_logits_stay_within_two_hundredths(parts, beats):
+    model = tiny.make_teacher(parts, **beats).eval()
+    expected, batch = logits(model, SAMPLES)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch)[0]
+    assert (found - expected).norm() < 2e-2 * expected.norm()
+
+
+@torch.no_grad()
+def test_one_front_end_is_exact_by_default_and_approximate_when_asked_with_its_error_printed(parts, beats, capsys):
+    exact = tiny.make_teacher(parts, **beats).eval()
+    batch = exact.collate(SAMPLES)
+    frames = exact.frames(batch.waveforms_BN, batch.num_samples_B)
+    for found, ear in zip(frames, (exact.whisper, exact.second)):
+        assert torch.equal(found, ear(batch.waveforms_BN, batch.num_samples_B)[0])
+    assert "shared power spectrum" not in capsys.readouterr().out
+    shared = tiny.make_teacher(parts, front_end="shared", **beats).eval()
+    near = shared.frames(batch.waveforms_BN, batch.num_samples_B)
+    assert torch.equal(near[0], frames[0])
+    error = float((near[1] - frames[1]).norm() / frames[1].norm())
+    printed = capsys.readouterr().out
+    assert 0 < error < 0.5 and f"beats_frames_relative_error {error:.3g}" in printed
+    shared.frames(batch.waveforms_BN, batch.num_samples_B)
+    assert "shared power spectrum" not in capsys.readouterr().out
+
+
+def test_a_shared_spectrum_without_beats_is_refused(parts):
+    with pytest.raises(ValueError, match=r"front_end is 'shared', but second_kind is '' and only BEATs shares"):
+        tiny.make_teacher(parts, front_end="shared")
+    with pytest.raises(ValueError, match=r"front_end is 'near', but must be 'exact' or 'shared'"):
+        tiny.make_teacher(parts, front_end="near")
