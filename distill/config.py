@@ -243,7 +243,8 @@ CHOICES = {
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "loss.temperature",
             "loss.chunk_temperature", "cache.k", "cache.draws", "cache.batch_size", "cache.num_beams",
-            "eval.batch_size", "train.save_every", "train.keep")  # fmt: skip
+            "eval.batch_size", "eval.num_beams", "eval.repetition_penalty", "train.save_every",
+            "train.keep")  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

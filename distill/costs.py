@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2AudioForConditionalGeneration
 
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
@@ -33,11 +33,14 @@ from teachers.encoders import build_encoder
 from teachers.frontend import count_frames
 from teachers.loading import lora_settings, read_config
 from teachers.lora import Lora, add_lora_
+from teachers.qwen2_audio import MODEL_TYPE, Qwen2Audio, describe_qwen2_audio, is_qwen2_audio
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.weights import read_torch_file
+from teachers.whisper import whisper_fields
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
 AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs
 PARTS = ("Whisper encoder", "BEATs", "EAT", "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body",
          "LoRA", "LLM head")  # fmt: skip
@@ -75,6 +78,8 @@ class Blueprint:
 def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedConfig]]:
     """The teacher that a run's config names, and the configs of parts that are yet to be trained here."""
     path, dtype = teacher_path(config), llm_dtype(config)
+    if is_qwen2_audio(path) or str(path) in QWEN2_AUDIO:
+        return Blueprint(describe_qwen2_audio(path), None, dtype), {}
     if path.is_dir():
         saved = read_config(path)
         return Blueprint(saved["model"], lora_settings(saved), dtype), {}
@@ -134,11 +139,15 @@ def model_config(name: str) -> PretrainedConfig:
 def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> Salmonn:
     """The model without weights and without LoRA; its rows cannot be tokenised."""
     config = blueprint.config
+    plain = dataclasses.replace(config, prompts="", end_token="")
+    llm_config = _find(config.llm, given)
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(_find(config.llm, given), dtype=blueprint.llm_dtype)
-        whisper = build_encoder("whisper", _find(config.whisper, given).to_dict())
+        if llm_config.model_type == MODEL_TYPE:
+            loaded = Qwen2AudioForConditionalGeneration(llm_config).to(blueprint.llm_dtype)
+            return Qwen2Audio(plain, loaded, NO_TOKENIZER)
+        llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.llm_dtype)
+        whisper = build_encoder("whisper", whisper_fields(_find(config.whisper, given).to_dict()))
         second = build_encoder(config.second_kind, second_sizes(config)) if config.second else None
-        plain = dataclasses.replace(config, prompts="", end_token="")
         return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
 
 
@@ -223,11 +232,11 @@ def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:
     width = model.whisper.width + (model.second.width if model.second is not None else 0)
     frames_BRE = _empty(1, model.num_frames(num_samples), width)
     num_windows, project = model.num_windows(num_samples), model.project
-    tokens_LE = _empty(model.num_audio_tokens(num_samples), project.in_features)
-    return {
-        "Q-Former": count_flops(lambda: model.qformer(frames_BRE, num_windows)),
-        "projection": count_flops(lambda: project(tokens_LE)),
-    }
+    tokens_LE = _empty(model.num_audio_tokens(num_samples), project.in_features, like=project)
+    flops = {"projection": count_flops(lambda: project(tokens_LE))}
+    if model.qformer is not None:
+        flops["Q-Former"] = count_flops(lambda: model.qformer(frames_BRE, num_windows))
+    return flops
 
 
 def _count_body(model: Salmonn, length: int) -> int:

@@ -141,6 +141,10 @@ def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtyp
     missing = [token for token in ("<|audio_bos|>", "<|audio_eos|>", TURN_END) if token not in tokenizer.get_vocab()]
     if missing:
         raise ValueError(f"{folder} has no token {missing[0]}, but Qwen2-Audio's chat needs it; use its own tokenizer.")
-    config = SalmonnConfig(llm=str(folder), whisper=str(folder), windows="audio", prompts=prompts, template=TEMPLATE,
-                           end_token=TURN_END)  # fmt: skip
-    return Qwen2Audio(config, loaded, tokenizer)
+    return Qwen2Audio(describe_qwen2_audio(folder, prompts), loaded, tokenizer)
+
+
+def describe_qwen2_audio(folder: str | Path, prompts: str = "") -> SalmonnConfig:
+    """The config of a Qwen2-Audio in a folder; what concerns a Q-Former is for students."""
+    return SalmonnConfig(llm=str(folder), whisper=str(folder), windows="audio", prompts=prompts, template=TEMPLATE,
+                         end_token=TURN_END)  # fmt: skip

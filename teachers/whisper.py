@@ -105,16 +105,18 @@ class WhisperEar(nn.Module):
 
 
 def _load_config(path: str | Path, num_mels: int | None) -> WhisperConfig:
-    fields = read_model_config(path, "whisper", TOWER_TYPE)
-    if fields["model_type"] == TOWER_TYPE:
-        fields = {**fields["audio_config"], "model_type": "whisper"}
-    config = WhisperConfig.from_dict(fields)
+    config = WhisperConfig.from_dict(whisper_fields(read_model_config(path, "whisper", TOWER_TYPE)))
     if num_mels not in (None, config.num_mel_bins):
         raise ValueError(
             f"{path} has num_mel_bins {config.num_mel_bins}, but num_mels is {num_mels}; "
             f"large-v2 and smaller have 80, large-v3 and turbo 128: name the other model or drop num_mels."
         )
     return config
+
+
+def whisper_fields(config: dict) -> dict:
+    """A `WhisperConfig`'s fields out of a Whisper's config or of a Qwen2-Audio's, whose tower is a Whisper encoder."""
+    return {**config["audio_config"], "model_type": "whisper"} if config["model_type"] == TOWER_TYPE else config
 
 
 def ear_of_tower(tower: nn.Module) -> WhisperEar:

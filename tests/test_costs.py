@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from distill.cli import main
-from distill.config import load_config
+from distill.config import Config, TeacherConfig, load_config
 from distill.costs import (
     Blueprint,
     Usage,
@@ -160,3 +160,10 @@ def test_a_model_of_unknown_size_is_refused_with_what_would_do(parts):
 
 def test_a_folder_on_this_disk_comes_before_the_published_sizes(parts):
     assert model_config(str(parts / "llm")).hidden_size == tiny.SIZES.llm_width
+
+
+def test_qwen2_audio_has_its_published_parameters_and_no_q_former():
+    teacher, given = describe_teacher(Config(teacher=TeacherConfig(path="Qwen/Qwen2-Audio-7B-Instruct")))
+    model = build_on_meta(teacher, given)
+    assert count(model) / 1e9 == pytest.approx(8.397, abs=1e-3)
+    assert model.num_audio_tokens(480_000) == 750

@@ -7,6 +7,7 @@ import tiny
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
+from distill.cli import main
 from distill.config import load_config
 from distill.teacher import load_teacher
 from distill.tokenizer import train_tokenizer
@@ -153,3 +154,11 @@ def test_a_missing_tensor_or_token_is_refused(folder, tmp_path):
     (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"plain has no token <\|audio_bos\|>, but Qwen2-Audio's chat needs it"):
         load_qwen2_audio(tmp_path / "plain")
+
+
+def test_its_costs_are_listed_beside_its_students(folder, tmp_path, capsys):
+    tiny.make_parts(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"teacher:\n  path: {folder}\nstudent:\n  llm: {tmp_path / 'student-llm'}\n")
+    assert main(["stats", "model", str(tmp_path / "c.yaml"), "student.quantization=none"]) == 0
+    teacher, student = capsys.readouterr().out.split("student (")
+    assert "Q-Former" in student and "Q-Former" not in teacher and "Whisper encoder" in teacher
