@@ -1,0 +1,31 @@
+"""The documents name tests and config fields that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from distill.config import Config, value_at
+
+ROOT = Path(__file__).parents[1]
+FAULTS = (ROOT / "docs" / "faults.md").read_text()
+DATA = (ROOT / "docs" / "data.md").read_text()
+
+
+@pytest.mark.parametrize("named", sorted(set(re.findall(r"tests/test_\w+\.py::test_\w+", FAULTS))))
+def test_every_test_that_the_table_of_faults_names_exists(named):
+    path, name = named.split("::")
+    assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+
+
+def test_every_fault_of_data_has_its_row_and_a_test():
+    rows = {int(row[0]): row[1] for row in re.findall(r"^\| (\d+) \|(.*)$", FAULTS, re.MULTILINE)}
+    assert {*range(11, 28), 40} <= set(rows)
+    assert all("::test_" in row for row in rows.values())
+
+
+def test_every_config_field_that_the_page_on_data_names_exists():
+    for key in re.findall(r"`((?:data|train|loss|teacher)\.\w+)", DATA):
+        value_at(Config(), key)
+    for name in re.findall(r"^  (\w+): ", DATA, re.MULTILINE):
+        assert hasattr(Config().augment, name)
