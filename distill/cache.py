@@ -26,6 +26,7 @@ from shards.stream import ShardStream
 from shards.targets import TargetRecord
 from teachers.cacheparts import hash_head, hash_prompts, head_tensor, save_parts
 from teachers.loading import hash_frozen_parts, hash_tensors, own_tensors
+from teachers.logits import logit_transform
 from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary
 
@@ -38,7 +39,9 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
     settings, cache = asdict(teacher.config), config.cache
     paths = {name: settings.pop(name) for name in ("llm", "whisper", "second", "prompts")}
     codec = build_codec(cache)
-    head = {"head": hash_head(head_tensor(teacher))} if isinstance(codec, Hidden) else {}
+    head = {}
+    if isinstance(codec, Hidden):
+        head = {"head": hash_head(head_tensor(teacher)), **logit_transform(teacher.llm.config.get_text_config())}
     return CacheHeader(
         {
             "teacher_weights": {"own": hash_tensors(own_tensors(teacher)), **hash_frozen_parts(teacher)},

@@ -28,6 +28,7 @@ from shards.codecs import HiddenStates, decode
 from shards.sample import Sample
 from shards.source import expand_shards
 from shards.targets import TargetRecord
+from teachers.logits import logit_transform
 from teachers.targets import identify_row
 
 # Largest difference allowed, at float32 and at 16 bits, where the other kernels of another batch or device round too.
@@ -168,7 +169,8 @@ def to_dense(payload: bytes, capture: Capturer) -> Tensor:
     decoded = decode(payload)
     if isinstance(decoded, HiddenStates):
         head_VD = capture.model.llm.get_output_embeddings().weight
-        decoded = decoded.to(head_VD.device).with_head(head_VD)
+        transform = logit_transform(capture.model.llm.config.get_text_config())
+        decoded = decoded.to(head_VD.device).with_head(head_VD, **transform)
     logprobs_SK, log_residual_S = decoded.at(1.0)
     dense_SV = logprobs_SK.new_zeros(len(logprobs_SK), decoded.vocab_size + 1)
     dense_SV.scatter_add_(1, decoded.ids_SK, logprobs_SK.exp())

@@ -26,7 +26,7 @@ from shards.archive import BLOCK
 from shards.codecs import Hidden, HiddenStates, Sampled, decode
 from shards.sample import Sample
 from shards.stream import ShardStream
-from teachers.logits import head_logits
+from teachers.logits import head_logits, logit_transform
 
 GOOD_COSINE = 0.9998  # of the gradient: what is above it trains like the dense teacher
 CANDIDATES = (
@@ -66,7 +66,7 @@ class Candidate:
             payload = codec.encode(fetch(captured))
             decoded = decode(payload)
             if isinstance(decoded, HiddenStates):
-                decoded = decoded.with_head(pass_.head_weight_VD)
+                decoded = decoded.with_head(pass_.head_weight_VD, **pass_.transform)
             self.payload_bytes += len(payload)
             self.total_bytes += BLOCK + -(-(size + len(payload)) // BLOCK) * BLOCK  # a member of a tar
             own = 1.0 if isinstance(codec, Sampled) else temperature  # the only one that draws hold for
@@ -80,6 +80,7 @@ class Pass:
     logits_SV: Tensor
     hidden_SD: Tensor
     head_weight_VD: Tensor
+    transform: dict[str, float | None]  # of the head's product
     parts: list[slice]  # the positions of each clip
 
 
@@ -168,7 +169,8 @@ def run_dense(capture: Capturer, samples: Sequence[Sample]) -> Pass:
     for row in batch.rows:
         parts.append(slice(start, start := start + len(row.answer)))
     head_VD = model.llm.get_output_embeddings().weight.detach().cpu().float()
-    return Pass(logits_SV.cpu(), hidden_SD.float().cpu(), head_VD, parts)
+    transform = logit_transform(model.llm.config.get_text_config())
+    return Pass(logits_SV.cpu(), hidden_SD.float().cpu(), head_VD, transform, parts)
 
 
 def format_plan(measured: Measured, max_gb: float | None) -> str:

@@ -114,25 +114,30 @@ class HiddenStates:
         hidden_SD: float32, after the last norm; each value off by at most `max / 254` of its group of 128 dimensions.
         vocab_size: rows of the head.
         head_weight_VD: the teacher's head, in any float type; None until `with_head`.
+        softcap: c of `c * tanh(logits / c)`, applied last; None: none.
+        logit_scale: multiplies the head's product.
     """
 
     hidden_SD: Tensor
     vocab_size: int
     head_weight_VD: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
 
     @classmethod
     def concatenate(cls, parts: Sequence["HiddenStates"]) -> "HiddenStates":
         """Several samples' positions as one batch's."""
-        return cls(torch.cat([part.hidden_SD for part in parts]), parts[0].vocab_size, parts[0].head_weight_VD)
+        return replace(parts[0], hidden_SD=torch.cat([part.hidden_SD for part in parts]))
 
     def to(self, device: torch.device | str) -> "HiddenStates":
         """The same on another device."""
         head_VD = self.head_weight_VD
         head_VD = head_VD if head_VD is None else head_VD.to(device, non_blocking=True)
-        return HiddenStates(self.hidden_SD.to(device, non_blocking=True), self.vocab_size, head_VD)
+        return replace(self, hidden_SD=self.hidden_SD.to(device, non_blocking=True), head_weight_VD=head_VD)
 
-    def with_head(self, head_weight_VD: Tensor) -> "HiddenStates":
-        """The same with the teacher's head.
+    def with_head(self, head_weight_VD: Tensor, *, softcap: float | None = None,
+                  logit_scale: float = 1.0) -> "HiddenStates":  # fmt: skip
+        """The same with the teacher's head, and what its LLM does to the product.
 
         Raises:
             ValueError: the head is of another vocabulary.
@@ -142,7 +147,7 @@ class HiddenStates:
                 f"head has {len(head_weight_VD)} rows, but the cached teacher's {self.vocab_size}; load the head of "
                 f"the teacher that made the cache."
             )
-        return replace(self, head_weight_VD=head_weight_VD)
+        return replace(self, head_weight_VD=head_weight_VD, softcap=softcap, logit_scale=logit_scale)
 
     @property
     def is_complete(self) -> bool:
@@ -156,7 +161,8 @@ class HiddenStates:
 
     def logits(self) -> Tensor:
         """The teacher's logits at temperature 1, S by V, float32."""
-        return (self.hidden_SD.to(self.head_weight_VD) @ self.head_weight_VD.T).float()
+        logits_SV = (self.hidden_SD.to(self.head_weight_VD) @ self.head_weight_VD.T).float() * self.logit_scale
+        return logits_SV if self.softcap is None else self.softcap * torch.tanh(logits_SV / self.softcap)
 
     def at(self, temperature: float) -> tuple[Tensor, Tensor]:
         """As `Distribution.at`: log-probabilities of all V ids at any temperature, and no mass outside."""

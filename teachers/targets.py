@@ -163,7 +163,10 @@ class CachedTeacher:
         hidden_SD = layers.pop(HEAD_INPUT, None)
         if isinstance(distribution, HiddenStates):
             self.head_weight_VD = self.head_weight_VD.to(device)
-            distribution = distribution.with_head(self.head_weight_VD)
+            codec = self.header.identity["codec"]
+            distribution = distribution.with_head(
+                self.head_weight_VD, softcap=codec["softcap"], logit_scale=codec["logit_scale"]
+            )
             hidden_SD = distribution.hidden_SD
         queries = [record.features.get(QUERIES) for record in records]
         has_queries = all(q is not None for q in queries)

@@ -241,6 +241,8 @@ def test_hidden_states_are_off_by_half_a_step_at_most_and_rebuild_the_logits():
     logprobs_SV, log_residual_S = decoded.at(1.7)
     assert torch.equal(logprobs_SV, torch.log_softmax(decoded.logits() / 1.7, -1))
     assert (log_residual_S == -torch.inf).all() and decoded.ids_SK.shape == (20, 300)
+    capped = decoded.with_head(head_VD, softcap=5.0, logit_scale=0.5).to("cpu").logits()
+    torch.testing.assert_close(capped, 5 * torch.tanh(decoded.logits() / 10))
     with pytest.raises(ValueError, match="head has 299 rows, but the cached teacher's 300"):
         decoded.with_head(head_VD[:299])
 
