@@ -162,3 +162,16 @@ def test_its_costs_are_listed_beside_its_students(folder, tmp_path, capsys):
     assert main(["stats", "model", str(tmp_path / "c.yaml"), "student.quantization=none"]) == 0
     teacher, student = capsys.readouterr().out.split("student (")
     assert "Q-Former" in student and "Q-Former" not in teacher and "Whisper encoder" in teacher
+
+
+def test_its_cached_targets_train_a_student_of_another_tokenizer(folder, tmp_path, capsys):
+    tiny.make_parts(tmp_path)
+    tiny.make_shards(tmp_path / "data", num_samples=6)
+    config = tiny.write_config(
+        tmp_path / "c.yaml", tmp_path / "data", folder, tmp_path, precision="float32", student__quantization="none",
+        loss__feature=0.0, loss__cross_tokenizer="chunk",
+    )  # fmt: skip
+    assert main(["cache", str(config)]) == 0
+    assert main(["run", str(config)]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "runs/toy/metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 4 and all(step["chunk"] > 0 for step in steps)
