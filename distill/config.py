@@ -42,6 +42,7 @@ class DataConfig:
     labelled_only: bool = False  # leave samples without text out instead of learning the teacher's answers
     workers: int = 0  # processes that read and decode, on each rank
     max_bad: float = 0.001  # share of unreadable samples (and at least 10) above which a run stops
+    max_member_mb: int = 256  # a shard with a larger member is refused before it is read
     bucket_batches: int = 0  # clips of so many batches are sorted by length before they are cut up; 0: none are
     batch_seconds: float = 0.0  # most seconds of audio a step, padding included; 0: train.batch_size alone decides
     task_weights: dict[str, float] = field(default_factory=dict)  # how often an epoch a task's clips come; else 1

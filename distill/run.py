@@ -97,6 +97,7 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
         augmentation=config.augment,
         max_seconds=student.max_samples / SAMPLE_RATE,
         max_bad=config.data.max_bad,
+        max_member_bytes=config.data.max_member_mb * 2**20,
         bad_samples=config.run_folder / "bad_samples.jsonl",
     )
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from distill.cache import cache
 from distill.config import Config, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.microbatch import Collator
-from distill.run import run
+from distill.ranks import build_accelerator
+from distill.run import open_training_stream, run
+from shards.archive import ShardError
 from shards.augmentation import Augmentation
 from shards.stream import ShardStream
+from shards.tarwriter import TarWriter
 from students.student import build_student
 from teachers.loading import load_salmonn
 from teachers.lora import Lora
@@ -166,6 +170,17 @@ def test_validation_is_never_augmented(toys, tmp_path):
 def test_augmentation_that_would_train_on_targets_of_another_sound_is_refused(toys, words, message):
     with pytest.raises(ValueError, match=message):
         load_config(toys / "toy.yaml", words)
+
+
+def test_a_member_over_the_limit_of_the_config_is_refused_before_it_is_read(toys, tmp_path):
+    (tmp_path / "train").mkdir()
+    writer = TarWriter(tmp_path / "train" / "a.tar")
+    writer.add("clip.flac", bytes(2**20 + 1))
+    writer.close()
+    config = load_config(toys / "toy.yaml", [f"data.folder={tmp_path}", "data.max_member_mb=1", "teacher.online=true"])
+    teacher, student = SimpleNamespace(cache_folder=None), SimpleNamespace(max_samples=480_000)
+    with pytest.raises(ShardError, match=r"clip\.flac is 1048577 bytes, but a member may have 1048576"):
+        open_training_stream(config, build_accelerator(), teacher, student)
 
 
 def test_what_the_config_says_reaches_the_augmentation(toys):
