@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill.config import EvalConfig, LossConfig, TrainConfig
-from distill.crossteacher import meet
+from distill.crossteacher import CrossTeacher, meet
 from distill.evaluate import evaluate
 from distill.metrics import mean_error
 from distill.microbatch import Collator, MicroBatch, split
@@ -109,11 +109,12 @@ class Distiller:
         self.valid, self.answers = valid, answers or EvalConfig()
         self.best = Best()
         self.identity = {"seed": seed, "batch_size": self.options.batch_size, **(identity or {})}
+        self.active = active_terms(self.loss, self.schedules, is_crossed=isinstance(self.teacher, CrossTeacher))
         self.objective = Objective(
             student,
             self.loss,
             self.dtype,
-            active=active_terms(self.loss, self.schedules),
+            active=self.active,
             vocab_size=vocab_size,
             widths=getattr(self.teacher, "widths", None),
             seed=seed,
@@ -248,8 +249,9 @@ class Distiller:
         loss = loss_at(self.loss, self.schedules, step)
         terms = self._forward_backward(micro_batches, loss, Counts(*map(int, totals)))
         norm = self._update(terms)
-        sums = sum_over_ranks(self.accelerator, [terms[name] for name in TERMS])
-        record = {"step": step + 1, "loss": sum(sums), **dict(zip(TERMS, sums)), "learning_rate": rate,
+        names = [name for name in TERMS if name in self.active]
+        sums = sum_over_ranks(self.accelerator, [terms[name] for name in names])
+        record = {"step": step + 1, "loss": sum(sums), **dict(zip(names, sums)), "learning_rate": rate,
                   "grad_norm": norm, "positions": int(totals[0]), "audio_seconds": seconds}  # fmt: skip
         self._check_finite(record, [s.key for s in samples])
         return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}

@@ -35,7 +35,7 @@ from distill.datachecks import (
     check_rows,
 )
 from distill.microbatch import Collator
-from distill.objective import Objective
+from distill.objective import Objective, check_codec
 from distill.ranks import build_accelerator
 from distill.run import lora_of, open_training_stream, student_llm, wrap_teacher
 from distill.teacher import load_teacher
@@ -95,12 +95,13 @@ def build_case(config: Config) -> Case:
     wake_lora_(student)
     own = wrap_teacher(config, model.to(accelerator.device))
     loss, schedules = config.loss, build_schedules(config.loss, config.train.steps)
+    check_codec(own.header, loss)
     teacher, vocab_size = meet(own, student, loss.cross_tokenizer, loss.temperature)
     objective = Objective(
         student,
         loss,
         torch.float32,
-        active=active_terms(loss, schedules),
+        active=active_terms(loss, schedules, is_crossed=isinstance(teacher, CrossTeacher)),
         vocab_size=vocab_size,
         widths=teacher.widths,
         seed=config.seed,

@@ -18,8 +18,10 @@ REPORT = "report.html"
 CURVES = {
     "loss": "Loss",
     "ce": "Cross-entropy (nat a token)",
-    "kl": "KL to the teacher (nat a token)",
+    "kl": "Divergence from the teacher (nat a token)",
+    "chunk": "Likelihood of chunks",
     "feature": "Feature loss",
+    "hidden": "Distance of hidden states",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "seconds": "Seconds a step",

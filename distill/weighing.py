@@ -120,12 +120,13 @@ def build_schedules(loss: LossConfig, num_steps: int) -> dict[str, Schedule]:
     }
 
 
-def active_terms(loss: LossConfig, schedules: dict[str, Schedule]) -> frozenset[str]:
-    """The terms whose weight is not 0 throughout the run."""
+def active_terms(loss: LossConfig, schedules: dict[str, Schedule], *, is_crossed: bool) -> frozenset[str]:
+    """The terms whose weight is not 0 throughout the run; chunks are one where the tokenizers differ."""
     return frozenset(
         name
         for name in TERMS
-        if getattr(loss, name) or (name in schedules and schedules[name].kind != "constant" and schedules[name].end)
+        if (getattr(loss, name) or (name in schedules and schedules[name].kind != "constant" and schedules[name].end))
+        and (is_crossed or name != "chunk")
     )
 
 

@@ -141,9 +141,10 @@ def test_schedules_give_each_step_its_weights():
     schedules = build_schedules(loss, 101)
     assert loss_at(loss, schedules, 50).kl == pytest.approx(1.0)
     assert [loss_at(loss, schedules, step).ce for step in (0, 1, 2, 3, 100)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert active_terms(loss, schedules) == {"ce", "kl", "feature", "chunk"}
-    assert "kl" not in active_terms(LossConfig(kl=0.0, schedules={"kl": "constant warmup 2"}), build_schedules(
-        LossConfig(kl=0.0, schedules={"kl": "constant warmup 2"}), 9))  # fmt: skip
+    assert active_terms(loss, schedules, is_crossed=False) == {"ce", "kl", "feature"}
+    assert active_terms(loss, schedules, is_crossed=True) == {"ce", "kl", "feature", "chunk"}
+    never = LossConfig(kl=0.0, schedules={"kl": "constant warmup 2"})
+    assert "kl" not in active_terms(never, build_schedules(never, 9), is_crossed=False)
 
 
 @pytest.mark.parametrize(
