@@ -5,6 +5,7 @@ started and killed at any time, ends in the same files.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary
 
 POLL_SECONDS = 1.0  # between looks at whether other ranks have finished the last shards
-FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers")
+FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers", "cross_entropy", "entropy")
 
 
 def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
@@ -85,6 +86,7 @@ def cache(config: Config) -> int:
     job.run(first=accelerator.process_index * len(missing) // accelerator.num_processes)
     if accelerator.is_main_process:
         print(summarise(config.cache_folder, shards, missing, time.monotonic() - began))
+        warn_of_strangers(config.cache_folder, shards, teacher.vocab.size)
     return 0
 
 
@@ -172,7 +174,7 @@ def open_shard(config: Config, shard: str) -> ShardStream:
 
 
 def tally_(figures: dict[str, float], record: TargetRecord) -> None:
-    """Add a record to its shard's totals: tokens, bytes of distributions, the mass they keep, own answers."""
+    """Add a record to its shard's totals: tokens, bytes, the mass kept, own answers, the teacher's doubt in nats."""
     figures["samples"] += 1
     for part in (record, record.other):
         if part is not None:
@@ -180,6 +182,8 @@ def tally_(figures: dict[str, float], record: TargetRecord) -> None:
             figures["payload_bytes"] += len(part.payload)
             figures["captured_mass"] += captured_mass(part.payload)
             figures["own_answers"] += part.answer_source == "teacher"
+            figures["cross_entropy"] -= float(part.label_logprobs_S.sum(dtype="f8"))
+            figures["entropy"] += float(part.entropy_S.sum(dtype="f8"))
 
 
 def summarise(folder: Path, shards: Sequence[str], written: Sequence[str], seconds: float) -> str:
@@ -195,9 +199,23 @@ def summarise(folder: Path, shards: Sequence[str], written: Sequence[str], secon
         "bytes": f"{size:,} ({size / max(1, total['samples']):,.0f} a sample)",
         "bytes a token": f"{total['payload_bytes'] / tokens:.1f} ({size / tokens:,.1f} with all that is kept)",
         "captured mass": f"{total['captured_mass'] / tokens:.4f}",
+        "teacher": f"cross-entropy {total['cross_entropy'] / tokens:.3f} of its answers, entropy "
+        f"{total['entropy'] / tokens:.3f} nats a token",
         "hours": f"{seconds / 3600:.3f} (this job, {rate:,.0f} tokens/s)",
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
+
+
+def warn_of_strangers(folder: Path, shards: Sequence[str], vocab_size: int) -> None:
+    """Say so where the teacher finds the answers hardly likelier than chance: they may not be what it was asked for."""
+    figures = [read_done(folder, shard)["figures"] for shard in shards]
+    mean = sum(f["cross_entropy"] for f in figures) / max(1, sum(f["tokens"] for f in figures))
+    if mean > 0.5 * math.log(vocab_size):
+        print(
+            f"warning: the teacher's cross-entropy on the answers is {mean:.2f} nats a token, but guessing among "
+            f"{vocab_size:,} ids gives {math.log(vocab_size):.2f}; check the prompts, the texts and teacher.path.",
+            file=sys.stderr,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -95,6 +95,7 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
         batch_seconds=config.data.batch_seconds or None,
         bucket_batches=config.data.bucket_batches,
         augmentation=config.augment,
+        decode=config.teacher.online or config.cache.frames == "none",
         max_seconds=student.max_samples / SAMPLE_RATE,
         max_bad=config.data.max_bad,
         max_member_bytes=config.data.max_member_mb * 2**20,

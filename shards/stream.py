@@ -67,6 +67,7 @@ class ShardStream(IterableDataset):
             Without shuffle and with a large number, the longest clips of all come first.
         window_shards: see shuffle; remote shards are fetched about in this order.
         augmentation: of the training clips; None or one that does nothing: none.
+        decode: read the audio; without, a clip is silence of its length, for runs that take cached frames instead.
         max_seconds: the longest clip that augmentation may make, when the ears take less than 30 s.
         max_bad: the share of bad samples to stop above, if they are over 10.
         bad_samples: a JSON Lines file to append bad samples to.
@@ -99,6 +100,7 @@ class ShardStream(IterableDataset):
         bucket_batches: int = 0,
         window_shards: int = 16,
         augmentation: Augmentation | None = None,
+        decode: bool = True,
         max_seconds: float = MAX_SECONDS,
         max_bad: float = 0.001,
         bad_samples: str | Path | None = None,
@@ -124,7 +126,9 @@ class ShardStream(IterableDataset):
         groups = [(self._rows(task), order.weights.get(task, 1.0)) for task in self.tasks]
         self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
         self.augmentation = augmentation if augmentation is not None and augmentation.is_active else None
-        self._reader = Reader(self.catalog, cache, self.augmentation, seed, max_seconds)
+        if self.augmentation is not None and not decode:
+            raise ValueError("decode is False, but augmentation needs the audio; cache no frames, or augment nothing.")
+        self._reader = Reader(self.catalog, cache, self.augmentation, seed, max_seconds, decode)
         self._position = Position()
         self.num_read = 0  # samples of this rank, good and bad, since it was made
         self.num_bad: Counter[str] = Counter()  # of them, by reason

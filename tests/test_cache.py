@@ -20,6 +20,7 @@ from distill.config import Config, LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import wrap_teacher
 from shards.archive import ShardError
+from shards.augmentation import Augmentation
 from shards.cache import TargetReader
 from shards.codecs import decode
 from shards.stream import ShardStream
@@ -62,8 +63,11 @@ def train(toys: Path, run_folder: Path, config, model=None, **loss) -> list[floa
     model = model or load_salmonn(toys / "teacher")
     student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new",
                             quantization="none")  # fmt: skip
-    return Distiller(wrap_teacher(config, model), student, train=toys / "data" / "train", options=OPTIONS,
-                     run_folder=run_folder, loss=LossConfig(**loss)).fit().losses  # fmt: skip
+    teacher = wrap_teacher(config, model)
+    stream = ShardStream(toys / "data" / "train", batch_size=4, targets=teacher.cache_folder,
+                         decode=config.cache.frames == "none")  # fmt: skip
+    run = Distiller(teacher, student, train=stream, options=OPTIONS, run_folder=run_folder, loss=LossConfig(**loss))
+    return run.fit().losses
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -169,9 +173,21 @@ def test_cached_frames_give_the_losses_of_ears_that_run(toys, tmp_path, windows)
     plain = make_cache(toys, tmp_path / "plain", "cache.codec=dense")
     model = load_salmonn(toys / "teacher")
     expected = train(toys, tmp_path / "a", plain, model)
-    model.whisper.forward = None  # nobody may hear
-    model.whisper.encode = None
+    model.whisper.forward = model.whisper.encode = None  # nobody may hear, and nothing is decoded
     assert train(toys, tmp_path / "b", config, model) == pytest.approx(expected, abs=5e-3)
+
+
+def test_a_clip_that_is_not_decoded_is_silence_of_its_length(toys):
+    heard, unheard = (
+        next(iter(ShardStream(toys / "data" / "train", batch_size=12, shuffle=False, decode=decode)))
+        for decode in (True, False)
+    )
+    assert [(s.key, s.sha256, len(s.waveform_N)) for s in heard] == [
+        (s.key, s.sha256, len(s.waveform_N)) for s in unheard
+    ]
+    assert all(h.waveform_N.any() and not u.waveform_N.any() for h, u in zip(heard, unheard))
+    with pytest.raises(ValueError, match="decode is False, but augmentation needs the audio"):
+        ShardStream(toys / "data" / "train", batch_size=2, decode=False, augmentation=Augmentation(noise_share=1.0))
 
 
 def test_frames_are_cut_to_what_the_students_windows_read(toys, tmp_path):
@@ -308,15 +324,18 @@ def test_three_processes_share_a_job_and_write_the_bytes_of_one(toys, tmp_path):
     assert read_files(tmp_path / "three") == expected
 
 
-def test_the_closing_table_counts_what_was_written(toys, tmp_path, capsys):
+def test_the_closing_table_counts_what_was_written_and_a_teacher_that_only_guesses_is_said(toys, tmp_path, capsys):
     make_cache(toys, tmp_path, "cache.codec=topk")
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
     records = read_records(tmp_path).values()
     tokens = sum(len(record.answer_ids_S) for record in records)
+    doubt = sum(-float(record.label_logprobs_S.sum()) for record in records) / tokens
+    assert f"warning: the teacher's cross-entropy on the answers is {doubt:.2f} nats a token, but guessing" in warned
     mass = sum(float(decode(record.payload).logprobs_SK.exp().sum()) for record in records) / tokens
     payload = sum(len(record.payload) for record in records) / tokens
     for name, value in (("samples", "12 "), ("tokens", f"{tokens}"), ("bytes a token", f"{payload:.1f} "),
-                        ("captured mass", f"{mass:.4f}"), ("hours", "0.0")):  # fmt: skip
+                        ("captured mass", f"{mass:.4f}"), ("teacher", f"cross-entropy {doubt:.3f} "),
+                        ("hours", "0.0")):  # fmt: skip
         assert f"  {name:<14} {value}" in printed
 
 
