@@ -11,6 +11,9 @@ from shards.augment import add_noise, add_room, augment, change_speed, draw_mask
 from shards.augmentation import Augmentation
 from shards.sample import MAX_SECONDS, SAMPLE_RATE
 from shards.stream import ShardStream
+from teachers.beats import BeatsEar
+from teachers.eat import EatConfig, EatEar
+from teachers.whisper import WhisperEar
 
 ALL = Augmentation(speed_share=1, room_share=1, noise_share=1, gain_share=1)
 TONE = (0.5 * np.sin(2 * np.pi * 1000 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)).astype(np.float32)
@@ -205,3 +208,24 @@ def test_a_waveform_of_a_shard_survives_every_augmentation():
     for number in range(20):
         out_N = augment(make_waveform(number), ALL, seed=sample_seed(0, 0, str(number)))
         assert np.isfinite(out_N).all() and np.abs(out_N).max() <= 1
+
+
+EARS = {
+    "whisper": lambda: WhisperEar.from_config(
+        dict(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=100)
+    ),
+    "beats": lambda: BeatsEar.from_config(
+        dict(embed_dim=24, encoder_embed_dim=32, encoder_ffn_embed_dim=48, encoder_layers=1, encoder_attention_heads=4)
+    ),
+    "eat": lambda: EatEar.from_config(EatConfig(embed_dim=32, depth=1, num_heads=4, ffn_dim=64)),
+}
+
+
+@pytest.mark.parametrize("name", EARS)
+def test_every_ear_is_masked_row_by_row_and_never_by_default(name):
+    torch.manual_seed(0)
+    ear = EARS[name]().requires_grad_(False)
+    batch = (0.3 * torch.randn(2, SAMPLE_RATE), torch.tensor([SAMPLE_RATE, SAMPLE_RATE]))
+    clear_BRE, masked_BRE = ear(*batch)[0], ear(*batch, [None, MASKS[0]])[0]
+    assert torch.equal(clear_BRE[0], masked_BRE[0]) and not torch.equal(clear_BRE[1], masked_BRE[1])
+    assert masked_BRE.isfinite().all()
