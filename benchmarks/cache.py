@@ -2,11 +2,12 @@
 
 For every codec: seconds a step (median), how far its losses are from those of the teacher itself, and what the cache
 takes. topk and adaptive are held against an online teacher that keeps the same k, the others against one that keeps
-all ids: what remains is the codec's own rounding (for draws, their noise). Also with the frozen encoders' frames in
-the cache, so that nobody runs the ears.
+all ids: what remains is the codec's own rounding. The KL's value from draws is off by their entropy against the
+teacher's, which no student changes: its gradient is right on average, its loss is no measure. Also with the frozen
+encoders' frames in the cache, so that nobody runs the ears.
 
-`python benchmarks/cache.py [--steps 60] [--toys] [key=value …]` uses the teacher that `configs/fsdd.yaml` made, where
-it is there, else toys (`--toys`) whose figures say nothing but that the script works.
+`python benchmarks/cache.py [--steps 60] [key=value …]` uses the teacher that `configs/fsdd.yaml` made; with `--toys`
+random weights and tones, whose figures say nothing but that the script works.
 """
 
 import argparse

@@ -58,8 +58,7 @@ def verify(config: Config, share: float, seed: int = 0) -> int:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share is {share}, but it is a share from 0 to 1; correct it.")
-    device = build_accelerator().device
-    teacher = teach_online(config, load_teacher(config).to(device))
+    teacher = teach_online(config, load_teacher(config).to(build_accelerator().device))
     reader = TargetReader(config.cache_folder, describe_teacher(teacher.model, config))
     shards = expand_shards(config.shards("train"))
     reader.check_shards(shards)
@@ -69,17 +68,18 @@ def verify(config: Config, share: float, seed: int = 0) -> int:
     num_records = 0
     with Progress("cache-verify", len(shards), unit="shards") as progress:
         for shard in shards:
-            records = dict(read_all(reader, shard, problems))
+            records: Records = dict(read_all(reader, shard, problems))
             num_records += len(records)
             problems += check_identities(config, shard, records, capture)
             for samples in choose_batches(config, shard, share, chance):
-                for key, fresh in capture(samples).items():
-                    if records.get(key) is not None:
-                        compare_(differences, records[key], fresh, capture)
+                compare_batch_(differences, records, samples, capture)
             progress.advance()
     limits = allowed_differences(config)
-    problems += [f"{name} differs by {max(d):.3g}, but at most {limits[name]:.3g} is the codec's error"
-                 for name, d in differences.items() if max(d) > limits[name]]  # fmt: skip
+    problems += [
+        f"{name} differs by {max(values):.3g}, but at most {limits[name]:.3g} is the codec's error; cache again."
+        for name, values in differences.items()
+        if max(values) > limits[name]
+    ]
     print(format_report(num_records, len(shards), differences, limits, problems))
     return 1 if problems else 0
 
@@ -146,6 +146,15 @@ def choose_batches(config: Config, shard: str, share: float, chance: random.Rand
     for number in chosen:
         stream.load_state_dict(start | {"offset": number * config.cache.batch_size})
         yield next(iter(stream))
+
+
+def compare_batch_(
+    differences: dict[str, list[float]], records: Records, samples: Sequence[Sample], capture: Capturer
+) -> None:
+    """Let the teacher say a batch again, and add how far the records are from that."""
+    for key, fresh in capture(samples).items():
+        if records.get(key) is not None:
+            compare_(differences, records[key], fresh, capture)
 
 
 def compare_(differences: dict[str, list[float]], cached: TargetRecord, fresh: TargetRecord, capture: Capturer) -> None:
