@@ -204,7 +204,10 @@ class ShardStream(IterableDataset):
             ("labels", "set labelled_share and labelled_only as they were"),
             ("augment", "set augment as it was"),
             ("sample_weights", "give the weights it had"),
-            ("order", "set batch_size, seed, shuffle, epochs, buckets, window_shards and weights as they were"),
+            (
+                "order",
+                "set batch_size, batch_seconds, seed, shuffle, epochs, buckets, window_shards and weights as they were",
+            ),
         ):
             if state[name] != mine[name]:
                 raise ValueError(
