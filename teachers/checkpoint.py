@@ -171,7 +171,7 @@ def _read_config(content: dict) -> dict:
 
 def _trained_settings(theirs: dict) -> dict:
     """Our fields out of SALMONN's config."""
-    found = {ours: theirs[name] for name, ours in SETTINGS.items() if name in theirs}
+    found = {ours: theirs[name] for name, ours in SETTINGS.items() if theirs.get(name) not in (None, "")}
     if "window_level_Qformer" in theirs and not theirs["window_level_Qformer"]:
         found |= {"window_seconds": 0.0, "stride_seconds": 0.0}
     return found

@@ -105,7 +105,10 @@ def test_flops_of_a_llm_are_two_a_weight_and_token_plus_attention(parts):
     table = {part.name: part for part in measure(Blueprint(model.config, lora, torch.float32), Usage(1.0, 7, 5))}
     length, width = 7 + model.num_audio_tokens(16_000) + 5, model.project.out_features
     weights = sum(p.numel() for n, p in model.llm.model.layers.named_parameters() if p.ndim == 2 and "lora" not in n)
-    assert table["LLM body"].flops == 2 * length * weights + 4 * length**2 * width
+    rotary = (
+        2 * length * width // model.llm.config.num_attention_heads // 2
+    )  # counted or not, as transformers writes it
+    assert table["LLM body"].flops - 2 * length * weights - 4 * length**2 * width in (0, rotary)
     forwards = []
     for llm in (model.llm, tiny.make_teacher(parts).llm.requires_grad_(False)):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

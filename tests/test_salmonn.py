@@ -8,6 +8,8 @@ import torch
 from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 
+from distill.cache import describe_teacher
+from distill.config import Config
 from students.student import build_student
 from teachers.beats import BeatsEar
 from teachers.loading import load_salmonn, save_salmonn
@@ -216,3 +218,10 @@ def test_a_shared_spectrum_without_beats_is_refused(parts):
         tiny.make_teacher(parts, front_end="shared")
     with pytest.raises(ValueError, match=r"front_end is 'near', but must be 'exact' or 'shared'"):
         tiny.make_teacher(parts, front_end="near")
+
+
+def test_the_front_end_is_part_of_a_caches_fingerprint(parts, beats):
+    identities = [describe_teacher(tiny.make_teacher(parts, front_end=kind, **beats), Config(precision="float32"))
+                  for kind in ("exact", "exact", "shared")]  # fmt: skip
+    first, again, shared = (identity.fingerprint for identity in identities)
+    assert first == again != shared
