@@ -31,9 +31,19 @@ from teachers.lora import Lora
 from teachers.targets import CachedTeacher, OnlineTeacher
 
 LOUD = ("augment.noise_share=0.8", "augment.gain_share=0.5", "augment.room_share=0.3", "augment.mask_share=0.7")
-MIXED = ("data.bucket_batches=2", "data.batch_seconds=2.5", "data.task_weights.asr=2")
+MIXED = ("precision=float32", "data.bucket_batches=2", "data.batch_seconds=2.5", "data.task_weights.asr=2")
 CLEAN = Augmentation(noise_share=1, noise_range=(0, 5), mask_share=1)
 SAME = dataclasses.replace(CLEAN, teacher_hears="same")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Two ranks are forked here, which a GPU in use would not survive."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
