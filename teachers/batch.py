@@ -100,12 +100,6 @@ class RowTokenizer:
         """The answer's ids with the end token."""
         return self.encode(text)[: self.max_answer_tokens] + self.end_ids
 
-    def byte_ends(self, text: str, num_tokens: int) -> list[int]:
-        """Where each token of the answer ends in the text's UTF-8 bytes; the end token's end is the text's."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = [len(text[:end].encode()) for _, end in offsets[: self.max_answer_tokens]]
-        return ends + [len(text.encode())] * (num_tokens - len(ends))
-
     def row(self, sample: Sample, *, with_answer: bool, first_prompt: bool) -> Row:
         """One sample's row; an unlabelled sample has no row with an answer.
 
