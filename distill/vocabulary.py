@@ -31,6 +31,6 @@ def shared_vocab_size(teacher_ids: Mapping[str, int], student_ids: Mapping[str, 
         raise ValueError(
             f"student's tokenizer ({len(student):,} tokens) is not the teacher's ({len(teacher):,} tokens), but "
             f"id-by-id losses need equal ids; {len(differing):,} of the first {size:,} differ (id {example} is "
-            f"{student.get(example)!r}, the teacher's {teacher.get(example)!r}); use the cross-tokenizer objective."
+            f"{student.get(example)!r}, the teacher's {teacher.get(example)!r}); set loss.cross_tokenizer=chunk."
         )
     return size

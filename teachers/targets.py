@@ -272,5 +272,5 @@ def check_vocabularies(teacher: Vocabulary, student_tokenizer) -> None:
         raise ValueError(
             f"vocabulary of the student ({student.name}, {student.size:,} tokens, {student.sha256[:12]}) is not that "
             f"of the teacher ({teacher.name}, {teacher.size:,} tokens, {teacher.sha256[:12]}), but a KL compares id by "
-            f"id; choose a student of the teacher's family, or the cross-tokenizer objective."
+            f"id; choose a student of the teacher's family, or set loss.cross_tokenizer=chunk."
         )

@@ -128,7 +128,7 @@ def test_ids_that_mean_other_tokens_in_a_vocabulary_of_the_same_size_are_refused
     tokenizer = train_tokenizer(texts, tmp_path / "llm", vocab_size=420)
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
     student = build_student(load_salmonn(toys / "teacher"), str(tmp_path / "llm"), lora=Lora(rank=4), connector="new")
-    with pytest.raises(ValueError, match="cross-tokenizer objective"):
+    with pytest.raises(ValueError, match=r"set loss\.cross_tokenizer=chunk"):
         meet(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
     assert isinstance(meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)[0], CrossTeacher)
 
