@@ -26,10 +26,10 @@ from shards.codecs import decode
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
 from students.student import build_student
-from teachers.cacheparts import FOLDER, HEAD
+from teachers.cacheparts import FOLDER, HEAD, PROMPTS
 from teachers.loading import load_salmonn
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.targets import CachedTeacher, OnlineTeacher, identify_row
 
 OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
 
@@ -142,6 +142,22 @@ def test_hidden_states_find_the_head_in_the_cache_and_refuse_another(toys, tmp_p
     path.unlink()
     with pytest.raises(ValueError, match=r"head\.safetensors is not there, but targets of codec hidden need the head"):
         CachedTeacher(tmp_path).head_weight_VD  # noqa: B018
+
+
+def test_a_cache_makes_the_teachers_rows_without_the_teacher_and_refuses_other_prompts(toys, tmp_path):
+    make_cache(toys, tmp_path)
+    model, rows = load_salmonn(toys / "teacher"), CachedTeacher(tmp_path).rows
+    for task in ("asr", "audiocaption", "gender_recognition"):
+        sample = tiny.make_sample(3, task=task)
+        theirs, ours = (r.row(sample, with_answer=True, first_prompt=False) for r in (model.rows, rows))
+        assert identify_row(sample, ours) == identify_row(sample, theirs)
+    path = tmp_path / FOLDER / PROMPTS
+    path.write_text(path.read_text().replace("speech", "voice"))
+    with pytest.raises(ValueError, match=r"prompts\.json has hash [0-9a-f]{16}, but was cached as [0-9a-f]{16}"):
+        CachedTeacher(tmp_path).rows  # noqa: B018
+    path.unlink()
+    with pytest.raises(ValueError, match=r"teacher is not whole, but holds a cache's tokenizer and prompts"):
+        CachedTeacher(tmp_path).rows  # noqa: B018
 
 
 # --- features --------------------------------------------------------------------------------------------------------
