@@ -64,7 +64,7 @@ class Collator:
             return MicroBatch(
                 self.student.collate([self._silence()]).to(self.device), None, [False], [0.0], False, None
             )
-        weights = [sample.weight * sample_weight(sample.task, self.task_weights, sample.weight) for sample in samples]
+        weights = [sample_weight(sample.task, self.task_weights, sample.weight) for sample in samples]
         if self.teacher is None:
             batch = self.student.collate(samples).to(self.device)
             return MicroBatch(batch, None, [False] * len(samples), weights, True, None)
