@@ -32,6 +32,8 @@ def run_pipeline(path: str, overrides: Sequence[str], launch: str | None) -> Non
     config = load_config(path, overrides)
     began = time.monotonic()
     make_shards(config)
+    if config.scratch.steps:  # nothing is downloaded, and loading bars of milliseconds are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if config.scratch.steps and not config.teacher.path:
         launch_stage("distill.teach", path, overrides, launch)
     if not config.teacher.online:
