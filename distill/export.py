@@ -69,7 +69,8 @@ def merge_lora(student: Salmonn, out: Path) -> Salmonn:
     for name in CONNECTOR:
         if getattr(student, name) is not None:
             getattr(merged, name).load_state_dict(getattr(student, name).state_dict())
-    merged.own_names = frozenset(n for n, _ in merged.named_parameters() if n.split(".", 1)[0] in CONNECTOR)
+    names = student.own_names | {n for n, _ in merged.named_parameters() if n.split(".", 1)[0] in CONNECTOR}
+    merged.own_names = frozenset(n for n in names if not n.startswith("llm."))
     return merged.eval()
 
 

@@ -14,6 +14,7 @@ from teachers.loading import build_salmonn, load_salmonn, read_config, save_salm
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 
+EARS = ("whisper", "second")
 CONNECTOR = ("ln_speech", "ln_audio", "qformer", "project")
 
 
@@ -57,6 +58,7 @@ def build_student(
                 getattr(student, name).load_state_dict(getattr(teacher, name).state_dict())
         if student.project.weight.shape == teacher.project.weight.shape:
             student.project.load_state_dict(teacher.project.state_dict())
+    student.inherited_names = frozenset(n for n in teacher.own_names or () if n.split(".", 1)[0] in EARS)
     return train_own_(student)
 
 

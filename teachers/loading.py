@@ -135,11 +135,15 @@ def lora_settings(config: dict) -> Lora | None:
 
 
 def own_tensors(model: Salmonn) -> dict[str, Tensor]:
-    """The model's own tensors by name, on the CPU: those it was loaded with, or else all that are trainable."""
+    """The model's own tensors by name, on the CPU: those it was loaded with, or else all that are trainable.
+
+    Inherited ones are among them: a teacher's ears that were trained lie in no checkpoint of an encoder.
+    """
     return {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        if (name in model.own_names if model.own_names is not None else parameter.requires_grad)
+        if name in model.inherited_names
+        or (name in model.own_names if model.own_names is not None else parameter.requires_grad)
     }
 
 

@@ -94,6 +94,7 @@ class Salmonn(nn.Module):
         super().__init__()
         self.config, self.llm, self.tokenizer, self.whisper, self.second = config, llm, tokenizer, whisper, second
         self.own_names: frozenset[str] | None = None  # tensors it was loaded with; None: those that are trainable
+        self.inherited_names: frozenset[str] = frozenset()  # frozen tensors that are in no part's own checkpoint
         self.front_end = None  # of both encoders, where they share one
         if config.second_kind == "beats":
             self.front_end = OneFrontEnd(whisper.log_mel, approximate=config.front_end == "shared")

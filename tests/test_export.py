@@ -12,8 +12,10 @@ from distill.config import load_config
 from distill.export import export
 from distill.metrics import TaskScore
 from distill.run import run
-from students.student import load_student
+from students.student import build_student, load_student, save_student
 from teachers.checkpoint import load_checkpoint
+from teachers.loading import load_salmonn, save_salmonn
+from teachers.lora import Lora
 
 SAMPLES = [tiny.make_sample(1), tiny.make_sample(2, seconds=1.1)]
 
@@ -79,3 +81,19 @@ def test_an_export_does_not_write_over_files_and_needs_a_finished_run(finished, 
         export(finished, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         export(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_ears_that_the_teacher_trained_are_saved_with_the_student(finished, tmp_path, merge):
+    parts = finished.parents[1] / "parts"
+    teacher = tiny.make_teacher(parts)
+    teacher.whisper.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in teacher.whisper.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    save_salmonn(teacher, tmp_path / "teacher")
+    lora = Lora(rank=4)
+    student = build_student(load_salmonn(tmp_path / "teacher"), str(parts / "student-llm"), lora=lora, connector="new")
+    save_student(student.eval(), tmp_path / "run" / "student", lora=lora, quantization="nf4")
+    exported = load_student(export(tmp_path / "run", tmp_path / "out", merge=merge))
+    torch.testing.assert_close(logits(exported), logits(student), atol=1e-4, rtol=1e-4)
