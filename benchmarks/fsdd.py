@@ -2,9 +2,11 @@
 
 The teacher learned from every clip; a student sees the text of 2 % of them, and the teacher's answers to the others.
 Equal steps and batches; CE alone can only use the labelled clips. Run it where `../shared/data/fsdd` is:
-`python benchmarks/fsdd.py [key=value …]`. Stages that were run before are used again.
+`python benchmarks/fsdd.py [--all] [key=value …]`. `--all` adds every divergence, feature loss and schedule to the four
+main students. Stages and students that were made before are used again.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from students.student import load_student
 
 CONFIG = "configs/fsdd.yaml"
 SEEDS = (0, 1, 2)
+MAIN = ("ce", "ce_pseudo", "ce_kl", "ce_kl_feature")
 VARIANTS = {
     "ce": ("CE on the labelled clips", ["loss.kl=0", "loss.feature=0", "data.labelled_only=true"]),
     "ce_pseudo": ("CE, the teacher's answers too", ["loss.kl=0", "loss.feature=0"]),
@@ -54,16 +57,20 @@ def train_and_score(variant: str, seed: int, words: list[str]) -> float:
 
 def main() -> None:
     """Run every variant and seed, two at a time, and write the table."""
-    words = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--all", action="store_true", help="every term, not only the four main students")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    words, variants = args.words, list(VARIANTS) if args.all else list(MAIN)
     config = load_config(CONFIG, words)
     make_shards(config)
     launch_stage("distill.teach", CONFIG, words, None)
     launch_stage("distill.cache", CONFIG, words, None)
     teacher = evaluate(load_teacher(config), config.shards("test"), config.eval)["asr"].value
-    jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    jobs = [(variant, seed) for seed in SEEDS for variant in variants]
     with ThreadPoolExecutor(2) as pool:
         wers = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, words), jobs)))
-    students = {variant: [wers[variant, seed] for seed in SEEDS] for variant in VARIANTS}
+    students = {variant: [wers[variant, seed] for seed in SEEDS] for variant in variants}
     means = {variant: statistics.mean(values) for variant, values in students.items()}
     gap_closed = (means["ce"] - min(means["ce_kl"], means["ce_kl_feature"])) / (means["ce"] - teacher)
     figures = {"teacher": teacher, "students": students, "gap_closed": gap_closed, "steps": config.train.steps}
