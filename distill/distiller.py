@@ -28,8 +28,8 @@ from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
-from distill.weighing import TERMS, Counts, active_terms, build_schedules, loss_at
-from distill.zero3 import configure_zero3, gathered, hide_frozen_, is_zero3, join_
+from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
+from distill.zero import configure_deepspeed, gathered, hide_frozen_, is_zero3, join_
 from shards.sample import SAMPLE_RATE, Sample
 from shards.source import expand_shards
 from shards.stream import ShardStream
@@ -96,7 +96,7 @@ class Distiller:
         self.loss, self.options = loss or LossConfig(), options or TrainConfig()
         if teacher is None:
             self.loss = only_ce(self.loss)
-        check_tasks(self.loss.task_weights, student)
+        check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
         self.schedules = build_schedules(self.loss, self.options.steps)
         check_codec(getattr(teacher, "header", None), self.loss)
         self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
@@ -177,7 +177,7 @@ class Distiller:
             group_by_decay(self.named, self.options.weight_decay), lr=0.0, betas=(0.9, self.options.beta2)
         )
         if is_deepspeed(self.accelerator):
-            self._configure_deepspeed()
+            configure_deepspeed(self.accelerator, self.options, self.num_micro_batches)
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches
@@ -212,17 +212,6 @@ class Distiller:
                     f"choose another name= for a new run, or put {key} back."
                 )
         return saved
-
-    def _configure_deepspeed(self) -> None:
-        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = self.options.micro_batch_size
-        config["gradient_accumulation_steps"] = self.num_micro_batches
-        config["gradient_clipping"] = self.options.max_grad_norm
-        config["zero_allow_untested_optimizer"] = True
-        config["zero_force_ds_cpu_optimizer"] = False
-        config.setdefault("steps_per_print", 10**9)
-        if is_zero3(self.accelerator):
-            configure_zero3(config)
 
     @property
     def num_micro_batches(self) -> int:
@@ -355,21 +344,3 @@ class Distiller:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
-
-
-def only_ce(loss: LossConfig) -> LossConfig:
-    """The objective of a student without a teacher."""
-    schedules = {name: text for name, text in loss.schedules.items() if name == "ce"}
-    return dataclasses.replace(loss, kl=0.0, feature=0.0, hidden=0.0, chunk=0.0, schedules=schedules)
-
-
-def check_tasks(task_weights: dict[str, float], student: Salmonn) -> None:
-    """Refuse the weight of a task that no sample can have.
-
-    Raises:
-        ValueError: naming the task.
-    """
-    known = student.rows.prompts.by_task
-    for task in task_weights:
-        if task not in known:
-            raise ValueError(f"loss.task_weights names {task}, but the tasks are {', '.join(known)}; correct the name.")

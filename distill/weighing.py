@@ -7,7 +7,7 @@ term's weight times its sample's, over that global count, so the gradient of a s
 Shapes: B batch, S supervised positions, W windows shared with the teacher, C chunks of the answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,3 +133,20 @@ def active_terms(loss: LossConfig, schedules: dict[str, Schedule], *, is_crossed
 def loss_at(loss: LossConfig, schedules: dict[str, Schedule], step: int) -> LossConfig:
     """The objective with the weights of one step."""
     return replace(loss, **{name: schedule.weight(step) for name, schedule in schedules.items()})
+
+
+def only_ce(loss: LossConfig) -> LossConfig:
+    """The objective of a student without a teacher."""
+    schedules = {name: text for name, text in loss.schedules.items() if name == "ce"}
+    return replace(loss, kl=0.0, feature=0.0, hidden=0.0, chunk=0.0, schedules=schedules)
+
+
+def check_tasks(task_weights: Mapping[str, float], known: Collection[str]) -> None:
+    """Refuse the weight of a task that no sample can have.
+
+    Raises:
+        ValueError: naming the task.
+    """
+    for task in task_weights:
+        if task not in known:
+            raise ValueError(f"loss.task_weights names {task}, but the tasks are {', '.join(known)}; correct the name.")

@@ -6,6 +6,7 @@ What is wrong with one sample comes back as a `BadSample`; what is wrong with a 
 import io
 import json
 import os
+import weakref
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Reader:
         self.catalog, self.cache, self.decode = catalog, cache, decode
         self.augmentation, self.seed, self.max_seconds = augmentation, seed, max_seconds
         self._files: OrderedDict[str, int] = OrderedDict()
+        weakref.finalize(self, _close_all, self._files)  # a run opens a stream for every validation
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample | BadSample] | Exception:
         """The samples at rows of (epoch, row); a shard's or the disk's error comes back as a value.
@@ -137,8 +139,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the shards."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        _close_all(self._files)
 
 
 def _parse_fields(data: bytes, name: str) -> dict:
@@ -167,3 +168,8 @@ def _check_length(waveform_N: np.ndarray, seconds: float, name: str) -> None:
             "truncated",
             f"{name} has {len(waveform_N) / SAMPLE_RATE:.4f} s, but was packed with {seconds}; pack it again.",
         )
+
+
+def _close_all(files: OrderedDict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

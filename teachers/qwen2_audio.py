@@ -48,7 +48,7 @@ class Qwen2Audio(Salmonn):
         nn.Module.__init__(self)
         core = loaded.model if hasattr(loaded, "model") else loaded  # as transformers 5.23 and older ones nest it
         self.config, self.tokenizer, self.second, self.front_end = config, tokenizer, None, None
-        self.own_names = frozenset()
+        self.own_names = self.inherited_names = frozenset()
         self.llm = join_llm(loaded, core)
         self.whisper = ear_of_tower(core.audio_tower)  # what a student shares
         self.pool = core.audio_tower.avg_pooler

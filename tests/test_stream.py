@@ -1,5 +1,6 @@
 """The stream gives every sample once an epoch, in batches that no rank, worker or crash changes."""
 
+import gc
 import io
 import itertools
 import json
@@ -453,6 +454,19 @@ def die_while_reading(folder, pids):
     next(batches)
     os.write(pids, json.dumps([child.pid for child in multiprocessing.active_children()]).encode())
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_stream_that_is_gone_holds_no_shard_open(folder):
+    def count_open() -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}").endswith(".tar") for fd in os.listdir("/proc/self/fd"))
+
+    before = count_open()
+    stream = ShardStream(folder, batch_size=4, epochs=1)
+    assert sum(map(len, stream)) == sum(SIZES)
+    assert count_open() > before
+    del stream
+    gc.collect()
+    assert count_open() == before
 
 
 def test_a_killed_trainer_leaves_no_workers_behind(long_clips):

@@ -1,4 +1,4 @@
-"""What ZeRO-3 needs beside ZeRO-2: it splits the parameters themselves, and does so with every one that it finds.
+"""DeepSpeed's settings, and what ZeRO-3 needs beside them: it splits every parameter that it finds over the ranks.
 
 Only trainable tensors are given to it. Frozen ones stay whole on every rank: in 4 bits a piece of a weight is not a
 weight, and the head is read row by row, outside its own layer. Knows DeepSpeed, nothing of models.
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from torch import nn
 
+from distill.config import TrainConfig
 from distill.ranks import is_deepspeed
 
 WHOLE = 10**12  # elements up to which a parameter is gathered for good between steps: all of them
@@ -20,11 +21,18 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
-def configure_zero3(config: dict) -> None:
-    """Let the trainable tensors be whole between steps, in place: the Q-Former's queries belong to no layer's call."""
-    zero = config["zero_optimization"]
-    zero["stage3_param_persistence_threshold"] = WHOLE
-    zero["stage3_model_persistence_threshold"] = WHOLE
+def configure_deepspeed(accelerator: Accelerator, options: TrainConfig, num_micro_batches: int) -> None:
+    """Tell DeepSpeed what the run's own config says, before it wraps the model."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = options.micro_batch_size
+    config["gradient_accumulation_steps"] = num_micro_batches
+    config["gradient_clipping"] = options.max_grad_norm
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    config.setdefault("steps_per_print", 10**9)
+    if is_zero3(accelerator):  # the Q-Former's queries belong to no layer's call, so what is trained stays gathered
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
+        config["zero_optimization"]["stage3_model_persistence_threshold"] = WHOLE
 
 
 def hide_frozen_(module: nn.Module) -> None:
