@@ -129,13 +129,17 @@ def format_table(rows: list[dict], source: str) -> str:
     return "\n".join(lines)
 
 
-def use_fsdd() -> tuple[tuple[str, list[str]], str]:
-    """The demo on recordings: its teacher and shards; all labels, so that online training generates nothing."""
+def use_fsdd(folder: Path) -> tuple[tuple[str, list[str]], str]:
+    """Recordings: the teacher and the first shard of them; all labels, so that online training generates nothing."""
     scratch = load_config(CONFIG).run_folder / "scratch"
     if not (scratch / "teacher" / "config.json").is_file():
         sys.exit(f"{scratch}/teacher is not there; make it with `distill teach {CONFIG}`, or give --toys")
-    words = [f"teacher.path={scratch}/teacher", f"student.llm={scratch}/student-llm", "data.labelled_share=1.0"]
-    return (CONFIG, words), "spoken digits (fsdd), every label given"
+    shard = Path(expand_shards(load_config(CONFIG).shards("train"))[0])
+    (folder / "train").mkdir()
+    (folder / "train" / shard.name).symlink_to(shard.resolve())
+    words = [f"teacher.path={scratch}/teacher", f"student.llm={scratch}/student-llm", "data.labelled_share=1.0",
+             f"data.folder={folder}", "cache.frames=none"]  # fmt: skip
+    return (CONFIG, words), "one shard of spoken digits (fsdd), every label given"
 
 
 def use_toys(folder: Path) -> tuple[tuple[str, list[str]], str]:
@@ -158,7 +162,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as name:
-        base, source = use_toys(Path(name)) if args.toys else use_fsdd()
+        base, source = use_toys(Path(name)) if args.toys else use_fsdd(Path(name))
         words = [f"train.steps={args.steps}", f"train.save_every={args.steps}", *args.overrides]
         trained = {variant: train(variant, words, base, Path(name)) for variant in VARIANTS}
     rows = [compare(variant, trained) for variant in VARIANTS]
