@@ -76,6 +76,40 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:06d}"
 
 
+def find_resumable(run_folder: Path, resume: str, identity: dict, say) -> Saved | None:
+    """The checkpoint that a run goes on from; None where it starts anew.
+
+    Args:
+        run_folder: of the run; its checkpoints are in `checkpoints`.
+        resume: "auto", "must" (refuse where there is none) or "never" (refuse where there is one).
+        identity: what must be as it was, as plain data.
+        say: is told of damaged checkpoints that are passed over.
+
+    Raises:
+        FileNotFoundError, FileExistsError: `resume` forbids it.
+        ValueError: the checkpoint is of a run with another identity.
+    """
+    saved = find_checkpoint(run_folder / "checkpoints", say)
+    if saved is None:
+        if resume == "must":
+            raise FileNotFoundError(
+                f"train.resume is 'must', but {run_folder}/checkpoints holds no whole checkpoint; "
+                f"use train.resume=auto to start anew."
+            )
+        return None
+    if resume == "never":
+        raise FileExistsError(
+            f"train.resume is 'never', but {saved.folder} is a checkpoint; choose another name= or remove it."
+        )
+    for key, value in identity.items():
+        if saved.state["identity"].get(key) != value:
+            raise ValueError(
+                f"{key} is {value}, but {saved.folder} was made with {saved.state['identity'].get(key)}; "
+                f"choose another name= for a new run, or put {key} back."
+            )
+    return saved
+
+
 def find_checkpoint(folder: Path, say) -> Saved | None:
     """The newest whole checkpoint; those that are damaged are named through `say` and passed over."""
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):

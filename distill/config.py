@@ -6,7 +6,6 @@ A file is read over these defaults, `key=value` words over the file; unknown key
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.augmentation import check_augmentation
+from distill.rules import check_config, refuse_secrets
 from shards.augmentation import Augmentation
-
-SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
 
 
 @dataclass(frozen=True)
@@ -225,29 +221,6 @@ class Config:
         return Path(self.data.folder) / split
 
 
-CHOICES = {
-    "precision": ("auto", "float32", "bf16"),
-    "corpus.kind": ("manifest", "synth"),
-    "student.quantization": ("nf4", "none"),
-    "student.connector": ("teacher", "new"),
-    "student.windows": ("audio", "all"),
-    "teacher.front_end": ("exact", "shared"),
-    "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
-    "cache.features": ("int8", "float16", "none"),
-    "cache.frames": ("int8", "float16", "none"),
-    "cache.answers": ("label", "teacher", "both"),
-    "loss.feature_kind": ("mse", "cosine", "smooth_l1", "relation"),
-    "loss.hidden_kind": ("mse", "cosine", "smooth_l1", "relation"),
-    "loss.kl_kind": ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation"),
-    "loss.cross_tokenizer": ("refuse", "chunk"),
-    "train.resume": ("auto", "must", "never"),
-}
-POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "loss.temperature",
-            "loss.chunk_temperature", "cache.k", "cache.draws", "cache.batch_size", "cache.num_beams",
-            "eval.batch_size", "eval.num_beams", "eval.repetition_penalty", "train.save_every",
-            "train.keep")  # fmt: skip
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `section.key=value` words over the defaults.
 
@@ -272,47 +245,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: {key}: {str(error).splitlines()[0]}; correct the file or the override.") from error
     check_config(config, str(path))
     return config
-
-
-def check_config(config: Config, origin: str = "config") -> None:
-    """The one gate for values that are well-typed and still wrong."""
-    for key, choices in CHOICES.items():
-        if value_at(config, key) not in choices:
-            raise ValueError(
-                f"{origin}: {key} is {value_at(config, key)!r}, but must be one of {', '.join(choices)}; correct it."
-            )
-    for key in POSITIVE:
-        if not value_at(config, key) > 0:
-            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but must be above 0; correct it.")
-    for key in ("ce", "pseudo_ce", "kl", "feature", "hidden", "chunk"):
-        if not 0 <= getattr(config.loss, key) < float("inf"):
-            value = getattr(config.loss, key)
-            raise ValueError(f"{origin}: loss.{key} is {value}, but a weight is 0 or more; correct it.")
-    for key in ("data.labelled_share", "corpus.valid_share"):
-        if not 0 <= value_at(config, key) <= 1:
-            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but is a share from 0 to 1; correct it.")
-
-    check_augmentation(config, origin)
-
-
-def value_at(config: Config, key: str):
-    """The value of a dotted key."""
-    value = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def refuse_secrets(tree, origin: str, prefix: str = "") -> None:
-    """Refuse keys named like a credential and values shaped like one; a config is copied into every run folder."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict):
-            refuse_secrets(value, origin, f"{prefix}{key}.")
-        elif (SECRET.search(str(key)) and key != "end_token") or SECRET_VALUE.search(str(value)):
-            raise ValueError(
-                f"{origin}: {prefix}{key} looks like a credential, but configs are copied into run folders; "
-                f"log in with `hf auth login` or set HF_TOKEN instead."
-            )
 
 
 def to_yaml(config: Config) -> str:

@@ -5,7 +5,6 @@ weighted by its term's weight over that count. So the gradient of a step does no
 """
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -28,6 +27,7 @@ from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.runlog import RunLog
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.zero import configure_deepspeed, gathered, hide_frozen_, is_zero3, join_
 from shards.sample import SAMPLE_RATE, Sample
@@ -145,7 +145,10 @@ class Distiller:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             batches = iter(self.stream)
-            with Progress(f"train {self.run_folder.name}", self.options.steps, start, self.accelerator) as progress:
+            with (
+                RunLog(self.run_folder, start, self.accelerator.is_main_process) as self.log,
+                Progress(f"train {self.run_folder.name}", self.options.steps, start, self.accelerator) as progress,
+            ):
                 for step in range(start, self.options.steps):
                     record = self._step(step, batches)
                     losses.append(record["loss"])
@@ -167,12 +170,16 @@ class Distiller:
 
     def _prepare(self) -> int:
         """Load the newest checkpoint if the run is to go on, wrap the student, and return the first step to do."""
-        saved = self._find_checkpoint()
+        saved = ckpt.find_resumable(
+            self.run_folder, self.options.resume, self.identity, lambda text: say(self.accelerator, text)
+        )
         if saved is not None:
             ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
             self.stream.load_state_dict(saved.state["stream"])
             self.best = Best(**saved.state["best"])
-            say(self.accelerator, f"resumes {self.run_folder} after step {saved.step}")
+            is_done = saved.step >= self.options.steps
+            goes_on = "is trained, used again:" if is_done else "goes on"
+            say(self.accelerator, f"{self.run_folder} {goes_on} after step {saved.step}")
         optimizer = torch.optim.AdamW(
             group_by_decay(self.named, self.options.weight_decay), lr=0.0, betas=(0.9, self.options.beta2)
         )
@@ -190,28 +197,6 @@ class Distiller:
             ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, saved.step)
         self.bad_steps = 0
         return saved.step if saved is not None else 0
-
-    def _find_checkpoint(self) -> ckpt.Saved | None:
-        """The checkpoint to resume from, checked against `resume` and against this run's identity."""
-        saved = ckpt.find_checkpoint(self.run_folder / "checkpoints", lambda text: say(self.accelerator, text))
-        if saved is None:
-            if self.options.resume == "must":
-                raise FileNotFoundError(
-                    f"train.resume is 'must', but {self.run_folder}/checkpoints holds no whole checkpoint; "
-                    f"use train.resume=auto to start anew."
-                )
-            return None
-        if self.options.resume == "never":
-            raise FileExistsError(
-                f"train.resume is 'never', but {saved.folder} is a checkpoint; choose another name= or remove it."
-            )
-        for key, value in self.identity.items():
-            if saved.state["identity"].get(key) != value:
-                raise ValueError(
-                    f"{key} is {value}, but {saved.folder} was made with {saved.state['identity'].get(key)}; "
-                    f"choose another name= for a new run, or put {key} back."
-                )
-        return saved
 
     @property
     def num_micro_batches(self) -> int:
@@ -292,9 +277,7 @@ class Distiller:
     def _after(self, step: int, record: dict) -> None:
         """Log, and when it is time validate and save."""
         is_last = step == self.options.steps
-        if self.accelerator.is_main_process:
-            with open(self.run_folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({k: v for k, v in record.items() if k != "stop"}) + "\n")
+        self.log.step({key: value for key, value in record.items() if key != "stop"})
         is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
         if is_due and self.valid is not None:
             self._validate(step)
@@ -327,9 +310,7 @@ class Distiller:
         best = Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
         if self.best.error is None or best.error < self.best.error:
             self.best = best
-        if self.accelerator.is_main_process:
-            with open(self.run_folder / "validation.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, "error": best.error, **best.scores}) + "\n")
+        self.log.validation(step, best.error, best.scores)
 
     def _take_best_(self) -> None:
         """Give the student the weights of the best validation, in place."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill.card import SCORECARD, Scorecard, cost_rows, print_scorecard, read_scorecard, score_rows, show_training
 from distill.curves import line_chart
+from distill.runlog import METRICS
 from shards.index import write_atomically
 
 REPORT = "report.html"
@@ -64,7 +65,7 @@ def write_report(run_folder: Path) -> Path:
         FileNotFoundError: the folder holds no `metrics.jsonl`.
     """
     run_folder = Path(run_folder)
-    records, num_unreadable = read_metrics(run_folder / "metrics.jsonl")
+    records, num_unreadable = read_metrics(run_folder / METRICS)
     parts = [f"<h1>{html.escape(run_folder.resolve().name)}</h1>"]
     if (run_folder / SCORECARD).exists():
         parts += _scorecard_html(read_scorecard(run_folder))

@@ -17,6 +17,7 @@ from distill.metrics import Prediction, retained_quality, score
 from distill.ranks import resolve_precision
 from distill.report import read_metrics, write_report
 from distill.run import student_llm
+from distill.runlog import METRICS
 from distill.teacher import load_teacher, teacher_path
 from shards.stream import ShardStream
 from students.student import load_student
@@ -68,7 +69,7 @@ def figures(name: str, model: Salmonn, answers: list[Prediction], path: Path, co
 
 def training_figures(config: Config) -> dict[str, float | str]:
     """How the student was trained, in a few figures."""
-    records, _ = read_metrics(config.run_folder / "metrics.jsonl")
+    records, _ = read_metrics(config.run_folder / METRICS)
     seconds = sum(record["seconds"] for record in records)
     return {
         "steps": len(records),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import Config, value_at
+from distill.config import Config
+from distill.rules import value_at
 
 ROOT = Path(__file__).parents[1]
 FAULTS = (ROOT / "docs" / "faults.md").read_text()
