@@ -111,8 +111,8 @@ def format_table(rows: list[dict], source: str) -> str:
     """The table for a reader."""
     lines = [
         f"Training on {source}.",
-        "The ears take most of a step at this size and online training shares them, so that a cache without their frames "
-        "saves the teacher's small LLM alone.",
+        "The ears take most of a step at this size and online training shares them, so that a cache without their "
+        "frames saves the teacher's small LLM alone.",
         "",
         "| targets | s a step | online ÷ this | last loss | largest (mean) loss difference | held against "
         "| cache MB | bytes a token | s to cache |",
