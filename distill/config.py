@@ -1,6 +1,7 @@
 """The configuration of a run: every field, its unit and its only default. Knows YAML, nothing of models.
 
-A file is read over these defaults, `key=value` words over the file; unknown keys and wrong types are refused.
+A file is read over these defaults, `key=value` words over the file; unknown keys and wrong types are refused. A file
+that differs from another one in a few keys names that one as `base`, relative to itself: it is read first.
 """
 
 import dataclasses
@@ -10,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.rules import check_config, refuse_secrets
 from shards.augmentation import Augmentation
+
+BASE = "base"  # the key of the file that a file is read over
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The small model that is trained. It hears with the teacher's frozen ears."""
+    """The small model that is trained. Its ears are frozen: the teacher's, or smaller ones."""
 
     llm: str = ""  # folder or hub id
+    whisper: str = ""  # its own Whisper: folder or hub id; empty: the teacher's, shared
+    second: str = ""  # its own second encoder: BEATs or EAT file; empty: the teacher's, shared
+    second_kind: str = ""  # "beats", "eat", or "none": it has no second encoder; empty: the teacher's
     quantization: str = "nf4"  # "nf4" (double quantisation) or "none"
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -229,22 +235,51 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: a key is unknown, of the wrong type or out of range, or holds what looks like a secret.
     """
     path = Path(path)
-    if not path.is_file():
-        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
-        raise FileNotFoundError(f"config is {path}, but there is no such file; YAML files beside it: {near}.")
     for word in overrides:
         if "=" not in word:
             raise ValueError(f"override is {word!r}, but must read section.key=value; correct the command.")
+    config = OmegaConf.structured(Config)
+    origin = str(path)
     try:
-        layers = [OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))]
-        for layer in layers[1:]:
-            refuse_secrets(OmegaConf.to_container(layer), str(path))
-        config = OmegaConf.to_object(OmegaConf.merge(*layers))
+        layers = [*read_files(path), (path, OmegaConf.from_dotlist(list(overrides)))]
+        for file, layer in layers:
+            origin = str(file)
+            refuse_secrets(OmegaConf.to_container(layer), origin)
+            config = OmegaConf.merge(config, layer)
+        config = OmegaConf.to_object(config)
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ValueError(f"{path}: {key}: {str(error).splitlines()[0]}; correct the file or the override.") from error
+        raise ValueError(f"{origin}: {key}: {str(error).splitlines()[0]}; correct the file or the override.") from error
     check_config(config, str(path))
     return config
+
+
+def read_files(path: Path) -> list[tuple[Path, DictConfig]]:
+    """What a YAML file says, after what the file says that it names as its base.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the base has a base itself.
+    """
+    own = read_file(path, "config")
+    if BASE not in own:
+        return [(path, own)]
+    base = path.parent / str(own.pop(BASE))
+    theirs = read_file(base, f"{BASE} of {path}")
+    if BASE in theirs:
+        raise ValueError(
+            f"{BASE} of {path} is {base}, but that has the base {theirs[BASE]} itself and one level is all there is; "
+            f"name {theirs[BASE]} and write the other keys out."
+        )
+    return [(base, theirs), (path, own)]
+
+
+def read_file(path: Path, name: str) -> DictConfig:
+    """One YAML file, as it stands there."""
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
+        raise FileNotFoundError(f"{name} is {path}, but there is no such file; YAML files beside it: {near}.")
+    return OmegaConf.load(path)
 
 
 def to_yaml(config: Config) -> str:

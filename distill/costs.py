@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwe
 
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
-from distill.run import lora_of, student_llm
+from distill.run import ears_of, lora_of, student_llm
 from distill.teach import build_llm, build_whisper, teacher_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
+from students.ears import choose_ears
 from students.quantize import nf4_bytes
 from teachers.beats import BEATS_FBANK, BeatsConfig, read_cfg
 from teachers.checkpoint import describe_checkpoint
@@ -93,8 +94,9 @@ def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedCon
 
 
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
-    """The student: the teacher's ears and Q-Former sizes on its own LLM."""
-    salmonn = dataclasses.replace(teacher.config, llm=student_llm(config), windows=config.student.windows)
+    """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
+    heard = choose_ears(teacher.config, **ears_of(config))
+    salmonn = dataclasses.replace(heard, llm=student_llm(config), windows=config.student.windows)
     return Blueprint(salmonn, lora_of(config), llm_dtype(config), config.student.quantization == "nf4")
 
 

@@ -22,7 +22,7 @@ from distill.config import EvalConfig, LossConfig, TrainConfig
 from distill.crossteacher import CrossTeacher, meet
 from distill.evaluate import evaluate
 from distill.metrics import mean_error
-from distill.microbatch import Collator, MicroBatch, split
+from distill.microbatch import Collator, MicroBatch, check_frames, split
 from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
@@ -99,6 +99,7 @@ class Distiller:
         check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
         self.schedules = build_schedules(self.loss, self.options.steps)
         check_codec(getattr(teacher, "header", None), self.loss)
+        check_frames(getattr(teacher, "header", None), student)
         self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder), seed
         self.dtype = resolve_precision(precision)

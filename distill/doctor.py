@@ -34,10 +34,10 @@ from distill.datachecks import (
     check_padding,
     check_rows,
 )
-from distill.microbatch import Collator
+from distill.microbatch import Collator, check_frames
 from distill.objective import Objective, check_codec
 from distill.ranks import build_accelerator
-from distill.run import lora_of, open_training_stream, student_llm, wrap_teacher
+from distill.run import ears_of, lora_of, open_training_stream, student_llm, wrap_teacher
 from distill.teacher import load_teacher
 from distill.weighing import active_terms, build_schedules, loss_at
 from shards.sample import Sample
@@ -90,12 +90,14 @@ def build_case(config: Config) -> Case:
         quantization=config.student.quantization,
         connector=config.student.connector,
         windows=config.student.windows,
+        **ears_of(config),
         seed=config.seed,
     ).to(accelerator.device)
     wake_lora_(student)
     own = wrap_teacher(config, model.to(accelerator.device))
     loss, schedules = config.loss, build_schedules(config.loss, config.train.steps)
     check_codec(own.header, loss)
+    check_frames(own.header, student)
     teacher, vocab_size = meet(own, student, loss.cross_tokenizer, loss.temperature)
     objective = Objective(
         student,

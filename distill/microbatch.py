@@ -12,8 +12,11 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.schedule import sample_weight
 from distill.weighing import Counts, Weights, count, weigh
+from shards.header import CacheHeader
 from shards.sample import SAMPLE_RATE, Sample
+from students.ears import EARS, describe_ears
 from teachers.batch import Batch
+from teachers.loading import hash_frozen_parts
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets
 
@@ -85,6 +88,23 @@ class Collator:
         task = next(task for task, prompts in self.student.rows.prompts.by_task.items() if "{}" not in prompts[0])
         return Sample(
             "silence", np.zeros(max(SAMPLE_RATE // 10, self.student.min_samples), np.float32), "", task, None, "", ""
+        )
+
+
+def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
+    """Refuse cached frames that another encoder made than the student hears with.
+
+    Raises:
+        ValueError: naming the encoders.
+    """
+    if header is None or header.identity["features"]["frames"] == "none":
+        return
+    theirs, own = header.identity["teacher_weights"], hash_frozen_parts(student, EARS)
+    other = [name for name in EARS if own.get(name) != theirs.get(name)]
+    if other:
+        raise ValueError(
+            f"cache.frames is {header.identity['features']['frames']!r}, but this student's ears are not the teacher's "
+            f"({describe_ears(student.config, other)}); cache again with cache.frames=none, or set teacher.online=true."
         )
 
 

@@ -10,6 +10,7 @@ CHOICES = {
     "corpus.kind": ("manifest", "synth"),
     "student.quantization": ("nf4", "none"),
     "student.connector": ("teacher", "new"),
+    "student.second_kind": ("", "none", "beats", "eat"),
     "student.windows": ("audio", "all"),
     "teacher.front_end": ("exact", "shared"),
     "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
@@ -32,9 +33,8 @@ def check_config(config, origin: str = "config") -> None:
     """The one gate for values that are well-typed and still wrong."""
     for key, choices in CHOICES.items():
         if value_at(config, key) not in choices:
-            raise ValueError(
-                f"{origin}: {key} is {value_at(config, key)!r}, but must be one of {', '.join(choices)}; correct it."
-            )
+            names = ", ".join(choice or "''" for choice in choices)
+            raise ValueError(f"{origin}: {key} is {value_at(config, key)!r}, but must be one of {names}; correct it.")
     for key in POSITIVE:
         if not value_at(config, key) > 0:
             raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but must be above 0; correct it.")

@@ -35,8 +35,10 @@ def run(config: Config) -> int:
         connector=config.student.connector,
         qformer_dropout=config.student.qformer_dropout,
         windows=config.student.windows,
+        **ears_of(config),
         dtype=resolve_precision(config.precision),
         seed=config.seed,
+        say=lambda text: say(accelerator, text),
     ).to(accelerator.device)
     teacher = wrap_teacher(config, model)
     del model  # of a cached teacher only the ears live on, in the student
@@ -79,8 +81,12 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
 
 
 def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:
-    """The training samples of this rank, augmented, with their targets when those are cached."""
-    return ShardStream(
+    """The training samples of this rank, augmented, with their targets when those are cached.
+
+    Raises:
+        ValueError: a clip is shorter or longer than student and online teacher hear, or see `ShardStream`.
+    """
+    stream = ShardStream(
         config.shards("train"),
         batch_size=config.train.batch_size,
         seed=config.seed,
@@ -101,6 +107,24 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
         max_member_bytes=config.data.max_member_mb * 2**20,
         bad_samples=config.run_folder / "bad_samples.jsonl",
     )
+    check_clips(stream, student, *([teacher.model] if config.teacher.online else []))
+    return stream
+
+
+def check_clips(stream: ShardStream, *models: Salmonn) -> None:
+    """Refuse a clip that one of the models cannot hear now, and not after hours.
+
+    Raises:
+        ValueError: naming the lengths.
+    """
+    least = max(model.min_samples for model in models) / SAMPLE_RATE
+    most = min(model.max_samples for model in models) / SAMPLE_RATE
+    found = float(stream.catalog.seconds.min()), float(stream.catalog.seconds.max())
+    if found[0] < least - 1e-4 or found[1] > most + 1e-4:
+        raise ValueError(
+            f"clips last {found[0]:.2f} to {found[1]:.2f} s, but the ears of this run take {least:g} to {most:g} s; "
+            f"pack clips of these lengths, or choose another student.whisper."
+        )
 
 
 def student_llm(config: Config) -> str:
@@ -114,6 +138,11 @@ def student_llm(config: Config) -> str:
     if config.scratch.steps:
         return str(config.run_folder / "scratch" / "student-llm")
     raise ValueError("student.llm is empty, but a student needs a LLM; give a folder or a hub id.")
+
+
+def ears_of(config: Config) -> dict[str, str]:
+    """The names of the student's own ears, as `build_student` takes them."""
+    return {name: getattr(config.student, name) for name in ("whisper", "second", "second_kind")}
 
 
 def lora_of(config: Config) -> Lora:

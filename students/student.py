@@ -1,21 +1,29 @@
-"""A student: the teacher's ears and Q-Former on a smaller LLM, in 4 bits with LoRA.
+"""A student: the teacher's Q-Former, and its ears or smaller ones, on a smaller LLM in 4 bits with LoRA.
 
 Trained are LoRA, Q-Former, its LayerNorms and the projection; frozen are the ears and the LLM's 4-bit weights.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from students.ears import (
+    CONNECTOR,
+    EARS,
+    choose_ears,
+    describe_ears,
+    find_shared,
+    inherit_connector_,
+    print_to_stderr,
+    share_or_load_ears,
+)
 from students.quantize import quantize_4bit_
 from teachers.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
-
-EARS = ("whisper", "second")
-CONNECTOR = ("ln_speech", "ln_audio", "qformer", "project")
 
 
 def build_student(
@@ -27,38 +35,49 @@ def build_student(
     connector: str = "teacher",
     qformer_dropout: float = 0.0,
     windows: str = "audio",
+    whisper: str = "",
+    second: str = "",
+    second_kind: str = "",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    say: Callable[[str], None] = print_to_stderr,
 ) -> Salmonn:
-    """A student that hears with the teacher's own (shared, frozen) encoders.
+    """A student that hears with the teacher's own (shared, frozen) encoders, or with frozen ones of its own.
 
     Args:
         teacher: whose ears, prompts and Q-Former sizes are inherited; its encoders are shared, not copied.
         llm: the student's LLM, a local folder or hub id.
         lora: LoRA on it.
         quantization: "nf4" or "none".
-        connector: "teacher" starts LayerNorms and Q-Former from the teacher's weights, "new" from random ones.
+        connector: "teacher" starts LayerNorms, Q-Former and projection from the teacher's weights where they fit,
+            "new" from random ones.
         qformer_dropout: in training.
         windows: "audio" or "all", see `SalmonnConfig`.
+        whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
         dtype: of the LLM's products and of what is not quantised.
         seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
+        say: is told which ears are its own, and which tensors of the connector are not the teacher's.
+
+    Raises:
+        ValueError: the names of the ears contradict each other.
+        FileNotFoundError: there is no such encoder.
     """
     torch.manual_seed(seed)
-    config = dataclasses.replace(teacher.config, llm=llm, windows=windows, qformer_dropout=qformer_dropout)
+    heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
+    config = dataclasses.replace(heard, llm=llm, windows=windows, qformer_dropout=qformer_dropout)
     student = build_salmonn(
         config,
         lora=lora,
         dtype=dtype,
         transform_llm_=quantizer(quantization, dtype),
-        ears=(teacher.whisper, teacher.second),
+        ears=share_or_load_ears(teacher, config),
     )
+    shared = find_shared(teacher.config, config)
+    if own := set(EARS) - shared:
+        say(f"ears of its own: {describe_ears(config, own)}")
     if connector == "teacher":
-        for name in CONNECTOR[:3]:
-            if getattr(teacher, name) is not None:
-                getattr(student, name).load_state_dict(getattr(teacher, name).state_dict())
-        if student.project.weight.shape == teacher.project.weight.shape:
-            student.project.load_state_dict(teacher.project.state_dict())
-    student.inherited_names = frozenset(n for n in teacher.own_names or () if n.split(".", 1)[0] in EARS)
+        say(inherit_connector_(student, teacher))
+    student.inherited_names = frozenset(n for n in teacher.own_names or () if n.split(".", 1)[0] in shared)
     return train_own_(student)
 
 

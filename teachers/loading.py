@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,9 +51,13 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
 
 def load_ears(config: SalmonnConfig) -> tuple[nn.Module, nn.Module | None]:
     """The encoders a config names, frozen and in evaluation mode."""
-    whisper = load_encoder("whisper", config.whisper).requires_grad_(False).eval()
-    second = load_encoder(config.second_kind, config.second).requires_grad_(False).eval() if config.second else None
-    return whisper, second
+    second = load_ear(config.second_kind, config.second) if config.second else None
+    return load_ear("whisper", config.whisper), second
+
+
+def load_ear(kind: str, path: str) -> nn.Module:
+    """One encoder by name, frozen and in evaluation mode."""
+    return load_encoder(kind, path).requires_grad_(False).eval()
 
 
 def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
@@ -171,12 +176,11 @@ def load_own_tensors_(model: nn.Module, path: Path) -> None:
             parameters[name].data.copy_(tensor)
 
 
-def hash_frozen_parts(model: Salmonn) -> dict[str, str]:
-    """The hash of the checkpoint behind every part that is not wholly the model's own: `llm`, `whisper`, `second`."""
+def hash_frozen_parts(model: Salmonn, names: Sequence[str] = ("llm", "whisper", "second")) -> dict[str, str]:
+    """The hash of the checkpoint behind every part of these names that is not wholly the model's own."""
     own = own_tensors(model)
     parts = {name.split(".", 1)[0] for name, _ in model.named_parameters() if name not in own}
-    paths = {"llm": model.config.llm, "whisper": model.config.whisper, "second": model.config.second}
-    return {part: hash_checkpoint(path) for part, path in paths.items() if part in parts}
+    return {name: hash_checkpoint(getattr(model.config, name)) for name in names if name in parts}
 
 
 def hash_checkpoint(path: str) -> str:
