@@ -8,9 +8,11 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from distill.capture import Capturer, build_codec, captured_mass, feature_dtypes
 from distill.cli import add_config_arguments, run_stage
@@ -18,10 +20,12 @@ from distill.config import Config, load_config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher, teach_online
+from shards.augment import sample_seed
 from shards.cache import TargetShard, TargetWriter, read_done
 from shards.codecs import Hidden, describe_codec
 from shards.header import CacheHeader
 from shards.lock import read_holder
+from shards.sample import Sample
 from shards.source import expand_shards
 from shards.stream import ShardStream
 from shards.targets import TargetRecord
@@ -31,6 +35,7 @@ from teachers.logits import logit_transform
 from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary
 
+Capture = Callable[[Sequence[Sample]], dict[str, TargetRecord]]  # makes the records of a batch, by key
 POLL_SECONDS = 1.0  # between looks at whether other ranks have finished the last shards
 FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers", "cross_entropy", "entropy")
 
@@ -77,17 +82,29 @@ def cache(config: Config) -> int:
     writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config))
     save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
     shards = expand_shards(config.shards("train"))
-    missing = [shard for shard in shards if not writer.is_done(shard)]
-    if not missing:
-        say(accelerator, f"cache: {config.cache_folder} holds the targets of all {len(shards)} shards, used again")
-        return 0
-    began = time.monotonic()
-    job = Job(config, Capturer(teacher, config), writer, missing, accelerator)
-    job.run(first=accelerator.process_index * len(missing) // accelerator.num_processes)
-    if accelerator.is_main_process:
-        print(summarise(config.cache_folder, shards, missing, time.monotonic() - began))
+    if write_missing(config, Capturer(teacher, config), writer, shards, accelerator) and accelerator.is_main_process:
         warn_of_strangers(config.cache_folder, shards, teacher.vocab.size)
     return 0
+
+
+def write_missing(config: Config, capture: Capture, writer: TargetWriter, shards: Sequence[str], accelerator,
+                  share: float = 1.0) -> bool:  # fmt: skip
+    """Do the shards that are not done, with whatever processes there are, and print the totals; False: none was left.
+
+    Args:
+        capture, writer, accelerator, share: as `Job` takes them.
+        shards: all that the cache is to have.
+    """
+    missing = [shard for shard in shards if not writer.is_done(shard)]
+    if not missing:
+        say(accelerator, f"cache: {writer.folder} holds the targets of all {len(shards)} shards, used again")
+        return False
+    began = time.monotonic()
+    job = Job(config, capture, writer, missing, accelerator, share)
+    job.run(first=accelerator.process_index * len(missing) // accelerator.num_processes)
+    if accelerator.is_main_process:
+        print(summarise(writer.folder, shards, missing, time.monotonic() - began))
+    return True
 
 
 class Job:
@@ -99,12 +116,16 @@ class Job:
         writer: of the cache.
         missing: the shards to do, by this process or another.
         accelerator: whose main process shows the progress of all.
+        share: of each shard's samples that are captured, at least one; which ones, seed and round decide.
     """
 
-    def __init__(self, config: Config, capture: Capturer, writer: TargetWriter, missing: Sequence[str], accelerator):
+    def __init__(self, config: Config, capture: Capture, writer: TargetWriter, missing: Sequence[str], accelerator,
+                 share: float = 1.0):  # fmt: skip
         self.config, self.capture, self.writer, self.missing = config, capture, writer, list(missing)
-        total = ShardStream(self.missing, batch_size=1, shuffle=False, epochs=1).num_samples
-        self.progress = Progress("cache", total, accelerator=accelerator, unit="samples")
+        self.share = share
+        sizes = np.bincount(ShardStream(self.missing, batch_size=1, shuffle=False, epochs=1).catalog.shards)
+        total = sum(math.ceil(share * size) for size in sizes.tolist())
+        self.progress = Progress(writer.folder.name, total, accelerator=accelerator, unit="samples")
         self.began, self.finished = time.monotonic(), dict.fromkeys(FIGURES, 0)
         self.counted: set[str] = set()
 
@@ -126,7 +147,7 @@ class Job:
 
     def _write(self, target: TargetShard, shard: str) -> None:
         """Run the teacher over one audio shard, longest clips first, and write the records as they come."""
-        stream = open_shard(self.config, shard)
+        stream = open_shard(self.config, shard, self.share)
         target.figures |= dict.fromkeys(FIGURES, 0)
         for samples in stream:
             for key, record in self.capture(samples).items():
@@ -160,17 +181,17 @@ class Job:
         return sum(sizes) // max(1, len(sizes))
 
 
-def open_shard(config: Config, shard: str) -> ShardStream:
+def open_shard(config: Config, shard: str, share: float = 1.0) -> ShardStream:
     """The samples of one shard as the job reads them: in batches of like length, the same in every run."""
-    return ShardStream(
-        shard,
-        batch_size=config.cache.batch_size,
-        shuffle=False,
-        epochs=1,
-        bucket_batches=10**6,
-        num_workers=config.data.workers,
-        labelled_share=config.data.labelled_share,
-    )
+    options = {"batch_size": config.cache.batch_size, "shuffle": False, "epochs": 1, "bucket_batches": 10**6}
+    options |= {"num_workers": config.data.workers, "labelled_share": config.data.labelled_share}
+    stream = ShardStream(shard, **options)
+    if share == 1:
+        return stream
+    keys = [stream.catalog.key(row) for row in range(len(stream.catalog))]
+    left_out = sorted(keys, key=lambda key: sample_seed(config.seed, config.on_policy.round, key))
+    left_out = left_out[math.ceil(share * len(keys)) :]
+    return ShardStream(shard, **options, sample_weights=dict.fromkeys(left_out, 0.0))
 
 
 def tally_(figures: dict[str, float], record: TargetRecord) -> None:

@@ -67,7 +67,8 @@ class Capturer:
         with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
             batch = self.model.collate(primary).to(self.model.device)
             frames = self.model.frames(batch.waveforms_BN, batch.num_samples_B)
-            records = self._capture(batch, frames, [learns_own_answer(s, cache.answers) for s in samples])
+            sources = ["teacher" if learns_own_answer(s, cache.answers) else "label" for s in samples]
+            records = self._capture(batch, frames, sources)
             others = self._capture_others(samples, frames, own) if cache.answers == "both" else {}
         for sample in samples:
             notes = self._note_transcript(sample, own[sample.key]) if cache.transcripts else {}
@@ -81,14 +82,24 @@ class Capturer:
             return {}
         answered = [replace(samples[b], text=own[samples[b].key]) for b in places]
         batch = self.model.collate(answered).to(self.model.device)
-        records = self._capture(batch, [x_BRE[places] for x_BRE in frames], [True] * len(places))
-        shared = (QUERIES, FRAMES)
+        return self._capture_answers(batch, [x_BRE[places] for x_BRE in frames], "teacher")
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> dict[str, TargetRecord]:
+        """Records of the student's answers, which are the samples' own, without what is the same for every answer."""
+        with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            batch = self.model.collate(samples).to(self.model.device)
+            return self._capture_answers(batch, self.model.frames(batch.waveforms_BN, batch.num_samples_B), "student")
+
+    def _capture_answers(self, batch: Batch, frames: list[Tensor], source: str) -> dict[str, TargetRecord]:
+        """Records of answers that stand beside a clip's first record, which has queries and frames."""
+        records, shared = self._capture(batch, frames, [source] * len(batch.rows)), (QUERIES, FRAMES)
         return {
             key: replace(record, features={n: x for n, x in record.features.items() if not n.startswith(shared)})
             for key, record in records.items()
         }
 
-    def _capture(self, batch: Batch, frames: list[Tensor], is_own: list[bool]) -> dict[str, TargetRecord]:
+    def _capture(self, batch: Batch, frames: list[Tensor], sources: list[str]) -> dict[str, TargetRecord]:
         """One pass of the LLM; each sample's record by key."""
         heard = self.model.hear(batch, frames)
         with record_blocks(self.model, self.layers) as outputs:
@@ -113,7 +124,7 @@ class Capturer:
                 entropy_S=entropy_S[part],
                 byte_ends_S=self._byte_ends(row.answer, sample.text),
                 answer=sample.text,
-                answer_source="teacher" if is_own[b] else "label",
+                answer_source=sources[b],
                 identity=identities[b],
                 features=features,
             )

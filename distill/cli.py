@@ -24,6 +24,7 @@ STAGES = {
     "doctor": ("distill.doctor", "prove objective, data and cache right before GPU hours are spent"),
     "filter": ("distill.filter", "leave out or down-weight clips whose labels the teacher does not believe"),
     "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
+    "answers": ("distill.answers", "on-policy: the student answers, the teacher scores (docs/rounds.md)"),
     "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
     "export": ("distill.export", "a finished student as a folder to hand on, LoRA kept or merged"),
     "report": ("distill.report", "a run's curves and scorecard as one HTML file"),

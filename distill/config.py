@@ -76,6 +76,7 @@ class StudentConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
     connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
     qformer_dropout: float = 0.0
     windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
@@ -123,6 +124,17 @@ class LossConfig:
     chunk_temperature: float = 100.0  # of the chunks' likelihood
     schedules: dict[str, str] = field(default_factory=dict)  # by term: "linear END", "cosine END", … "warmup STEPS"
     task_weights: dict[str, float] = field(default_factory=dict)  # what a task's samples count; 1 where not named
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """Rounds: the student answers and the teacher scores that (`distill answers`), then a run learns from it too."""
+
+    round: int = 0  # number of the round, whose answers lie in the cache's folder `round-N`; 0: none
+    share: float = 0.0  # of the answered clips that training sees with the student's answer, drawn anew each epoch
+    clips: float = 1.0  # share of the training clips that the student answers
+    temperature: float = 0.0  # of its answers; 0: greedy
+    max_new_tokens: int = 60  # of its answers
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
@@ -207,6 +220,11 @@ class Config:
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache.folder or Path(self.data.folder) / "cache")
+
+    @property
+    def answers_folder(self) -> Path:
+        """Where the student's answers of the round are, with the teacher's targets."""
+        return self.cache_folder / f"round-{self.on_policy.round}"
 
     def manifest(self, split: str) -> Path | None:
         """The manifest that a split is packed from; None where there is none."""

@@ -48,8 +48,9 @@ class CrossTeacher:
         self.num_unaligned = 0  # answers that one side's tokens do not spell: cross-entropy alone learns from them
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
-        """Give clips without text the teacher's answer, and say which those are."""
-        return self.teacher.label(samples)
+        """Give clips without text the teacher's answer, and say which those are; ids are each side's own."""
+        labelled, is_pseudo = self.teacher.label(samples)
+        return [replace(sample, answer_ids=None) for sample in labelled], is_pseudo
 
     def targets(self, batch: Batch, frames: list[Tensor] | None = None) -> CrossedTargets:
         """The teacher's targets of its own tokens, and translated to the student's; arguments as any teacher's."""

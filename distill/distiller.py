@@ -227,7 +227,7 @@ class Distiller:
         names = [name for name in TERMS if name in self.active]
         sums = sum_over_ranks(self.accelerator, [terms[name] for name in names])
         record = {"step": step + 1, "loss": sum(sums), **dict(zip(names, sums)), "learning_rate": rate,
-                  "grad_norm": norm, "positions": int(totals[0]), "audio_seconds": seconds}  # fmt: skip
+                  "grad_norm": norm, "positions": int(max(totals[:2])), "audio_seconds": seconds}  # fmt: skip
         self._check_finite(record, [s.key for s in samples])
         return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}
 

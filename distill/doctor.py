@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -23,7 +24,7 @@ from distill.checks import (
     check_zero,
 )
 from distill.cli import add_config_arguments
-from distill.config import Config, load_config
+from distill.config import Config, OnPolicyConfig, load_config
 from distill.crossteacher import CrossTeacher, meet
 from distill.datachecks import (
     check_agreement,
@@ -109,7 +110,8 @@ def build_case(config: Config) -> Case:
         seed=config.seed,
     ).eval()
     collate = Collator(teacher, student, accelerator.device, torch.float32, loss.task_weights)
-    samples = choose(open_training_stream(config, accelerator, own, student), config.train.micro_batch_size)
+    labelled = replace(config, on_policy=OnPolicyConfig())  # the checks compare with labels
+    samples = choose(open_training_stream(labelled, accelerator, own, student), config.train.micro_batch_size)
     loss = loss_at(loss, schedules, config.train.steps // 2)
     return Case(objective, collate, samples, collate(samples), loss, model)
 

@@ -25,8 +25,8 @@ CHOICES = {
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "loss.temperature",
             "loss.chunk_temperature", "cache.k", "cache.draws", "cache.batch_size", "cache.num_beams",
-            "eval.batch_size", "eval.num_beams", "eval.repetition_penalty", "train.save_every",
-            "train.keep")  # fmt: skip
+            "on_policy.clips", "on_policy.max_new_tokens", "eval.batch_size", "eval.num_beams",
+            "eval.repetition_penalty", "train.save_every", "train.keep")  # fmt: skip
 
 
 def check_config(config, origin: str = "config") -> None:
@@ -42,10 +42,30 @@ def check_config(config, origin: str = "config") -> None:
         if not 0 <= getattr(config.loss, key) < float("inf"):
             value = getattr(config.loss, key)
             raise ValueError(f"{origin}: loss.{key} is {value}, but a weight is 0 or more; correct it.")
-    for key in ("data.labelled_share", "corpus.valid_share"):
+    for key in ("data.labelled_share", "corpus.valid_share", "on_policy.share", "on_policy.clips"):
         if not 0 <= value_at(config, key) <= 1:
             raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but is a share from 0 to 1; correct it.")
     check_augmentation(config, origin)
+    check_round(config, origin)
+
+
+def check_round(config, origin: str) -> None:
+    """Refuse a round that cannot be.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    for key in ("round", "temperature"):
+        value = getattr(config.on_policy, key)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{origin}: on_policy.{key} is {value}, but must be 0 or more; correct it.")
+    needs = {"on_policy.round": config.on_policy.round, "student.start": config.student.start}
+    for name, value in needs.items():
+        if config.on_policy.share and not value:
+            raise ValueError(
+                f"{origin}: on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
+                f"`distill answers`, and as student.start the student that answered."
+            )
 
 
 def check_augmentation(config, origin: str) -> None:

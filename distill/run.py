@@ -13,6 +13,7 @@ from distill.teacher import load_teacher, teach_online
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
 from shards.stream import ShardStream
+from students.start import start_from_
 from students.student import build_student, save_student
 from teachers.loading import write_atomically
 from teachers.lora import Lora
@@ -40,6 +41,8 @@ def run(config: Config) -> int:
         seed=config.seed,
         say=lambda text: say(accelerator, text),
     ).to(accelerator.device)
+    if config.student.start:
+        start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
     teacher = wrap_teacher(config, model)
     del model  # of a cached teacher only the ears live on, in the student
     if accelerator.is_main_process:
@@ -94,6 +97,8 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
         world_size=accelerator.num_processes,
         num_workers=config.data.workers,
         targets=teacher.cache_folder,
+        student_answers=find_answers(config, teacher),
+        student_share=config.on_policy.share,
         labelled_share=config.data.labelled_share,
         labelled_only=config.data.labelled_only,
         weights=config.data.task_weights,
@@ -109,6 +114,16 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
     )
     check_clips(stream, student, *([teacher.model] if config.teacher.online else []))
     return stream
+
+
+def find_answers(config: Config, teacher: OnlineTeacher | CachedTeacher) -> Path | None:
+    """The folder of the answers that the run learns from, once proved to be its student's; None without a round."""
+    if not config.on_policy.share:
+        return None
+    from distill.answers import check_answers
+    from distill.cache import describe_teacher
+
+    return check_answers(config, teacher.header or describe_teacher(teacher.model, config))
 
 
 def check_clips(stream: ShardStream, *models: Salmonn) -> None:

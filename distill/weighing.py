@@ -1,8 +1,9 @@
 """What each element of a micro-batch counts in a step's loss. Knows batches and targets, no model and no loss function.
 
 A term is the mean over its own elements of the whole step, over micro-batches and ranks: supervised positions for the
-cross-entropy, positions with a target for the divergence, windows, hidden states, chunks. An element's weight is the
-term's weight times its sample's, over that global count, so the gradient of a step does not depend on how it was split.
+cross-entropy (but those of a student's own answer), positions with a target for the divergence, windows, hidden states,
+chunks. An element's weight is the term's weight times its sample's, over that global count, so the gradient of a step
+does not depend on how it was split.
 
 Shapes: B batch, S supervised positions, W windows shared with the teacher, C chunks of the answers.
 """
@@ -17,6 +18,7 @@ from distill.alignment import NO_CHUNK, Alignment
 from distill.config import LossConfig
 from distill.crossteacher import CrossedTargets
 from distill.schedule import Schedule, parse_schedule
+from shards.sample import Sample
 from teachers.batch import Batch
 from teachers.targets import Targets
 
@@ -49,11 +51,12 @@ def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
     """Count what `batch` brings to each term; one that only keeps the ranks in step (`is_real` false) none."""
     if not is_real:
         return Counts()
+    labelled = sum(len(row.answer) for s, row in zip(batch.samples, batch.rows) if s.student_answer is None)
     if targets is None:
-        return Counts(ce=batch.num_supervised)
+        return Counts(ce=labelled)
     crossed = targets.cross if isinstance(targets, CrossedTargets) else None
     return Counts(
-        ce=batch.num_supervised,
+        ce=labelled,
         kl=batch.num_supervised if crossed is None else int(crossed.is_matched_S.sum()),
         feature=sum(shared_windows(batch, targets)),
         hidden=batch.num_supervised if crossed is None else 0,
@@ -93,7 +96,8 @@ def weigh(batch: Batch, targets: Targets | None, is_pseudo: Sequence[bool], samp
         is_real: False for a stand-in, all of whose weights are 0.
     """
     weight_B = torch.tensor(sample_weights, dtype=torch.float32, device=batch.labels_S.device) * float(is_real)
-    ce_weight_B = weight_B * weight_B.new_tensor([loss.pseudo_ce if pseudo else 1.0 for pseudo in is_pseudo])
+    factors = [ce_factor(*pair, loss) for pair in zip(batch.samples, is_pseudo)]
+    ce_weight_B = weight_B * weight_B.new_tensor(factors)
     no_chunk = batch.row_S[:0]
     row_C = chunk_rows(targets.cross.alignment, batch.row_S) if isinstance(targets, CrossedTargets) else no_chunk
     return Weights(
@@ -103,6 +107,13 @@ def weigh(batch: Batch, targets: Targets | None, is_pseudo: Sequence[bool], samp
         hidden_S=weight_B[batch.row_S] * (loss.hidden / max(totals.hidden, 1)),
         chunk_C=weight_B[row_C] * (loss.chunk / max(totals.chunk, 1)),
     )
+
+
+def ce_factor(sample: Sample, is_pseudo: bool, loss: LossConfig) -> float:
+    """What cross-entropy counts on a sample: nothing on the student's own answer, whose words are not the truth."""
+    if sample.student_answer is not None:
+        return 0.0
+    return loss.pseudo_ce if is_pseudo else 1.0
 
 
 def build_schedules(loss: LossConfig, num_steps: int) -> dict[str, Schedule]:

@@ -28,16 +28,18 @@ class Catalog:
 
     names: list[str]  # path or URL of each shard
     target_names: list[str]  # of its target shard; empty without a target cache
+    answer_names: list[str]  # of the shard of the student's answers; empty without a round
     sizes: dict[str, int]  # bytes of every tar above
     attested: list[bool]  # per shard: whether an index.json vouches for the very bytes that were indexed
     shards: np.ndarray  # int32: shard of each sample
     keys: np.ndarray  # bytes of fixed width
-    members: dict[str, np.ndarray]  # "audio", "json", "targets" -> int64 (samples, 3): offset, size, crc32
+    members: dict[str, np.ndarray]  # "audio", "json", "targets", "answers" -> int64 (samples, 3): offset, size, crc32
     seconds: np.ndarray  # float32
     tasks: list[str]  # sorted
     task_ids: np.ndarray  # uint16, into `tasks`
     has_text: np.ndarray  # bool
     digest: str  # hash of names and contents of the audio shards
+    answers_digest: str  # hash of names and contents of the shards of the student's answers; empty without a round
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,6 +57,7 @@ def open_catalog(
     shards: str | Path | Sequence[str | Path],
     *,
     targets: str | Path | None = None,
+    answers: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     cache: ShardCache,
     max_member_bytes: int = MAX_MEMBER_BYTES,
@@ -64,6 +67,7 @@ def open_catalog(
     Args:
         shards: see `shards.source.expand_shards`.
         targets: folder or URL of a target cache; each sample of `tasks` must have its target there.
+        answers: folder or URL of the student's answers with their targets, of any of the samples.
         tasks: those that need targets; None: all.
         cache: where remote shards are kept.
         max_member_bytes: the largest member allowed in a shard.
@@ -82,17 +86,34 @@ def open_catalog(
         _check_whole(str(shards), names, listings)
     _check_unique(names, indexes)
     catalog = _concatenate(names, indexes, attested=[_folder(name) in listings for name in names])
-    if targets is None:
-        return catalog
-    target_names = [_target_name(targets, name) for name in names]
-    target_indexes = _load_all(target_names, cache, max_member_bytes, {})
-    rows = [join_targets(audio, target, _wanted(audio, tasks)) for audio, target in zip(indexes, target_indexes)]
-    return replace(
-        catalog,
-        target_names=target_names,
-        sizes=catalog.sizes | {name: index.size for name, index in zip(target_names, target_indexes)},
-        members=catalog.members | {"targets": np.concatenate(rows)},
-    )
+    if targets is not None:
+        wanted = [_wanted(index, tasks) for index in indexes]
+        joined, _ = _join(catalog, "targets", targets, indexes, wanted, cache, max_member_bytes)
+        catalog = replace(joined, target_names=[_target_name(targets, name) for name in names])
+    if answers is not None:
+        wanted = [np.zeros(len(index), bool) for index in indexes]
+        joined, digest = _join(catalog, "answers", answers, indexes, wanted, cache, max_member_bytes)
+        names_there = [_target_name(answers, name) for name in names]
+        catalog = replace(joined, answer_names=names_there, answers_digest=digest)
+    return catalog
+
+
+def _join(
+    catalog: Catalog,
+    kind: str,
+    folder: str | Path,
+    indexes: list[ShardIndex],
+    wanted: list[np.ndarray],
+    cache: ShardCache,
+    max_member_bytes: int,
+) -> tuple[Catalog, str]:
+    """The catalog with the members of the sibling shards in a folder as its `kind`, and the hash of those shards."""
+    names = [_target_name(folder, name) for name in catalog.names]
+    siblings = _load_all(names, cache, max_member_bytes, {})
+    rows = [join_targets(*pair) for pair in zip(indexes, siblings, wanted)]
+    sizes = {name: index.size for name, index in zip(names, siblings)}
+    joined = replace(catalog, sizes=catalog.sizes | sizes, members=catalog.members | {kind: np.concatenate(rows)})
+    return joined, _digest(siblings)
 
 
 def join_targets(audio: ShardIndex, targets: ShardIndex, wanted: np.ndarray) -> np.ndarray:
@@ -155,6 +176,7 @@ def _concatenate(names: list[str], indexes: list[ShardIndex], attested: list[boo
     return Catalog(
         names=names,
         target_names=[],
+        answer_names=[],
         sizes={name: index.size for name, index in zip(names, indexes)},
         attested=attested,
         shards=np.repeat(np.arange(len(names), dtype=np.int32), [len(index) for index in indexes]),
@@ -164,8 +186,14 @@ def _concatenate(names: list[str], indexes: list[ShardIndex], attested: list[boo
         tasks=tasks,
         task_ids=np.concatenate([_renumber(index, tasks) for index in indexes]),
         has_text=np.concatenate([index.has_text for index in indexes]),
-        digest=hashlib.sha256(json.dumps([[index.name, index.sha256] for index in indexes]).encode()).hexdigest(),
+        digest=_digest(indexes),
+        answers_digest="",
     )
+
+
+def _digest(indexes: list[ShardIndex]) -> str:
+    """Hash of the names and contents of shards."""
+    return hashlib.sha256(json.dumps([[index.name, index.sha256] for index in indexes]).encode()).hexdigest()
 
 
 def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:

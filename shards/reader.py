@@ -16,7 +16,7 @@ import soundfile
 
 from shards.archive import ShardError
 from shards.audio import AudioError, decode_audio, hash_waveform
-from shards.augment import augment_sample
+from shards.augment import augment_sample, sample_seed
 from shards.augmentation import Augmentation
 from shards.catalog import Catalog
 from shards.localcopy import ShardCache
@@ -49,9 +49,9 @@ class Reader:
 
     def __init__(
         self, catalog: Catalog, cache: ShardCache, augmentation: Augmentation | None, seed: int, max_seconds: float,
-        decode: bool = True,
+        decode: bool = True, student_share: float = 0.0,
     ):  # fmt: skip
-        self.catalog, self.cache, self.decode = catalog, cache, decode
+        self.catalog, self.cache, self.decode, self.student_share = catalog, cache, decode, student_share
         self.augmentation, self.seed, self.max_seconds = augmentation, seed, max_seconds
         self._files: OrderedDict[str, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._files)  # a run opens a stream for every validation
@@ -79,6 +79,8 @@ class Reader:
             fields = _parse_fields(self._read_member(name, row, "json"), f"{name}: {key}")
             waveform_N = self._read_audio(name, row, fields)
             targets = self._read_member(catalog.target_names[shard], row, "targets") if catalog.target_names else None
+            is_answered = self._is_answered(row, epoch)
+            answer = self._read_member(catalog.answer_names[shard], row, "answers") if is_answered else None
         except AudioError as error:
             return BadSample(key, name, epoch, error.reason, str(error))
         sample = Sample(
@@ -91,10 +93,18 @@ class Reader:
             sha256=fields["sha256"],
             epoch=epoch,
             targets=targets,
+            student_answer=answer,
         )
         if self.augmentation is None:
             return sample
         return augment_sample(sample, self.augmentation, seed=self.seed, max_seconds=self.max_seconds)
+
+    def _is_answered(self, row: int, epoch: int) -> bool:
+        """Whether a sample comes with the student's answer: a draw from (seed, epoch, key) where there is one."""
+        if not self.catalog.answer_names or self.catalog.members["answers"][row, 0] < 0:
+            return False
+        # no key holds a dot, so this is the draw of nothing else
+        return sample_seed(self.seed, epoch, f"{self.catalog.key(row)}.answer") < self.student_share * 2**128
 
     def _read_audio(self, name: str, row: int, fields: dict) -> np.ndarray:
         key, data = self.catalog.key(row), self._read_member(name, row, "audio")

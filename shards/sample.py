@@ -32,6 +32,8 @@ class Sample:
     clean_N: np.ndarray | None = None  # before augmentation, when the teacher hears that; else it hears waveform_N
     mel_mask: MelMask | None = None  # what is hidden of the log-mel that waveform_N gives
     weight: float = 1.0  # what it counts in the losses
+    student_answer: bytes | None = None  # the student's own answer and its targets, when that is learned this time
+    answer_ids: tuple[int, ...] | None = None  # the answer's ids with the end token, where `text` alone tells others
 
     @property
     def as_the_teacher_hears_it(self) -> "Sample":

@@ -57,6 +57,8 @@ class ShardStream(IterableDataset):
         world_size: number of ranks.
         num_workers: processes that read and decode; 0: in this one.
         targets: folder of a target cache to join by key.
+        student_answers: folder of the student's answers with their targets, see `distill/answers.py`.
+        student_share: share of the answered samples that come with the student's answer, drawn anew each epoch.
         tasks: those to read; None: all.
         labelled_share: share of the samples whose text is given out, chosen by key; the others come as unlabelled.
         labelled_only: leave unlabelled samples out.
@@ -91,6 +93,8 @@ class ShardStream(IterableDataset):
         world_size: int = 1,
         num_workers: int = 0,
         targets: str | Path | None = None,
+        student_answers: str | Path | None = None,
+        student_share: float = 0.0,
         tasks: Sequence[str] | None = None,
         labelled_share: float = 1.0,
         labelled_only: bool = False,
@@ -115,9 +119,9 @@ class ShardStream(IterableDataset):
             batch_size, seed, shuffle, epochs, batch_seconds, bucket_batches, window_shards, dict(weights or {})
         )
         cache = cache or ShardCache()
-        self.catalog = open_catalog(
-            shards, targets=targets, tasks=tasks, cache=cache, max_member_bytes=max_member_bytes
-        )
+        joined = {"targets": targets, "answers": student_answers}
+        self.catalog = open_catalog(shards, tasks=tasks, cache=cache, max_member_bytes=max_member_bytes, **joined)
+        self.student_share = student_share if student_answers is not None else 0.0
         self._check_tasks("tasks", tasks or ())
         self._check_tasks("weights", order.weights)
         self.tasks = sorted(self.catalog.tasks if tasks is None else set(tasks))
@@ -128,7 +132,7 @@ class ShardStream(IterableDataset):
         self.augmentation = augmentation if augmentation is not None and augmentation.is_active else None
         if self.augmentation is not None and not decode:
             raise ValueError("decode is False, but augmentation needs the audio; cache no frames, or augment nothing.")
-        self._reader = Reader(self.catalog, cache, self.augmentation, seed, max_seconds, decode)
+        self._reader = Reader(self.catalog, cache, self.augmentation, seed, max_seconds, decode, self.student_share)
         self._position = Position()
         self.num_read = 0  # samples of this rank, good and bad, since it was made
         self.num_bad: Counter[str] = Counter()  # of them, by reason
@@ -177,6 +181,7 @@ class ShardStream(IterableDataset):
 
     def state_dict(self) -> dict:
         """Where the stream stands, in a few hundred bytes of plain numbers and strings; equal on all ranks."""
+        answers = self.catalog.answers_digest
         return {
             "version": _STATE_VERSION,
             "epoch": self._position.epoch,
@@ -186,6 +191,7 @@ class ShardStream(IterableDataset):
             "labels": f"{self.labelled_share:g} {'only' if self.labelled_only else 'and others'}",
             "augment": "none" if self.augmentation is None else self.augmentation.digest,
             "sample_weights": _digest_weights(self.sample_weights),
+            "student_answers": f"{self.student_share:g} of {answers[:16]}" if self.student_share else "none",
             "data": self.catalog.digest,
         }
 
@@ -196,7 +202,8 @@ class ShardStream(IterableDataset):
             ValueError: the data, the tasks or the order differ.
         """
         mine = self.state_dict()
-        state = {"augment": "none", "sample_weights": "none", **state}  # states of before they could be set have none
+        # states of before they could be set have none
+        state = {"augment": "none", "sample_weights": "none", "student_answers": "none", **state}
         for name, remedy in (
             ("version", "resume with the release that wrote it"),
             ("data", "restore the shards it was made with"),
@@ -204,6 +211,7 @@ class ShardStream(IterableDataset):
             ("labels", "set labelled_share and labelled_only as they were"),
             ("augment", "set augment as it was"),
             ("sample_weights", "give the weights it had"),
+            ("student_answers", "set on_policy as it was"),
             (
                 "order",
                 "set batch_size, batch_seconds, seed, shuffle, epochs, buckets, window_shards and weights as they were",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-ANSWER_SOURCES = ("label", "teacher")
+ANSWER_SOURCES = ("label", "teacher", "student")
 FEATURE_DTYPES = ("int8", "float16")
 _DTYPES = {"U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 _DTYPE_NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
@@ -129,7 +129,7 @@ class TargetRecord:
         byte_ends_S: int32, where each token ends in the answer's UTF-8 bytes; the end token's is the answer's length.
             All are -1 where the tokens do not spell the answer, because the tokenizer normalises it.
         answer: the text.
-        answer_source: "label" or "teacher".
+        answer_source: "label", "teacher" or "student": whose answer it is.
         identity: `identify_sample` of what the teacher was given.
         features: float32 by name, such as `queries_WQE` or `hidden_16_SD`.
         notes: further text, such as the teacher's own transcript and its WER.

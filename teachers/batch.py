@@ -113,8 +113,11 @@ class RowTokenizer:
                 f"(they bring its own answer) or set data.labelled_only=true."
             )
         num_audio_tokens = self.num_audio_tokens(len(sample.waveform_N))
-        answer = self.answer_ids(sample.text) if with_answer else []
+        answer = self._answer(sample) if with_answer else []
         return Row(self.bos_ids + self.encode(before), num_audio_tokens, self.encode(after), answer)
+
+    def _answer(self, sample: Sample) -> list[int]:
+        return self.answer_ids(sample.text) if sample.answer_ids is None else list(sample.answer_ids)
 
 
 def collate(samples: Sequence[Sample], rows: Sequence[Row], pad_id: int) -> Batch:

@@ -85,6 +85,7 @@ class OnlineTeacher:
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
         """Put the teacher's own answer where it is the one to learn, and say where that is."""
+        samples = [take_student_answer(sample) for sample in samples]
         is_pseudo = [learns_own_answer(sample, self.answers) for sample in samples]
         answers = iter(self.answer([sample for sample, is_own in zip(samples, is_pseudo) if is_own]))
         return [replace(s, text=next(answers)) if is_own else s for s, is_own in zip(samples, is_pseudo)], is_pseudo
@@ -143,6 +144,7 @@ class CachedTeacher:
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
         """Put the answer that the teacher gave when it was cached where it is the one to learn, and say where."""
         policy = self.header.identity["answers"]["of"]
+        samples = [take_student_answer(sample) for sample in samples]
         is_pseudo = [learns_own_answer(sample, policy) for sample in samples]
         labelled = [replace(s, text=self._record(s).answer) if own else s for s, own in zip(samples, is_pseudo)]
         return labelled, is_pseudo
@@ -204,13 +206,35 @@ class CachedTeacher:
                 f"open the stream with targets= that folder, or set teacher.online=true."
             )
         record = TargetRecord.unpack(sample.targets)
+        if sample.student_answer is not None:
+            return self._join_student(record, TargetRecord.unpack(sample.student_answer), sample.key)
         if record.other is None or not learns_own_answer(sample, "both"):
             return record
         return replace(record.other, features=record.features | record.other.features)
 
+    def _join_student(self, record: TargetRecord, answered: TargetRecord, key: str) -> TargetRecord:
+        """Targets of the student's answer, with what of the clip's own record does not depend on the answer."""
+        audio_and_prompt, _, _ = record.identity.rpartition(":")
+        if not answered.identity.startswith(audio_and_prompt):
+            raise ValueError(
+                f"{self.cache_folder}: {key} was cached as {record.identity}, but the student's answer belongs to "
+                f"{answered.identity}: another audio or prompt; run distill/answers.py again."
+            )
+        return replace(answered, features=record.features | answered.features)
+
+
+def take_student_answer(sample: Sample) -> Sample:
+    """The sample with the student's answer in the place of its text, token by token, where it comes with one."""
+    if sample.student_answer is None:
+        return sample
+    record = TargetRecord.unpack(sample.student_answer)
+    return replace(sample, text=record.answer, answer_ids=tuple(record.answer_ids_S.tolist()))
+
 
 def learns_own_answer(sample: Sample, policy: str) -> bool:
     """Whether a sample's answer is to be the teacher's own: "both" takes turns, the label in epochs 0, 2, 4 …"""
+    if sample.student_answer is not None:
+        return False
     return sample.text is None or policy == "teacher" or (policy == "both" and sample.epoch % 2 == 1)
 
 

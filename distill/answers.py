@@ -1,0 +1,227 @@
+"""On-policy rounds: the student answers training clips, the teacher scores those answers, and both go to a cache.
+
+Run with `accelerate launch distill/answers.py CONFIG on_policy.round=N [key=value …]`, on as many processes as there
+are; like the caching job it ends in the same files however often it was stopped. A student that only ever reads its
+teacher's and its labels' prefixes never sees its own mistakes; here it does, and the teacher says what comes next.
+
+Source: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024 (arXiv 2306.13649), by rounds instead of
+in every step.
+
+Shapes: B batch, T new ids, V vocabulary.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from distill.cache import describe_teacher, write_missing
+from distill.capture import Capturer, seeded_generator
+from distill.cli import add_config_arguments, run_stage
+from distill.config import Config, load_config
+from distill.crossteacher import CrossTeacher, meet
+from distill.ranks import build_accelerator, resolve_precision
+from distill.teacher import load_teacher, teach_online
+from shards.cache import TargetReader, TargetWriter, read_done
+from shards.header import HEADER, CacheHeader, read_header
+from shards.sample import Sample
+from shards.source import expand_shards
+from shards.targets import TargetRecord
+from students.start import identify_student
+from students.student import load_student
+from teachers.loading import CONFIG
+from teachers.salmonn import Salmonn
+
+ROUND = "on_policy"  # the field that only the header of a round has
+
+
+def answers(config: Config) -> int:
+    """Let the run's student answer, and write the teacher's targets of its answers; returns the exit code."""
+    folder = config.run_folder / "student"
+    check_job(config, folder)
+    accelerator, dtype = build_accelerator(), resolve_precision(config.precision)
+    teacher = teach_online(config, load_teacher(config).to(accelerator.device))
+    header = describe_round(config, describe_teacher(teacher.model, config), folder)
+    check_folder(config.answers_folder, header)
+    student = load_student(folder, dtype=dtype).to(accelerator.device)
+    answerer = Answerer(student, Capturer(teacher, config), config)
+    writer = TargetWriter(config.answers_folder, header)
+    write_missing(config, answerer, writer, expand_shards(config.shards("train")), accelerator, config.on_policy.clips)
+    return 0
+
+
+class Answerer:
+    """Makes the records of a batch: the student's answers, and what the teacher says at each of their tokens.
+
+    An answer is drawn from numbers that seed, round and key decide, so it depends on no rank and on no batch.
+
+    Args:
+        student: in evaluation mode.
+        capture: of the teacher.
+        config: of the run.
+
+    Raises:
+        ValueError: the student has other prompts than the teacher, or another vocabulary where that is refused.
+    """
+
+    def __init__(self, student: Salmonn, capture: Capturer, config: Config):
+        self.student, self.capture, self.config = student, capture, config
+        teacher = capture.teacher
+        met, self.num_shared = meet(teacher, student, config.loss.cross_tokenizer, config.loss.temperature)
+        self.is_crossed = isinstance(met, CrossTeacher)
+        if not self.is_crossed and student.rows.prompts != teacher.rows.prompts:
+            raise ValueError(
+                f"prompts of the student {config.run_folder / 'student'} are not those of the teacher, but both must "
+                f"answer the same question; let a student of this teacher answer, or set teacher.prompts."
+            )
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, TargetRecord]:
+        """Each sample's record, by key."""
+        return self.capture.score(self.answer(samples))
+
+    def answer(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with the student's answers as their own."""
+        options, drawn = {"max_new_tokens": self.config.on_policy.max_new_tokens}, self.config.on_policy
+        if drawn.temperature:
+            names = [f"{self.config.seed}/{drawn.round}/{sample.key}" for sample in samples]
+            options["logits_processor"] = LogitsProcessorList([Draw(names, drawn.temperature, drawn.max_new_tokens)])
+        batch = self.student.collate(samples, with_answer=False).to(self.student.device)
+        rows = self.student.generate_ids(batch, **options)
+        return [self._put(sample, ids) for sample, ids in zip(samples, rows)]
+
+    def _put(self, sample: Sample, ids: list[int]) -> Sample:
+        """The student's own tokens where the teacher has the same, else their text."""
+        end = next((end for end in self.student.ends if ids[-len(end) :] == end), [])
+        ids = ids[: len(ids) - len(end)][: self.student.rows.max_answer_tokens]
+        sample = replace(sample, text=self.student.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        if self.is_crossed or max(ids, default=0) >= self.num_shared:
+            return sample
+        return replace(sample, answer_ids=(*ids, *self.capture.teacher.rows.end_ids))
+
+
+class Draw(LogitsProcessor):
+    """Leaves one id a row and step: a draw from the softmax at a temperature.
+
+    Each row has its own numbers, so that it draws the same in any batch.
+
+    Args:
+        names: of the rows, whose hashes seed their numbers.
+        temperature: of the softmax.
+        num_steps: at most.
+    """
+
+    def __init__(self, names: Sequence[str], temperature: float, num_steps: int):
+        rows = [torch.rand(num_steps, generator=seeded_generator(name), dtype=torch.float64) for name in names]
+        self.numbers_BT, self.temperature, self.step = torch.stack(rows), temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sums_BV = torch.softmax(scores.double() / self.temperature, -1).cumsum(-1)
+        at_B1 = self.numbers_BT[:, self.step, None].to(scores.device) * sums_BV[:, -1:]
+        self.step += 1
+        chosen_B1 = torch.searchsorted(sums_BV, at_B1, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
+
+
+def describe_round(config: Config, teacher: CacheHeader, student: Path) -> CacheHeader:
+    """The header of a round: the teacher's, the saved student that answers, and how."""
+    how = {name: value for name, value in asdict(config.on_policy).items() if name != "share"}
+    return CacheHeader({**teacher.identity, ROUND: {**how, "seed": config.seed, "student": identify_student(student)}})
+
+
+def check_job(config: Config, student: Path) -> None:
+    """Refuse a job without a round or without a student.
+
+    Raises:
+        FileNotFoundError: the run has saved no student.
+        ValueError: the config names no round.
+    """
+    if not config.on_policy.round:
+        raise ValueError("on_policy.round is 0, but answers belong to a round; set on_policy.round=1, or the next.")
+    if not (student / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"student is {student}, but there is no saved student; finish `distill run` of name={config.name}, or give "
+            f"the name of the run whose student is to answer."
+        )
+
+
+def check_folder(folder: Path, header: CacheHeader) -> None:
+    """Refuse to write beside the answers of another student, or beside answers made in another way.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    if not (folder / HEADER).exists():
+        return
+    stored, own = (flatten(found.identity[ROUND]) for found in (read_header(folder), header))
+    if stored != own:
+        raise ValueError(
+            f"{folder} holds answers with {show(stored, own)}, but this job's have {show(own, stored)}; choose another "
+            f"on_policy.round, or remove the folder."
+        )
+
+
+def check_answers(config: Config, teacher: CacheHeader) -> Path:
+    """The folder of the round that a run is to learn from, once it proved to be of its teacher and its own student.
+
+    Args:
+        config: of the run.
+        teacher: what the run's teacher is.
+
+    Raises:
+        FileNotFoundError: there are no answers.
+        ValueError: another teacher scored them, another student gave them, or some are missing; both values are named.
+    """
+    folder, start, number = config.answers_folder, Path(config.student.start), config.on_policy.round
+    if not (folder / HEADER).is_file():
+        raise FileNotFoundError(
+            f"on_policy.round is {number}, but {folder} holds no answers; run distill/answers.py with the name= of the "
+            f"run that trained {start}."
+        )
+    stored = read_header(folder)
+    CacheHeader({n: value for n, value in stored.identity.items() if n != ROUND}).check(teacher, folder / HEADER)
+    gave, own = stored.identity[ROUND]["student"], identify_student(start)
+    if gave != own:
+        raise ValueError(
+            f"{folder} holds answers of a student with {show(gave, own)}, but student.start {start} has "
+            f"{show(own, gave)}; start from the student that answered, or let this one answer a round of its own."
+        )
+    shards = expand_shards(config.shards("train"))
+    missing = [shard for shard in shards if read_done(folder, shard) is None]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:5])}), but training needs "
+            f"them all; run distill/answers.py again, it goes on where it stopped."
+        )
+    TargetReader(folder, stored).check_shards(shards)
+    return folder
+
+
+def flatten(how: dict) -> dict[str, object]:
+    """A round's fields with those of its student beside them."""
+    own = {name: value for name, value in how.items() if name != "student"}
+    return own | {f"student {name}": value for name, value in how["student"].items()}
+
+
+def show(values: dict, others: dict) -> str:
+    """The fields that differ from the others', in one line, hashes cut."""
+    names = [name for name in sorted(values | others) if values.get(name) != others.get(name)]
+    return ", ".join(f"{name} {str(values.get(name))[:16]}" for name in names)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill answers` takes."""
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill answers`."""
+    return answers(load_config(args.config, args.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(answers))
