@@ -4,36 +4,47 @@ Knows nothing of probabilities. Everything works on flat arrays of many position
 position s owns `counts_S[s]` consecutive entries.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 
 
 class Reader:
-    """A cursor over a payload that refuses to read past its end."""
+    """Cursors over several payloads of one layout, which are read field by field as if they were one.
 
-    def __init__(self, data: bytes):
-        self.data = data
-        self.offset = 0
+    A field of every payload is joined before it is unpacked: what numpy asks for a call is paid once a batch of answers
+    and not once an answer. Reading past a payload's end is refused.
 
-    def take(self, dtype: str, count: int) -> np.ndarray:
-        """The next `count` numbers of a dtype, without a copy."""
-        size = np.dtype(dtype).itemsize * count
-        left = len(self.data) - self.offset
-        if size > left:
-            raise ValueError(
-                f"payload is {len(self.data)} bytes, but its header promises {size - left} more; cache again."
-            )
-        values = np.frombuffer(self.data, dtype, count, self.offset)
-        self.offset += size
-        return values
+    Args:
+        payloads: the bytes.
+        starts: where in each the first field is.
+    """
+
+    def __init__(self, payloads: Sequence[bytes], starts: Sequence[int]):
+        self.payloads, self.offsets = payloads, list(starts)
+
+    def take(self, dtype: str, counts: Sequence[int]) -> np.ndarray:
+        """The next `counts[i]` numbers of each payload, one payload's after the other's."""
+        itemsize = np.dtype(dtype).itemsize
+        parts = []
+        for i, (data, start, count) in enumerate(zip(self.payloads, self.offsets, counts)):
+            end = self.offsets[i] = start + count * itemsize
+            if end > len(data):
+                raise ValueError(
+                    f"payload is {len(data)} bytes, but its header promises {end - len(data)} more; cache again."
+                )
+            parts.append(memoryview(data)[start:end])
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype)
 
     def finish(self):
         """Refuse what follows the last field."""
-        if self.offset != len(self.data):
-            raise ValueError(
-                f"payload is {len(self.data)} bytes, but its header describes {self.offset}; cache this sample again."
-            )
+        for data, offset in zip(self.payloads, self.offsets):
+            if offset != len(data):
+                raise ValueError(
+                    f"payload is {len(data)} bytes, but its header describes {offset}; cache this sample again."
+                )
 
 
 def pack_bits(values: np.ndarray, width: int) -> bytes:
@@ -48,19 +59,29 @@ def pack_bits(values: np.ndarray, width: int) -> bytes:
     return b"".join(planes)
 
 
-def unpack_bits(reader: Reader, count: int, width: int) -> np.ndarray:
-    """Read back `count` integers of `pack_bits` as int32."""
-    planes = [reader.take("u1", count) for _ in range(width // 8)]
+def unpack_bits(reader: Reader, counts: Sequence[int], width: int) -> np.ndarray:
+    """Read back `counts[i]` integers that `pack_bits` wrote into each payload, as int32."""
+    planes = [reader.take("u1", counts) for _ in range(width // 8)]
     rest = width % 8
     if rest:
-        num_words = -(-count // 8)
-        octets = np.zeros((num_words, 8), np.uint8)
-        octets[:, :rest] = reader.take("u1", num_words * rest).reshape(-1, rest)
-        planes.append(_stretch(octets.view("<u8").ravel(), rest).view(np.uint8)[:count])
-    values = planes.pop().astype(np.int32) if planes else np.zeros(count, np.int32)
+        words = [-(-count // 8) for count in counts]
+        squeezed = reader.take("u1", [rest * count for count in words])
+        octets = np.zeros((sum(words), 8), np.uint8)
+        octets[:, :rest] = squeezed.reshape(-1, rest)
+        planes.append(_cut_rows(_stretch(octets.view("<u8").ravel(), rest).view(np.uint8), counts, words))
+    values = planes.pop().astype(np.int32) if planes else np.zeros(sum(counts), np.int32)
     while planes:
         values = (values << 8) | planes.pop()
     return values
+
+
+def _cut_rows(octets: np.ndarray, counts: Sequence[int], words: Sequence[int]) -> np.ndarray:
+    """Leave out what fills up the last word of each payload."""
+    if len(counts) == 1:
+        return octets[: counts[0]]
+    return np.concatenate(
+        [octets[8 * start : 8 * start + count] for start, count in zip(accumulate(words, initial=0), counts)]
+    )
 
 
 def _squeeze(words: np.ndarray, bits: int) -> np.ndarray:
@@ -127,24 +148,30 @@ def pack_sets(ids: np.ndarray, counts_S: np.ndarray, universe: int) -> bytes:
     return b"".join([np.packbits(bitmap).tobytes(), *lows])
 
 
-def unpack_sets(reader: Reader, counts_S: np.ndarray, universe: int) -> np.ndarray:
-    """Read back `pack_sets`'s flat ids as int64."""
+def unpack_sets(reader: Reader, sizes: Sequence[int], counts_S: np.ndarray, universe: int) -> np.ndarray:
+    """Read back `pack_sets`'s flat ids as int64, of payloads with `sizes[i]` positions each."""
     width_S, offsets, starts_S = _split_sets(counts_S, universe)
-    num_bits = int(offsets[-1])
-    bitmap = np.unpackbits(reader.take("u1", -(-num_bits // 8)), count=num_bits)
-    high = np.flatnonzero(bitmap.view(bool))
-    total = int(counts_S.sum())
-    if len(high) != total:
-        raise ValueError(f"id bitmap is of {len(high)} ids, but the positions count {total}; cache this sample again.")
-    high -= _place_bits(offsets[:-1] - starts_S, counts_S)
+    ends = list(accumulate(sizes, initial=0))
+    num_bits = np.diff(offsets[ends])
+    num_bytes = -(-num_bits // 8)
+    high = np.flatnonzero(np.unpackbits(reader.take("u1", num_bytes.tolist())).view(bool))
+    entries = np.append(starts_S, counts_S.sum())[ends]  # where each payload's begin, and where the last ends
+    if len(high) != entries[-1]:
+        raise ValueError(
+            f"id bitmaps are of {len(high)} ids, but the positions count {entries[-1]}; cache these samples again."
+        )
+    padding = 8 * num_bytes - num_bits
+    shift_S = offsets[:-1] - starts_S + np.repeat(np.cumsum(padding) - padding, sizes)
+    high -= _place_bits(shift_S, counts_S)
     widths = np.unique(width_S[counts_S > 0])
     if len(widths) == 1:
         high <<= widths[0]
-        high |= unpack_bits(reader, total, int(widths[0]))
+        high |= unpack_bits(reader, np.diff(entries).tolist(), int(widths[0]))
         return high
     width = np.repeat(width_S, counts_S)
     ids = high << width
     for w in widths:
         chosen = np.flatnonzero(width == w)
-        ids[chosen] |= unpack_bits(reader, len(chosen), int(w))
+        counts = np.diff(np.searchsorted(chosen, entries)).tolist()
+        ids[chosen] |= unpack_bits(reader, counts, int(w))
     return ids

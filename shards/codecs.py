@@ -10,6 +10,7 @@ S supervised positions, K kept ids, V vocabulary, D LLM width, N draws.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import ClassVar
 
 import numpy as np
@@ -87,14 +88,16 @@ class Sampled:
         return b"".join(pieces)
 
     @staticmethod
-    def read(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
-        """What `decode` calls after the header: log-weights for log-probabilities, and no mass outside."""
+    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
+        """What `decode` calls after the headers: log-weights for log-probabilities, and no mass outside."""
         draws, exponent = int(parameters[0]), parameters[1]
-        counts_S = unpack_bits(reader, num_positions, draws.bit_length())
-        ids = unpack_sets(reader, counts_S, vocab_size)
-        weights = np.log((unpack_bits(reader, len(ids), (draws - 1).bit_length()) + 1) / np.float32(draws))
+        counts_S = unpack_bits(reader, sizes, draws.bit_length())
+        num_positions = len(counts_S)
+        ids = unpack_sets(reader, sizes, counts_S, vocab_size)
+        num_ids = np.diff(np.append(0, np.cumsum(counts_S))[list(accumulate(sizes, initial=0))]).tolist()
+        weights = np.log((unpack_bits(reader, num_ids, (draws - 1).bit_length()) + 1) / np.float32(draws))
         if exponent != 1:
-            weights += reader.take("<f2", len(ids))
+            weights += reader.take("<f2", num_ids)
         is_used_SK = np.arange(counts_S.max(initial=1)) < counts_S[:, None]
         ids_SK = np.zeros(is_used_SK.shape, np.int64)
         logprobs_SK = np.full(is_used_SK.shape, -np.inf, np.float32)
@@ -193,12 +196,12 @@ class Hidden:
         return b"".join([header, scale.astype("<f4").tobytes(), quantized.tobytes()])
 
     @staticmethod
-    def read(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> HiddenStates:
-        """What `decode` calls after the header."""
+    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> HiddenStates:
+        """What `decode` calls after the headers."""
         width, group = (int(value) for value in parameters)
-        scale = reader.take("<f4", num_positions * width // group)
-        quantized = reader.take("i1", num_positions * width).reshape(-1, group)
-        hidden_SD = dequantize_rows(quantized, scale).reshape(num_positions, width)
+        scale = reader.take("<f4", [size * width // group for size in sizes])
+        quantized = reader.take("i1", [size * width for size in sizes]).reshape(-1, group)
+        hidden_SD = dequantize_rows(quantized, scale).reshape(-1, width)
         return HiddenStates(torch.from_numpy(hidden_SD), vocab_size)
 
 
@@ -219,9 +222,9 @@ class Dense:
         return pack_header(self.name, num_positions, vocab_size) + captured["logprobs_SV"].astype("<f2").tobytes()
 
     @staticmethod
-    def read(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
-        """What `decode` calls after the header."""
-        values_SV = reader.take("<f2", num_positions * vocab_size).reshape(num_positions, vocab_size)
+    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
+        """What `decode` calls after the headers."""
+        values_SV = reader.take("<f2", [size * vocab_size for size in sizes]).reshape(-1, vocab_size)
         return Distribution.from_logits(torch.from_numpy(values_SV.astype(np.float32)))
 
 
@@ -252,16 +255,23 @@ def describe_codec(codec: Codec) -> dict:
     return {"name": codec.name, "version": VERSION, **asdict(codec)}
 
 
-def decode(payload: bytes) -> Distribution | HiddenStates:
-    """Read a payload of any codec into CPU tensors.
+def decode(*payloads: bytes) -> Distribution | HiddenStates:
+    """Read payloads of any codec, one after the other's positions, into CPU tensors.
 
     Raises:
-        ValueError: the payload is not one, is of an unknown codec or version, or is cut.
+        ValueError: a payload is not one, is of an unknown codec or version, or is cut.
     """
-    reader = Reader(payload)
-    name, num_positions, vocab_size, parameters = read_header(reader)
-    if name not in CODECS:
-        raise ValueError(f"codec is {name!r}, but this program knows {', '.join(CODECS)}; cache this sample again.")
-    decoded = CODECS[name].read(reader, num_positions, vocab_size, parameters)
+    headers = [read_header(payload) for payload in payloads]
+    first = headers[0]
+    if first.name not in CODECS:
+        raise ValueError(
+            f"codec is {first.name!r}, but this program knows {', '.join(CODECS)}; cache this sample again."
+        )
+    if any(header.layout != first.layout for header in headers):
+        decoded = [decode(payload) for payload in payloads]
+        return type(decoded[0]).concatenate(decoded)
+    reader = Reader(payloads, [header.size for header in headers])
+    sizes = [header.num_positions for header in headers]
+    decoded = CODECS[first.name].read(reader, sizes, first.vocab_size, first.parameters)
     reader.finish()
     return decoded

@@ -1,13 +1,11 @@
 """What every payload starts with: which codec wrote it, for how many positions and ids, with which parameters."""
 
 import struct
-
-import numpy as np
-
-from shards.bitpack import Reader
+from typing import NamedTuple
 
 MAGIC = b"KT"
-VERSION = 1
+VERSION = 2
+FIXED = struct.Struct("<2sBBBII")
 MAX_VOCAB = 2**18  # ids have 17 bits up to Llama's 128,256 and 18 up to Qwen's 152,064
 
 
@@ -17,17 +15,45 @@ def pack_header(name: str, num_positions: int, vocab_size: int, *parameters: flo
         raise ValueError(
             f"vocab_size is {vocab_size}, but codecs store ids below {MAX_VOCAB}; use a smaller vocabulary."
         )
-    sizes = struct.pack("<BBBII", VERSION, len(name), len(parameters), num_positions, vocab_size)
-    return b"".join([MAGIC, sizes, name.encode(), np.array(parameters, "<f4").tobytes()])
+    fixed = FIXED.pack(MAGIC, VERSION, len(name), len(parameters), num_positions, vocab_size)
+    return b"".join([fixed, name.encode(), struct.pack(f"<{len(parameters)}f", *parameters)])
 
 
-def read_header(reader: Reader) -> tuple[str, int, int, list[float]]:
-    """Codec name, S, V and the codec's parameters."""
-    magic = reader.take("u1", 2).tobytes()
-    if magic != MAGIC:
-        raise ValueError(f"payload starts with {magic!r}, but targets start with {MAGIC!r}; cache this sample again.")
-    version, name_size, num_parameters, num_positions, vocab_size = struct.unpack("<BBBII", reader.take("u1", 11))
+class Header(NamedTuple):
+    """What a payload says of itself, and where its fields begin."""
+
+    name: str
+    num_positions: int
+    vocab_size: int
+    parameters: tuple[float, ...]
+    size: int
+
+    @property
+    def layout(self) -> tuple:
+        """What payloads that are read together have in common."""
+        return self.name, self.vocab_size, self.parameters
+
+
+def read_header(payload: bytes) -> Header:
+    """Read what `pack_header` wrote.
+
+    Raises:
+        ValueError: the payload is none, or of another version.
+    """
+    if payload[:2] != MAGIC or len(payload) < FIXED.size:
+        raise ValueError(
+            f"payload starts with {payload[:2]!r} and is {len(payload)} bytes, but targets start with {MAGIC!r} and a "
+            f"header of {FIXED.size}; cache this sample again."
+        )
+    _, version, name_size, num_parameters, num_positions, vocab_size = FIXED.unpack_from(payload)
     if version != VERSION:
         raise ValueError(f"payload version is {version}, but this program reads {VERSION}; cache this sample again.")
-    name = reader.take("u1", name_size).tobytes().decode(errors="replace")
-    return name, num_positions, vocab_size, reader.take("<f4", num_parameters).tolist()
+    begin = FIXED.size + name_size
+    size = begin + 4 * num_parameters
+    if len(payload) < size:
+        raise ValueError(
+            f"payload is {len(payload)} bytes, but its header promises {size - len(payload)} more; cache again."
+        )
+    name = payload[FIXED.size : begin].decode(errors="replace")
+    parameters = struct.unpack_from(f"<{num_parameters}f", payload, begin)
+    return Header(name, num_positions, vocab_size, parameters, size)

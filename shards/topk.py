@@ -3,7 +3,9 @@
 S supervised positions, K kept ids, H head ids, V vocabulary, T stored temperatures.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import numpy as np
@@ -46,9 +48,9 @@ class TopK:
         return pack_top(self.name, captured, counts_S, self.head, self.tail_bits, self.temperatures)
 
     @staticmethod
-    def read(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
-        """What `decode` calls after the header."""
-        return read_top(reader, num_positions, vocab_size, parameters)
+    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
+        """What `decode` calls after the headers."""
+        return read_top(reader, sizes, vocab_size, parameters)
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Adaptive:
         return pack_top(self.name, captured, counts_S, self.head, self.tail_bits, self.temperatures)
 
     @staticmethod
-    def read(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
-        """What `decode` calls after the header."""
-        return read_top(reader, num_positions, vocab_size, parameters)
+    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
+        """What `decode` calls after the headers."""
+        return read_top(reader, sizes, vocab_size, parameters)
 
 
 def capture_top(logits_SV: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
@@ -158,7 +160,8 @@ def pack_top(
     span_codes_S = np.searchsorted(SPANS[:-1], anchor_S - least_S).astype(np.uint8)
     return b"".join(
         [
-            pack_header(name, num_positions, vocab_size, k, head, tail_bits, is_uniform, *temperatures),
+            pack_header(name, num_positions, vocab_size, k, head, tail_bits, *temperatures),
+            bytes([is_uniform]),
             counts,
             captured["residual_logodds_ST"].astype("<f2").tobytes(),
             pack_bits(ids_SK[:, :head] * is_kept_SH, (vocab_size - 1).bit_length()),
@@ -187,27 +190,29 @@ def _pack_tail(ids_SK, logprobs_SK, counts_S, anchor_S, span_codes_S, bits, voca
     return pack_sets((keyed >> 8).astype(np.int64), counts_S, vocab_size) + pack_bits(keyed & 255, bits)
 
 
-def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: list[float]) -> Distribution:
-    """Read `pack_top`'s layout."""
-    k, head, tail_bits, is_uniform = (int(value) for value in parameters[:4])
-    temperatures = parameters[4:]
-    counts_S = np.full(num_positions, k) if is_uniform else unpack_bits(reader, num_positions, k.bit_length())
-    shape_ST = (num_positions, len(temperatures))
-    logodds_ST = reader.take("<f2", num_positions * len(temperatures)).reshape(shape_ST).astype(np.float32)
+def read_top(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
+    """Read `pack_top`'s layout from payloads of `sizes[i]` positions each."""
+    k, head, tail_bits = (int(value) for value in parameters[:3])
+    temperatures = parameters[3:]
+    counts_S = _read_counts(reader, sizes, k)
+    num_positions = len(counts_S)
+    logodds_ST = _read_rows(reader, "<f2", sizes, len(temperatures)).astype(np.float32)
     width = max(int(counts_S.max(initial=0)), head)
     ids_SK = np.zeros((num_positions, width), np.int64)
     logprobs_SK = np.empty((num_positions, width), np.float32)
-    head_ids = unpack_bits(reader, num_positions * head, (vocab_size - 1).bit_length())
+    head_ids = unpack_bits(reader, [size * head for size in sizes], (vocab_size - 1).bit_length())
     ids_SK[:, :head] = head_ids.reshape(num_positions, head)
-    logprobs_SK[:, :head] = reader.take("<f2", num_positions * head).reshape(num_positions, head)
-    spans_S1 = SPANS[reader.take("u1", num_positions)][:, None]
-    tail_ids = unpack_sets(reader, np.maximum(counts_S - head, 0), vocab_size)
+    logprobs_SK[:, :head] = _read_rows(reader, "<f2", sizes, head)
+    spans_S1 = SPANS[reader.take("u1", sizes)][:, None]
+    tail_counts_S = np.maximum(counts_S - head, 0)
+    tail_ids = unpack_sets(reader, sizes, tail_counts_S, vocab_size)
+    tail_sizes = np.diff(np.append(0, np.cumsum(tail_counts_S))[list(accumulate(sizes, initial=0))]).tolist()
     levels = 2**tail_bits - 1
     # steps grow with the distance: an error in a likelier id weighs more
     curve = (np.arange(levels + 1, dtype=np.float32) / levels) ** np.float32(1.5)
-    drops = curve[unpack_bits(reader, len(tail_ids), tail_bits)]
+    drops = curve[unpack_bits(reader, tail_sizes, tail_bits)]
     shape_SK = (num_positions, width - head)
-    if is_uniform:
+    if len(tail_ids) == num_positions * (width - head):
         ids_SK[:, head:] = tail_ids.reshape(shape_SK)
         drop_SK = drops.reshape(shape_SK) * spans_S1
         np.subtract(logprobs_SK[:, head - 1 : head], drop_SK, out=logprobs_SK[:, head:])
@@ -223,26 +228,53 @@ def read_top(reader: Reader, num_positions: int, vocab_size: int, parameters: li
     return rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures, vocab_size)
 
 
-def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: list[float], vocab_size: int) -> Distribution:
+def _read_counts(reader: Reader, sizes: Sequence[int], k: int) -> np.ndarray:
+    """How many ids each position keeps: k, unless its payload says otherwise."""
+    is_uniform = reader.take("u1", [1] * len(sizes)).astype(bool)
+    counts_S = np.full(sum(sizes), k)
+    if not is_uniform.all():
+        told = [0 if uniform else size for uniform, size in zip(is_uniform, sizes)]
+        counts_S[np.repeat(~is_uniform, sizes)] = unpack_bits(reader, told, k.bit_length())
+    return counts_S
+
+
+def _read_rows(reader: Reader, dtype: str, sizes: Sequence[int], width: int) -> np.ndarray:
+    """`width` numbers of every position."""
+    return reader.take(dtype, [size * width for size in sizes]).reshape(-1, width)
+
+
+def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: Sequence[float], vocab_size: int) -> Distribution:
     """Normalise rounded log-probabilities so that at every temperature they and the stored residual sum to one."""
     log_kept_ST = -np.logaddexp(0, logodds_ST)
     log_residual_ST = -np.logaddexp(0, -logodds_ST)
-    log_partition = {}
-    logprobs_SK -= (_logsumexp(logprobs_SK, 1.0) - log_kept_ST[:, temperatures.index(1.0)])[:, None]
-    for i, t in enumerate(temperatures):
-        kept_S = _logsumexp(logprobs_SK, t) if t != 1 else log_kept_ST[:, i]
-        log_partition[t] = torch.from_numpy(kept_S - log_kept_ST[:, i])
+    log_sum_ST = _logsumexp(logprobs_SK, temperatures)
+    column = temperatures.index(1.0)
+    shift_S = log_sum_ST[:, column] - log_kept_ST[:, column]
+    logprobs_SK -= shift_S[:, None]
+    log_partition = {
+        t: torch.from_numpy(log_sum_ST[:, i] - shift_S / np.float32(t) - log_kept_ST[:, i])
+        for i, t in enumerate(temperatures)
+    }
     log_residual = {t: torch.from_numpy(log_residual_ST[:, i].copy()) for i, t in enumerate(temperatures)}
     return Distribution(
         torch.from_numpy(ids_SK), torch.from_numpy(logprobs_SK), log_partition, vocab_size, log_residual
     )
 
 
-def _logsumexp(logprobs_SK: np.ndarray, temperature: float) -> np.ndarray:
-    """Log of the sum of exponentials of each row over T; the first of a row is its largest, or nearly."""
+def _logsumexp(logprobs_SK: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
+    """Log of the sum of exponentials over each temperature, S by T; a row's first is its largest, or nearly."""
     first_S1 = logprobs_SK[:, :1]
     masses_SK = logprobs_SK - first_S1
-    if temperature != 1:
-        masses_SK *= np.float32(1 / temperature)
+    reached = 1.0  # the temperature that the masses are at: from 1 to 2 is a root, which is cheaper than exponentials
     np.exp(masses_SK, out=masses_SK)
-    return np.log(masses_SK.sum(1)) + first_S1[:, 0] * np.float32(1 / temperature)
+    log_sum_ST = np.empty((len(logprobs_SK), len(temperatures)), np.float32)
+    for i in np.argsort(temperatures):
+        if temperatures[i] == 2 * reached:
+            np.sqrt(masses_SK, out=masses_SK)
+        elif temperatures[i] != reached:
+            np.subtract(logprobs_SK, first_S1, out=masses_SK)
+            masses_SK /= np.float32(temperatures[i])
+            np.exp(masses_SK, out=masses_SK)
+        reached = temperatures[i]
+        log_sum_ST[:, i] = np.log(masses_SK.sum(1)) + first_S1[:, 0] / np.float32(reached)
+    return log_sum_ST

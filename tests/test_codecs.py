@@ -61,8 +61,8 @@ def test_packed_integers_come_back_in_the_bits_they_need(width, count):
     values = np.random.default_rng(width).integers(0, 2**width, count).astype(np.uint32)
     data = pack_bits(values, width)
     assert len(data) <= -(-count // 8) * width
-    reader = Reader(data)
-    np.testing.assert_array_equal(unpack_bits(reader, count, width), values)
+    reader = Reader([data], [0])
+    np.testing.assert_array_equal(unpack_bits(reader, [count], width), values)
     reader.finish()
 
 
@@ -72,8 +72,8 @@ def test_sets_of_any_size_come_back(universe):
     sizes = [0, 1, 2, min(universe, 64), universe if universe <= 1000 else 5, 0]
     counts_S = np.array([min(size, universe) for size in sizes])
     ids = np.concatenate([np.sort(rng.choice(universe, count, replace=False)) for count in counts_S]).astype(np.int64)
-    reader = Reader(pack_sets(ids, counts_S, universe))
-    np.testing.assert_array_equal(unpack_sets(reader, counts_S, universe), ids)
+    reader = Reader([pack_sets(ids, counts_S, universe)], [0])
+    np.testing.assert_array_equal(unpack_sets(reader, [len(counts_S)], counts_S, universe), ids)
     reader.finish()
 
 
@@ -262,7 +262,7 @@ def test_a_payload_of_an_unknown_codec_or_version_is_refused():
     payload = encode(TopK(k=2), make_logits(2, 50))
     with pytest.raises(ValueError, match=r"codec is 'topq', but this program knows topk, adaptive"):
         decode(payload.replace(b"topk", b"topq"))
-    with pytest.raises(ValueError, match="payload version is 9, but this program reads 1"):
+    with pytest.raises(ValueError, match="payload version is 9, but this program reads 2"):
         decode(payload[:2] + b"\x09" + payload[3:])
     with pytest.raises(ValueError, match="payload starts with"):
         decode(b"PK" + payload[2:])
@@ -281,6 +281,36 @@ def test_a_residual_that_was_not_measured_is_one_minus_the_rest():
     bare = Distribution(online.ids_SK, online.logprobs_SK, online.log_partition_S, 2000)
     for temperature in (1.0, 2.0):
         torch.testing.assert_close(to_dense(bare, temperature), to_dense(online, temperature), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [TopK(k=33), TopK(tail_bits=8), Adaptive(), Adaptive(min_k=1, tail_bits=5), Sampled(), Sampled(exponent=0.7),
+     Dense()],
+    ids=str,
+)  # fmt: skip
+def test_payloads_read_together_are_the_payloads_read_apart(codec):
+    sizes = [3, 0, 1, 17, 8]
+    payloads = [encode(codec, make_logits(size, 5000, seed)) for seed, size in enumerate(sizes)]
+    together = decode(*payloads)
+    apart = Distribution.concatenate([decode(payload) for payload in payloads])
+    for temperature in apart.log_partition_S or [1.0]:
+        for own, expected in zip(together.at(temperature), apart.at(temperature)):
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-6)
+    assert torch.equal(together.ids_SK, apart.ids_SK)
+
+
+def test_hidden_states_read_together_are_those_read_apart():
+    payloads = [encode(Hidden(), make_logits(size, 256, size), 1000) for size in (2, 5)]
+    apart = torch.cat([decode(payload).hidden_SD for payload in payloads])
+    assert torch.equal(decode(*payloads).hidden_SD, apart)
+
+
+def test_payloads_of_two_layouts_are_read_together_too():
+    payloads = [encode(codec, make_logits(4, 1000)) for codec in (TopK(k=8), TopK(k=20))]
+    together = decode(*payloads)
+    assert together.ids_SK.shape == (8, 20)
+    assert torch.equal(together.logprobs_SK[4:], decode(payloads[1]).logprobs_SK)
 
 
 def test_concatenated_samples_are_the_samples():
@@ -312,5 +342,5 @@ def test_bad_parameters_are_refused(name, parameters, message):
 
 def test_a_codec_is_described_by_name_version_and_every_parameter():
     codec = build_codec("topk", k=32, temperatures=[1.0, 4.0])
-    expected = {"name": "topk", "version": 1, "k": 32, "head": 4, "tail_bits": 5, "temperatures": (1.0, 4.0)}
+    expected = {"name": "topk", "version": 2, "k": 32, "head": 4, "tail_bits": 5, "temperatures": (1.0, 4.0)}
     assert describe_codec(codec) == expected
