@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(STAGES[command][0])
     if words[:2] == ["stats", "model"]:
         command, *rest = "stats model", *words[2:]
-        module = importlib.import_module("distill.costs")
+        module = importlib.import_module("distill.costtable")
     own = argparse.ArgumentParser(prog=f"distill {command}", description=(module.__doc__ or "").split("\n\n")[0])
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(own)

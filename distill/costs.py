@@ -1,12 +1,11 @@
 """What each part of teacher and student costs: parameters, bytes and FLOPs a sample, for any config, without weights.
 
-`distill stats model CONFIG [key=value …]`. The models are built on the meta device from the sizes in their configs: of
-a local folder or the hub's local copy, else the published ones in `known_models.json`, else the hub's.
+The models are built on the meta device from the sizes in their configs: of a local folder or the hub's local copy, else
+the published ones in `known_models.json`, else the hub's. `costtable.py` shows the figures.
 
 Shapes: B batch, T LLM positions, S supervised positions, L audio tokens, X mel frames, M mel bins, D LLM width.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Set
@@ -19,8 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2AudioForConditionalGeneration
 
-from distill.cli import add_config_arguments
-from distill.config import Config, load_config
+from distill.config import Config
 from distill.run import ears_of, lora_of, student_llm
 from distill.teach import build_llm, build_whisper, teacher_config
 from distill.teacher import teacher_path
@@ -42,7 +40,7 @@ from teachers.whisper import whisper_fields
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
 QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
-AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs
+AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs and EAT
 PARTS = ("Whisper encoder", "BEATs", "EAT", "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body",
          "LoRA", "LLM head")  # fmt: skip
 
@@ -159,12 +157,12 @@ def _find(name: str, given: dict[str, PretrainedConfig]) -> PretrainedConfig:
 
 def second_sizes(config: SalmonnConfig) -> dict:
     """Sizes of the second encoder: the file's own where it is BEATs and here, else the official ones."""
+    num_classes = AUDIO_CLASSES if "finetune" in config.second else None
     if config.second_kind == "eat":
-        return dataclasses.asdict(EatConfig())
+        return dataclasses.asdict(EatConfig(num_classes=num_classes))
     if Path(config.second).is_file():
         return dataclasses.asdict(read_cfg(read_torch_file(config.second, device="meta")["cfg"], config.second))
-    is_tagger = "finetuned" in config.second
-    return dataclasses.asdict(BeatsConfig(predictor_class=AUDIO_CLASSES if is_tagger else None))
+    return dataclasses.asdict(BeatsConfig(predictor_class=num_classes))
 
 
 def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfig] | None = None) -> list[Part]:
@@ -177,14 +175,24 @@ def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfi
     flops["LLM body"] = _count_body(model, length)
     head = model.llm.get_output_embeddings()
     flops["LLM head"] = count_flops(lambda: head(_empty(usage.answer_tokens, head.in_features, like=head)))
+    sizes = measure_sizes(blueprint, given)
+    if "LoRA" in sizes:
+        flops["LoRA"] = 2 * length * sizes["LoRA"][0]
+    names = [name for name in PARTS if name in sizes or name in flops]  # a tied head has no weights of its own
+    return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
+
+
+def measure_sizes(
+    blueprint: Blueprint, given: dict[str, PretrainedConfig] | None = None
+) -> dict[str, tuple[int, float]]:
+    """Parameters and bytes of each part of a model that it has."""
+    model = build_on_meta(blueprint, given or {})
+    head = model.llm.get_output_embeddings()
     linears = {m.weight for m in model.llm.modules() if isinstance(m, nn.Linear) and m is not head}
     if blueprint.lora is not None:
         with torch.device("meta"):
             add_lora_(model.llm, blueprint.lora)
-        flops["LoRA"] = 2 * length * sum(p.numel() for n, p in model.llm.named_parameters() if "lora_" in n)
-    sizes = _size_parts(model, linears if blueprint.is_4bit else frozenset())
-    names = [name for name in PARTS if name in sizes or name in flops]  # a tied head has no weights of its own
-    return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
+    return _size_parts(model, linears if blueprint.is_4bit else frozenset())
 
 
 def _size_parts(model: Salmonn, in_4bit: Set[nn.Parameter]) -> dict[str, tuple[int, float]]:
@@ -250,35 +258,3 @@ def _count_body(model: Salmonn, length: int) -> int:
 
 def _empty(*shape: int, like: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype if like is None else like.weight.dtype, device="meta")
-
-
-def format_table(title: str, parts: list[Part]) -> str:
-    """A model's parts and their sum as text."""
-    total = Part("all", *(sum(getattr(p, f) for p in parts) for f in ("parameters", "bytes", "flops")))
-    rows = [(p.name, f"{p.parameters:,}", f"{p.bytes / 1e6:,.1f}", f"{p.flops / 1e9:,.1f}") for p in (*parts, total)]
-    rows.insert(0, (title, "parameters", "MB", "GFLOP a sample"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(f"{r[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(r[1:], widths[1:])) for r in rows)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill stats model` takes."""
-    add_config_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=Usage.seconds, help="of audio (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=Usage.prompt_tokens, help="(%(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=Usage.answer_tokens, help="(%(default)s)")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run `distill stats model`."""
-    config = load_config(args.config, args.overrides)
-    usage = Usage(args.seconds, args.prompt_tokens, args.answer_tokens)
-    teacher, given = describe_teacher(config)
-    student = describe_student(config, teacher)
-    print(
-        f"one sample: {usage.seconds:g} s of audio, {usage.prompt_tokens} tokens of prompt, {usage.answer_tokens} of "
-        f"answer; forward; LLM weights in {str(llm_dtype(config)).removeprefix('torch.')}, ears in float32"
-    )
-    print(f"\n{format_table(f'teacher ({teacher.config.llm})', measure(teacher, usage, given))}")
-    print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")
-    return 0

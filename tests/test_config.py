@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import main
-from distill.config import load_config
+from distill.config import load_config, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -43,6 +43,59 @@ def test_a_missing_config_names_those_beside_it(tmp_path):
         FileNotFoundError, match=r"gone\.yaml, but there is no such file; YAML files beside it: .*there"
     ):
         load_config(tmp_path / "gone.yaml")
+
+
+def write(folder: Path, **files: str) -> Path:
+    """YAML files by name; the folder."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_file_is_read_over_its_base_and_words_over_both(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, whole="name: whole\nseed: 1\ntrain:\n  steps: 5\n  batch_size: 6\n")
+    write(tmp_path / "sub", own="base: ../whole.yaml\nname: own\ntrain:\n  steps: 7\n")
+    config = load_config(tmp_path / "sub" / "own.yaml", ["train.batch_size=8"])
+    assert (config.name, config.seed, config.train.steps, config.train.batch_size) == ("own", 1, 7, 8)
+
+
+def test_a_resolved_config_is_complete_without_its_base(tmp_path):
+    write(tmp_path, whole="seed: 3\nloss:\n  schedules:\n    kl: cosine 0.1\n", own="base: whole.yaml\nname: own\n")
+    config = load_config(tmp_path / "own.yaml")
+    (tmp_path / "moved").mkdir()
+    write(tmp_path / "moved", config=to_yaml(config))
+    assert "base" not in to_yaml(config) and load_config(tmp_path / "moved" / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("whole", "own", "error", "message"),
+    [
+        (
+            "",
+            "base: gone.yaml",
+            FileNotFoundError,
+            r"base of .*own\.yaml is .*gone\.yaml, but there is no such",
+        ),
+        ("base: other.yaml", "base: whole.yaml", ValueError, r"whole\.yaml, but that has the base other\.yaml itself"),
+        (
+            "",
+            "base: own.yaml",
+            ValueError,
+            r"base of .*own\.yaml is .*own\.yaml, but that has the base",
+        ),
+        ("trian: 1", "base: whole.yaml", ValueError, r"whole\.yaml: trian: Key 'trian' not in 'Config'"),
+        ("hub_token: x", "base: whole.yaml", ValueError, r"whole\.yaml: hub_token looks like a credential"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_refused_by_its_name(tmp_path, whole, own, error, message):
+    with pytest.raises(error, match=message):
+        load_config(write(tmp_path, whole=whole, own=own) / "own.yaml")
+
+
+def test_a_base_is_no_word_of_the_command_line():
+    with pytest.raises(ValueError, match=r"Key 'base' not in 'Config'"):
+        load_config(RECIPES[0], ["base=demo.yaml"])
 
 
 def test_an_error_is_one_line_and_exit_code_1(capsys):
