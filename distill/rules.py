@@ -66,6 +66,11 @@ def check_round(config, origin: str) -> None:
                 f"{origin}: on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
                 f"`distill answers`, and as student.start the student that answered."
             )
+    if config.on_policy.share and not (config.loss.kl or "kl" in config.loss.schedules):
+        raise ValueError(
+            f"{origin}: on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
+            f"cross-entropy to learn from; set loss.kl above 0, or on_policy.share=0."
+        )
 
 
 def check_augmentation(config, origin: str) -> None:
