@@ -16,7 +16,7 @@ def pack_header(name: str, num_positions: int, vocab_size: int, *parameters: flo
             f"vocab_size is {vocab_size}, but codecs store ids below {MAX_VOCAB}; use a smaller vocabulary."
         )
     fixed = FIXED.pack(MAGIC, VERSION, len(name), len(parameters), num_positions, vocab_size)
-    return b"".join([fixed, name.encode(), struct.pack(f"<{len(parameters)}f", *parameters)])
+    return b"".join([fixed, name.encode(), struct.pack(f"<{len(parameters)}d", *parameters)])
 
 
 class Header(NamedTuple):
@@ -49,11 +49,11 @@ def read_header(payload: bytes) -> Header:
     if version != VERSION:
         raise ValueError(f"payload version is {version}, but this program reads {VERSION}; cache this sample again.")
     begin = FIXED.size + name_size
-    size = begin + 4 * num_parameters
+    size = begin + 8 * num_parameters
     if len(payload) < size:
         raise ValueError(
             f"payload is {len(payload)} bytes, but its header promises {size - len(payload)} more; cache again."
         )
     name = payload[FIXED.size : begin].decode(errors="replace")
-    parameters = struct.unpack_from(f"<{num_parameters}f", payload, begin)
+    parameters = struct.unpack_from(f"<{num_parameters}d", payload, begin)
     return Header(name, num_positions, vocab_size, parameters, size)

@@ -159,8 +159,7 @@ class CachedTeacher:
         for record, sample, row in zip(records, batch.samples, batch.rows):
             record.check(identify_row(sample, row), f"{self.cache_folder}: {sample.key}")
         device = batch.labels_S.device
-        decoded = [decode(record.payload) for record in records]
-        distribution = type(decoded[0]).concatenate(decoded).to(device)
+        distribution = decode(*(record.payload for record in records)).to(device)
         layers = {n: join_positions(records, hidden_name(n)).to(device) for n in self._layers}
         hidden_SD = layers.pop(HEAD_INPUT, None)
         if isinstance(distribution, HiddenStates):

@@ -201,6 +201,16 @@ def test_a_temperature_that_is_not_stored_is_refused_by_name(codec):
         distribution.at(3.0)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.3, 1 / 3, 4.0])
+@pytest.mark.parametrize("kind", [TopK, Adaptive])
+def test_a_stored_temperature_is_served_to_its_last_digit(kind, temperature):
+    logits_SV = make_logits(3, 200)
+    distribution = decode(encode(kind(temperatures=(1.0, temperature)), logits_SV))
+    torch.testing.assert_close(to_dense(distribution, temperature).sum(1), torch.ones(3))
+    exact_SV = bucket_dense(logits_SV, distribution, temperature)
+    torch.testing.assert_close(to_dense(distribution, temperature)[:, -1], exact_SV[:, -1], rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("exponent", [1.0, 0.7])
 def test_sampled_probabilities_are_right_on_average(exponent):
     logits_V = torch.tensor([4.0, 3.0, 2.0, 0.0, 0.0, -1.0, -3.0])
