@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from distill.answers import Answerer, Draw, answers
 from distill.cache import cache
 from distill.capture import Capturer
-from distill.config import Config, StudentConfig, load_config
+from distill.config import Config, OnPolicyConfig, StudentConfig, load_config
 from distill.microbatch import Collator
+from distill.rules import value_at
 from distill.run import lora_of, run
 from distill.teach import build_llm
 from distill.tokenizer import train_tokenizer
@@ -413,3 +415,11 @@ def test_a_job_without_round_or_student_is_refused(toys):
 def test_a_config_of_a_round_that_cannot_be_is_refused(toys, words, message):
     with pytest.raises(ValueError, match=message):
         configure(toys, *words)
+
+
+def test_every_config_field_that_the_page_on_rounds_names_exists():
+    page = (Path(__file__).parents[1] / "docs" / "rounds.md").read_text()
+    fields = set(re.findall(r"((?:on_policy|student|loss|cache|teacher)\.\w+)[=`]", page))
+    assert {f"on_policy.{field.name}" for field in dataclasses.fields(OnPolicyConfig)} <= fields
+    for key in fields:
+        value_at(Config(), key)
