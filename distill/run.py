@@ -52,7 +52,7 @@ def run(config: Config) -> int:
         teacher,
         student,
         train=open_training_stream(config, accelerator, teacher, student),
-        valid=config.shards("valid") if config.shards("valid").is_dir() else None,
+        valid=find_valid(config, student),
         loss=config.loss,
         options=config.train,
         answers=config.eval,
@@ -124,6 +124,15 @@ def find_answers(config: Config, teacher: OnlineTeacher | CachedTeacher) -> Path
     from distill.cache import describe_teacher
 
     return check_answers(config, teacher.header or describe_teacher(teacher.model, config))
+
+
+def find_valid(config: Config, student: Salmonn) -> Path | None:
+    """The validation split's folder, once the student can hear its clips; None where there is none."""
+    folder = config.shards("valid")
+    if not folder.is_dir():
+        return None
+    check_clips(ShardStream(folder, batch_size=1, shuffle=False, epochs=1), student)
+    return folder
 
 
 def check_clips(stream: ShardStream, *models: Salmonn) -> None:

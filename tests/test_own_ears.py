@@ -19,8 +19,9 @@ from distill.distiller import Distiller
 from distill.doctor import doctor
 from distill.export import export
 from distill.microbatch import Collator
-from distill.run import run, wrap_teacher
-from distill.teach import build_whisper
+from distill.run import find_valid, run, wrap_teacher
+from distill.teach import build_llm, build_whisper
+from distill.tokenizer import train_byte_tokenizer
 from students.ears import choose_ears
 from students.student import CONNECTOR, build_student, load_student, save_student
 from teachers.beats import BeatsEar
@@ -120,7 +121,7 @@ def test_the_connector_starts_from_every_tensor_of_the_teachers_that_fits(toys, 
         own = dict(student.named_parameters())[name]
         assert torch.equal(own[:, own_columns[kept]], theirs[name][:, their_columns[kept]])
     assert all(name.replace(".0.", ".*.") in lines[-1] for name in anew)
-    assert ("not its columns of" in lines[-1]) == (kept in ("whisper", "second"))
+    assert ("but its columns of" in lines[-1]) == (kept in ("whisper", "second"))
 
 
 def test_a_new_connector_says_nothing_of_the_teachers(toys, teacher):
@@ -155,6 +156,16 @@ def test_one_spectrum_for_both_encoders_ends_with_beats():
     assert choose_ears(shared, whisper="small").front_end == "shared"
     assert choose_ears(shared, second_kind="none").front_end == "exact"
     assert choose_ears(shared, second="e", second_kind="eat").front_end == "exact"
+
+
+def test_one_spectrum_serves_ears_of_128_mel_bins(toys, tmp_path):
+    parts = toys / "parts"
+    shared = tiny.make_teacher(parts, second=str(parts / "beats.pt"), second_kind="beats", front_end="shared")
+    student = build(toys, shared, whisper="turbo")
+    batch = student.collate([tiny.make_sample(1)])
+    with torch.no_grad():
+        assert torch.equal(student.frames(batch.waveforms_BN, batch.num_samples_B)[0],
+                           student.whisper(batch.waveforms_BN, batch.num_samples_B)[0])  # fmt: skip
 
 
 def test_ears_of_128_mel_bins_and_eat_answer_beside_a_teacher_of_80(toys, teacher):
@@ -210,11 +221,34 @@ def test_cached_frames_serve_a_student_that_names_the_teachers_ears(toys, tmp_pa
 
 
 def test_a_clip_that_its_ears_cannot_hear_is_refused_before_training(toys, tmp_path):
-    short = build_whisper(dataclasses.replace(tiny.SIZES, seconds=0.7))
-    short.save_pretrained(tmp_path / "short")
+    build_whisper(dataclasses.replace(tiny.SIZES, seconds=0.7)).save_pretrained(tmp_path / "short")
     words = [f"student.whisper={tmp_path / 'short'}", f"runs={tmp_path}", "teacher.online=true"]
     with pytest.raises(ValueError, match=r"clips last 0\.50 to 1\.00 s, but the ears of this run take 0\.175 to 0\.7"):
         run(load_config(toys / "toy.yaml", words))
+
+
+def test_a_clip_for_validation_that_its_ears_cannot_hear_is_refused_before_training(toys, tmp_path):
+    build_whisper(dataclasses.replace(tiny.SIZES, seconds=0.7)).save_pretrained(tmp_path / "short")
+    student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), lora=LORA,
+                            whisper=str(tmp_path / "short"))  # fmt: skip
+    config = load_config(toys / "toy.yaml", [f"data.folder={tmp_path}"])
+    assert find_valid(config, student) is None
+    (tmp_path / "valid").symlink_to(toys / "data" / "train")
+    with pytest.raises(ValueError, match=r"but the ears of this run take 0\.175 to 0\.7"):
+        find_valid(config, student)
+
+
+def test_a_recipe_in_small_passes_doctor_and_its_losses_fall(toys, tmp_path, capsys):
+    """Another tokenizer, smaller ears, no second encoder, windows of audio alone, from the teacher's cache."""
+    tokenizer = train_byte_tokenizer([*tiny.WORDS, "USER: what do you hear? ASSISTANT:"], tmp_path / "qwen",
+                                     vocab_size=300)  # fmt: skip
+    build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "qwen")
+    words = [*small_words(toys), f"student.llm={tmp_path / 'qwen'}", "loss.cross_tokenizer=chunk", f"runs={tmp_path}",
+             "loss.schedules.feature=cosine 0.05", "train.steps=6"]  # fmt: skip
+    config = load_config(toys / "toy.yaml", words)
+    assert doctor(config) == 0 and run(config) == 0
+    losses = [json.loads(line)["loss"] for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("online", ["true", "false"])
