@@ -99,9 +99,8 @@ def inherit_connector_(student: Salmonn, teacher: Salmonn) -> str:
             copied += 1
         else:
             kept = [] if source is None else copy_columns_(own, source, frame_widths(student), frame_widths(teacher))
-            anew[re.sub(r"\.\d+\.", ".*.", name)] = (
-                f" (but its columns of {' and '.join(kept)} are not)" if kept else ""
-            )
+            note = f" (but its columns of {' and '.join(kept)} are not)" if kept else ""
+            anew[re.sub(r"\.\d+\.", ".*.", name)] = note
     text = ", ".join(f"{name}{note}" for name, note in anew.items()) or "nothing"
     return f"connector: {copied} tensors start as the teacher's; new: {text}"
 
