@@ -136,18 +136,19 @@ def find_valid(config: Config, student: Salmonn) -> Path | None:
 
 
 def check_clips(stream: ShardStream, *models: Salmonn) -> None:
-    """Refuse a clip that one of the models cannot hear now, and not after hours.
+    """Refuse a clip of the run that one of the models cannot hear now, and not after hours.
 
     Raises:
         ValueError: naming the lengths.
     """
     least = max(model.min_samples for model in models) / SAMPLE_RATE
     most = min(model.max_samples for model in models) / SAMPLE_RATE
-    found = float(stream.catalog.seconds.min()), float(stream.catalog.seconds.max())
-    if found[0] < least - 1e-4 or found[1] > most + 1e-4:
+    seconds = stream.catalog.seconds[stream.plan.rows]
+    seconds = seconds[seconds > 0]  # 0: the sample's JSON cannot be read; the stream skips it and says so
+    if len(seconds) and (seconds.min() < least - 1e-4 or seconds.max() > most + 1e-4):
         raise ValueError(
-            f"clips last {found[0]:.2f} to {found[1]:.2f} s, but the ears of this run take {least:g} to {most:g} s; "
-            f"pack clips of these lengths, or choose another student.whisper."
+            f"clips last {seconds.min():.2f} to {seconds.max():.2f} s, but the ears of this run take {least:g} to "
+            f"{most:g} s; pack clips of these lengths, or choose another student.whisper."
         )
 
 

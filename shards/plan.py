@@ -80,6 +80,11 @@ class Plan:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     @property
+    def rows(self) -> np.ndarray:
+        """Samples that take part: those of the tasks that come at least once an epoch."""
+        return np.concatenate([group for group, weight in self._groups if _share(weight, len(group))])
+
+    @property
     def batches_per_epoch(self) -> int:
         """Global batches of the first epoch; the last of them may reach into the next."""
         if self.order.batch_seconds is None:

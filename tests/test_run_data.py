@@ -22,6 +22,7 @@ from distill.microbatch import Collator
 from distill.ranks import build_accelerator
 from distill.run import open_training_stream, run
 from shards.archive import ShardError
+from shards.audio import encode_flac, hash_waveform
 from shards.augmentation import Augmentation
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
@@ -191,6 +192,35 @@ def test_a_member_over_the_limit_of_the_config_is_refused_before_it_is_read(toys
     teacher, student = SimpleNamespace(cache_folder=None), SimpleNamespace(max_samples=480_000)
     with pytest.raises(ShardError, match=r"clip\.flac is 1048577 bytes, but a member may have 1048576"):
         open_training_stream(config, build_accelerator(), teacher, student)
+
+
+def write_odd_shard(toys: Path, folder: Path) -> None:
+    """Four samples: two in order, one whose JSON cannot be read, and one of a task of its own that is too short."""
+    (folder / "train").mkdir()
+    writer = TarWriter(folder / "train" / "a.tar")
+    for number, seconds, task in ((0, 0.5, "asr"), (1, 0.5, "asr"), (2, 0.5, "asr"), (3, 0.01, "click")):
+        waveform_N = tiny.tone(number, seconds)
+        fields = {"text": "one", "task": task, "Q": None, "source": "toys", "duration": seconds,
+                  "sha256": hash_waveform(waveform_N)}  # fmt: skip
+        writer.add(f"k{number}.flac", encode_flac(waveform_N))
+        writer.add(f"k{number}.json", b"{" if number == 2 else json.dumps(fields).encode())
+    writer.close()
+
+
+def test_only_clips_that_take_part_and_can_be_read_must_fit_the_ears(toys, tmp_path):
+    write_odd_shard(toys, tmp_path)
+    words = [f"data.folder={tmp_path}", f"runs={tmp_path}", "name=.", "teacher.online=true", "train.batch_size=3"]
+    model = load_salmonn(toys / "teacher")
+
+    def open_with(*more: str) -> ShardStream:
+        return open_training_stream(load_config(toys / "toy.yaml", [*words, *more]), build_accelerator(),
+                                    OnlineTeacher(model), model)  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"clips last 0\.01 to 0\.50 s, but the ears of this run take"):
+        open_with()
+    stream = open_with("data.task_weights.click=0")
+    assert sorted(sample.key for sample in next(iter(stream))) == ["k0", "k1"]
+    assert '"key": "k2"' in (tmp_path / "bad_samples.jsonl").read_text()
 
 
 def test_what_the_config_says_reaches_the_augmentation(toys):
