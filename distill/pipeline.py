@@ -5,6 +5,7 @@ What exists already is used again.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,12 @@ from pathlib import Path
 
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
+from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
+from shards.packfolder import hash_file
 from teachers.prompts import load_prompts
+
+CUT = "cut.json"  # beside the manifests that were cut: what from
 
 
 class StageError(RuntimeError):
@@ -50,17 +55,42 @@ def make_shards(config: Config) -> None:
     """Write the embedded corpus if the config asks for it, and pack every manifest there is."""
     if config.corpus.kind == "synth":
         make_corpus(config)
-    elif config.cuts_valid and not all(config.manifest(name).exists() for name in ("train", "valid")):
-        from shards.split import split
-
-        train, valid = config.manifest("train"), config.manifest("valid")
-        train.parent.mkdir(parents=True, exist_ok=True)
-        split(Path(config.corpus.train), train, valid, valid_share=config.corpus.valid_share, by="recording")
+    elif config.cuts_valid:
+        cut_manifest(config)
     tasks = load_prompts(None, "{}").by_task.keys()
     for name in ("train", "valid", "test"):
         if config.manifest(name) is not None:
             report = pack(config.manifest(name), config.shards(name), name=name, tasks=tasks, show_progress=True)
             print(report, file=sys.stderr)
+
+
+def cut_manifest(config: Config) -> None:
+    """Cut the training manifest into train and valid, unless they are there and of this very manifest and share.
+
+    Raises:
+        FileNotFoundError: there is no training manifest.
+        ValueError: they are of another one; what is packed, cached and trained is of it too.
+    """
+    from shards.split import split
+
+    train, valid = config.manifest("train"), config.manifest("valid")
+    source, record = Path(config.corpus.train), train.parent / CUT
+    if not source.is_file():
+        raise missing_file_error(source, place="corpus.train")
+    cut = {"sha256": hash_file(source), "valid_share": config.corpus.valid_share}
+    if record.exists():
+        found = json.loads(record.read_text())
+        if found != cut:
+            raise ValueError(
+                f"corpus.train is {source} with sha256 {cut['sha256'][:16]} and corpus.valid_share "
+                f"{cut['valid_share']}, but {train.parent} was cut from sha256 {found['sha256'][:16]} with "
+                f"{found['valid_share']}; choose another data.folder=, or remove {config.data.folder} to begin anew."
+            )
+        return
+    train.parent.mkdir(parents=True, exist_ok=True)
+    split(source, train, valid, valid_share=cut["valid_share"], by="recording")
+    with open_atomically(record) as file:  # last: without it the cut is made again
+        json.dump(cut, file)
 
 
 def make_corpus(config: Config) -> None:
