@@ -6,7 +6,6 @@ It holds two tokenizers and no model of its own, so a cache is enough.
 Shapes: S supervised positions of the student, K kept ids.
 """
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +17,7 @@ from distill.alignment import NO_CHUNK, Alignment
 from distill.crosstokenizer import CrossTargets, Translator
 from distill.vocabulary import shared_vocab_size
 from shards.sample import Sample
-from teachers.batch import Batch, RowTokenizer
+from teachers.batch import Batch
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets, Vocabulary, check_vocabularies
 
@@ -84,13 +83,6 @@ def unaligned(num_teacher_tokens: int, num_student_tokens: int) -> Alignment:
     none = torch.zeros(0, dtype=torch.long)
     sides = [torch.full((size,), NO_CHUNK) for size in (num_teacher_tokens, num_student_tokens)]
     return Alignment(*sides, 0, none, none)
-
-
-def without_model(rows: RowTokenizer) -> RowTokenizer:
-    """A copy that makes rows without audio tokens and does not keep the model it belongs to in memory."""
-    rows = copy.copy(rows)
-    rows.num_audio_tokens = lambda num_samples: 0
-    return rows
 
 
 def meet(teacher, student: Salmonn, cross_tokenizer: str, temperature: float) -> tuple[object, int]:

@@ -5,11 +5,9 @@ and no weight here; the caller selects positions, weighs and sums. `fused.py` co
 
 A divergence is a function of two natural log-probabilities that gives each token's term; its sum over the tokens is
 the divergence. A target kind decides which tokens those are: the whole vocabulary (dense), the kept ids and one bucket
-that holds everything else (top-K), or draws from the teacher (sampled). A target stored as the teacher's hidden states
-is made dense by the teacher's head first.
+that holds everything else (top-K), or draws from the teacher (sampled).
 
-Shapes: S supervised positions, V vocabulary, K kept or drawn teacher tokens, C = K + 1 (the kept ids and the bucket),
-D the width of a hidden state.
+Shapes: S supervised positions, V vocabulary, K kept or drawn teacher tokens, C = K + 1 (the kept ids and the bucket).
 """
 
 from collections.abc import Callable
@@ -149,18 +147,6 @@ def dense_divergence(
     student_SV = (widen(logits_SV) / temperature).log_softmax(-1)
     teacher_SV = (widen(teacher_logits_SV) / temperature).log_softmax(-1)
     return temperature**2 * divergence(student_SV, teacher_SV).sum(-1)
-
-
-def hidden_divergence(
-    logits_SV: Tensor,
-    teacher_hidden_SD: Tensor,
-    teacher_weight_VD: Tensor,
-    temperature: float,
-    divergence: Divergence = forward_kl_terms,
-) -> Tensor:
-    """Divergence from a teacher stored as the hidden states that enter its head; arguments as `dense_divergence`."""
-    teacher_logits_SV = F.linear(widen(teacher_hidden_SD), teacher_weight_VD.to(widen(teacher_hidden_SD).dtype))
-    return dense_divergence(logits_SV, teacher_logits_SV, temperature, divergence)
 
 
 def bucket_logprobs(logits_SV: Tensor, ids_SK: Tensor, is_kept_SK: Tensor) -> Tensor:

@@ -232,24 +232,6 @@ CODECS = {"topk": TopK, "adaptive": Adaptive, "sampled": Sampled, "hidden": Hidd
 Codec = TopK | Adaptive | Sampled | Hidden | Dense
 
 
-def build_codec(name: str, **parameters) -> Codec:
-    """A codec by name with its parameters, as a config gives them.
-
-    Raises:
-        ValueError: the name or a parameter is unknown, or a parameter is out of range.
-    """
-    if name not in CODECS:
-        raise ValueError(f"codec is {name!r}, but must be one of {', '.join(CODECS)}; change cache.codec.")
-    known = set(CODECS[name].__dataclass_fields__)
-    if unknown := sorted(set(parameters) - known):
-        raise ValueError(
-            f"codec {name} is given {', '.join(unknown)}, but takes {', '.join(sorted(known)) or 'nothing'}; remove it."
-        )
-    return CODECS[name](
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
-    )
-
-
 def describe_codec(codec: Codec) -> dict:
     """Name, version and parameters: the codec's part of a cache's identity."""
     return {"name": codec.name, "version": VERSION, **asdict(codec)}

@@ -13,7 +13,6 @@ from distill.losses import (
     ce,
     dense_divergence,
     forward_kl,
-    hidden_divergence,
     sampled_divergence,
     sparse_divergence,
 )
@@ -80,7 +79,6 @@ def test_a_divergence_equals_its_closed_form_on_every_target_kind(kind, paramete
     divergence = build_divergence(kind, parameter)
     whole_S = closed_form(kind, parameter, student_SV, teacher_SV, temperature)
     torch.testing.assert_close(dense_divergence(student_SV, teacher_SV, temperature, divergence), whole_S)
-    torch.testing.assert_close(hidden_divergence(student_SV, hidden_SD, weight_VD, temperature, divergence), whole_S)
 
     ids_SK, logprobs_SK, log_residual_S = top_targets(teacher_SV, 4, temperature)
     merged = [merge_outside(x, ids_SK, temperature) for x in (student_SV, teacher_SV)]
@@ -102,7 +100,6 @@ def test_gradients_pass_finite_differences_on_every_target_kind(kind, parameter,
     weights_SK = torch.tensor([[0.75, 0.25], [1.0, 0.0]], dtype=torch.float64)
     losses = [
         lambda x: dense_divergence(x, teacher_SV, temperature, divergence),
-        lambda x: hidden_divergence(x, hidden_SD, weight_VD, temperature, divergence),
         lambda x: sparse_divergence(x, ids_SK, logprobs_SK, residual_S, temperature, divergence),
         lambda x: sampled_divergence(x, ids_SK, weights_SK, logprobs_SK, temperature, divergence),
     ]
