@@ -21,7 +21,7 @@ from distill.runlog import METRICS
 from distill.teacher import load_teacher, teacher_path
 from shards.stream import ShardStream
 from students.student import load_student
-from teachers.loading import WEIGHTS, write_atomically
+from teachers.loading import write_atomically
 from teachers.salmonn import Salmonn
 
 
@@ -54,14 +54,14 @@ def figures(name: str, model: Salmonn, answers: list[Prediction], path: Path, co
     """One model's column."""
     stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
     cost = measure_cost(model, next(iter(stream))[0])
-    weights = path / WEIGHTS if path.is_dir() else path
+    files = path.glob("*.safetensors") if path.is_dir() else [path]  # a Qwen2-Audio comes in several
     return ModelFigures(
         name=name,
         num_parameters=cost.num_parameters,
         scores=score(answers, normalise=config.eval.normalise),
         weights_mb=cost.weight_bytes / 1e6,
         peak_mb=None if cost.peak_bytes is None else cost.peak_bytes / 1e6,
-        checkpoint_mb=weights.stat().st_size / 1e6,
+        checkpoint_mb=sum(file.stat().st_size for file in files) / 1e6,
         first_token_ms=cost.first_token_ms,
         next_token_ms=cost.next_token_ms,
     )
