@@ -62,9 +62,9 @@ class Capturer:
         cache = self.config.cache
         asked = [s for s in samples if learns_own_answer(s, cache.answers) or cache.answers == "both"]
         asked = list(samples) if cache.transcripts else asked
-        own = dict(zip([sample.key for sample in asked], self.teacher.answer(asked)))
-        primary = [replace(s, text=own[s.key]) if learns_own_answer(s, cache.answers) else s for s in samples]
         with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            own = dict(zip([sample.key for sample in asked], self.teacher.answer(asked)))
+            primary = [replace(s, text=own[s.key]) if learns_own_answer(s, cache.answers) else s for s in samples]
             batch = self.model.collate(primary).to(self.model.device)
             frames = self.model.frames(batch.waveforms_BN, batch.num_samples_B)
             sources = ["teacher" if learns_own_answer(s, cache.answers) else "label" for s in samples]

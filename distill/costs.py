@@ -70,13 +70,13 @@ class Blueprint:
 
     config: SalmonnConfig
     lora: Lora | None
-    llm_dtype: torch.dtype
+    dtype: torch.dtype  # of what is frozen
     is_4bit: bool = False
 
 
 def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedConfig]]:
     """The teacher that a run's config names, and the configs of parts that are yet to be trained here."""
-    path, dtype = teacher_path(config), llm_dtype(config)
+    path, dtype = teacher_path(config), frozen_dtype(config)
     if is_qwen2_audio(path) or str(path) in QWEN2_AUDIO:
         return Blueprint(describe_qwen2_audio(path), None, dtype), {}
     if path.is_dir():
@@ -95,11 +95,11 @@ def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
     heard = choose_ears(teacher.config, **ears_of(config))
     salmonn = dataclasses.replace(heard, llm=student_llm(config), windows=config.student.windows)
-    return Blueprint(salmonn, lora_of(config), llm_dtype(config), config.student.quantization == "nf4")
+    return Blueprint(salmonn, lora_of(config), frozen_dtype(config), config.student.quantization == "nf4")
 
 
-def llm_dtype(config: Config) -> torch.dtype:
-    """Of a LLM's weights on the GPU that a table is for."""
+def frozen_dtype(config: Config) -> torch.dtype:
+    """Of frozen weights on the GPU that a table is for."""
     return torch.float32 if config.precision == "float32" else torch.bfloat16
 
 
@@ -143,11 +143,13 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
     llm_config = _find(config.llm, given)
     with torch.device("meta"):
         if llm_config.model_type == MODEL_TYPE:
-            loaded = Qwen2AudioForConditionalGeneration(llm_config).to(blueprint.llm_dtype)
+            loaded = Qwen2AudioForConditionalGeneration(llm_config).to(blueprint.dtype)
             return Qwen2Audio(plain, loaded, NO_TOKENIZER)
-        llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.llm_dtype)
-        whisper = build_encoder("whisper", whisper_fields(_find(config.whisper, given).to_dict()))
-        second = build_encoder(config.second_kind, second_sizes(config)) if config.second else None
+        llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
+        whisper = build_encoder("whisper", whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
+        second = None
+        if config.second:
+            second = build_encoder(config.second_kind, second_sizes(config)).to(blueprint.dtype)
         return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
 
 

@@ -8,7 +8,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from distill.config import Config, load_config
-from distill.costs import Blueprint, Part, Usage, describe_student, describe_teacher, llm_dtype, measure, measure_sizes
+from distill.costs import (
+    Blueprint,
+    Part,
+    Usage,
+    describe_student,
+    describe_teacher,
+    frozen_dtype,
+    measure,
+    measure_sizes,
+)
 
 EARS = ("Whisper encoder", "BEATs", "EAT")
 TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
@@ -63,7 +72,7 @@ def print_costs(config: Config, usage: Usage) -> None:
     student = describe_student(config, teacher)
     print(
         f"one sample: {usage.seconds:g} s of audio, {usage.prompt_tokens} tokens of prompt, {usage.answer_tokens} of "
-        f"answer; forward; LLM weights in {str(llm_dtype(config)).removeprefix('torch.')}, ears in float32"
+        f"answer; forward; frozen weights in {str(frozen_dtype(config)).removeprefix('torch.')}"
     )
     print(f"\n{format_table(f'teacher ({teacher.config.llm})', measure(teacher, usage, given))}")
     print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")

@@ -103,11 +103,21 @@ def measure_cost(model: Salmonn, sample: Sample, runs: int = 5) -> Cost:
     many = sorted(clock(9) for _ in range(runs))[runs // 2]
     return Cost(
         num_parameters=count_parameters(model),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=count_bytes(model),
         first_token_ms=first,
         next_token_ms=max(0.0, (many - first) / 8),
         peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     )
+
+
+def count_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights, and of the scales that 4-bit ones are read with."""
+    total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        total += sum(x.numel() * x.element_size() for x in (p, *scales))
+    return total
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -48,7 +48,7 @@ class Collator:
         teacher: whose targets go along; None for none.
         student: whose rows the batches are.
         device: where the tensors go.
-        dtype: of the ears' products, when they are shared and run here.
+        dtype: of the products of what runs here: shared ears, an online teacher.
         task_weights: what the samples of a task count; 1 for one that is not named.
     """
 
@@ -71,18 +71,24 @@ class Collator:
         if self.teacher is None:
             batch = self.student.collate(samples).to(self.device)
             return MicroBatch(batch, None, [False] * len(samples), weights, True, None)
-        samples, is_pseudo = self.teacher.label(samples)
+        with self._products():
+            samples, is_pseudo = self.teacher.label(samples)
         batch = self.student.collate(samples).to(self.device)
         hears_the_same = all(sample.clean_N is None for sample in samples)
         frames = self._frames(batch) if self.shares_ears and hears_the_same else None
-        targets = self.teacher.targets(batch, frames)
+        with self._products():
+            targets = self.teacher.targets(batch, frames)
         return MicroBatch(batch, targets, is_pseudo, weights, True, targets.frames if frames is None else frames)
 
     @torch.no_grad()
     def _frames(self, batch: Batch) -> list[Tensor]:
         """The frozen ears run once, for teacher and student."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._products():
             return self.student.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)
+
+    def _products(self) -> torch.autocast:
+        """The precision of whatever runs here, which is the caching job's too."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _silence(self) -> Sample:
         task = next(task for task, prompts in self.student.rows.prompts.by_task.items() if "{}" not in prompts[0])

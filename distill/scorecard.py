@@ -5,6 +5,7 @@ Run with `distill evaluate CONFIG [key=value …]`.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from distill.card import ModelFigures, Scorecard, print_scorecard, write_scorecard
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
-from distill.evaluate import answer, measure_cost
+from distill.evaluate import Cost, answer, measure_cost
 from distill.metrics import Prediction, retained_quality, score
 from distill.ranks import resolve_precision
 from distill.report import read_metrics, write_report
@@ -27,20 +28,20 @@ from teachers.salmonn import Salmonn
 
 def evaluate_run(config: Config) -> Scorecard:
     """Score both models on the test split, print the scorecard, and write it and every answer into the run's folder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = config.run_folder / "student"
-    student = load_student(folder, dtype=resolve_precision(config.precision)).to(device)
-    teacher = load_teacher(config).to(device)
-    answers = {
-        "teacher": answer(teacher, config.shards("test"), config.eval, title="teacher"),
-        "student": answer(student, config.shards("test"), config.eval, title="student"),
+    student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization})"
+    loaders = {
+        "teacher": lambda: load_teacher(config),
+        "student": lambda: load_student(folder, dtype=resolve_precision(config.precision)),
     }
+    answers, costs = {}, {}
+    for name, load in loaders.items():  # one after the other: a peak of memory is to be one model's
+        answers[name], costs[name] = examine(load, name, config)
     write_answers(answers, config.run_folder / "answers.jsonl")
-    llm = Path(student_llm(config)).name
     card = Scorecard(
         name=config.name,
-        teacher=figures("teacher", teacher, answers["teacher"], teacher_path(config), config),
-        student=figures(f"student ({llm}, {config.student.quantization})", student, answers["student"], folder, config),
+        teacher=figures("teacher", costs["teacher"], answers["teacher"], teacher_path(config), config),
+        student=figures(student_name, costs["student"], answers["student"], folder, config),
         retained=retained_quality(answers["student"], answers["teacher"], normalise=config.eval.normalise),
         training=training_figures(config),
     )
@@ -50,10 +51,16 @@ def evaluate_run(config: Config) -> Scorecard:
     return card
 
 
-def figures(name: str, model: Salmonn, answers: list[Prediction], path: Path, config: Config) -> ModelFigures:
-    """One model's column."""
+def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
+    """Load a model, let it answer the test split, measure what it costs, and let it go."""
+    model = load().to("cuda" if torch.cuda.is_available() else "cpu")
+    answers = answer(model, config.shards("test"), config.eval, title=name)
     stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
-    cost = measure_cost(model, next(iter(stream))[0])
+    return answers, measure_cost(model, next(iter(stream))[0])
+
+
+def figures(name: str, cost: Cost, answers: list[Prediction], path: Path, config: Config) -> ModelFigures:
+    """One model's column."""
     files = path.glob("*.safetensors") if path.is_dir() else [path]  # a Qwen2-Audio comes in several
     return ModelFigures(
         name=name,

@@ -66,13 +66,15 @@ def is_same_place(own: str, theirs: str) -> bool:
     return own == theirs or (os.path.exists(own) and os.path.exists(theirs) and os.path.samefile(own, theirs))
 
 
-def share_or_load_ears(teacher: Salmonn, config: SalmonnConfig) -> tuple[nn.Module, nn.Module | None]:
+def share_or_load_ears(
+    teacher: Salmonn, config: SalmonnConfig, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module | None]:
     """The encoders of a student's config: the teacher's own modules where they are the same, others loaded, frozen."""
     shared = find_shared(teacher.config, config)
-    whisper = teacher.whisper if "whisper" in shared else load_ear("whisper", config.whisper)
+    whisper = teacher.whisper if "whisper" in shared else load_ear("whisper", config.whisper, dtype)
     if "second" in shared:
         return whisper, teacher.second
-    return whisper, load_ear(config.second_kind, config.second) if config.second else None
+    return whisper, load_ear(config.second_kind, config.second, dtype) if config.second else None
 
 
 def describe_ears(config: SalmonnConfig, names: Collection[str]) -> str:

@@ -54,7 +54,7 @@ def build_student(
         qformer_dropout: in training.
         windows: "audio" or "all", see `SalmonnConfig`.
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
-        dtype: of the LLM's products and of what is not quantised.
+        dtype: of the LLM's products, of what is not quantised, and of ears of its own.
         seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
         say: is told which ears are its own, and which tensors of the connector are not the teacher's.
 
@@ -70,7 +70,7 @@ def build_student(
         lora=lora,
         dtype=dtype,
         transform_llm_=quantizer(quantization, dtype),
-        ears=share_or_load_ears(teacher, config),
+        ears=share_or_load_ears(teacher, config, dtype),
     )
     shared = find_shared(teacher.config, config)
     if own := set(EARS) - shared:

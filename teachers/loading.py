@@ -33,7 +33,7 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     Args:
         config: names of the parts and sizes.
         lora: LoRA to add to the LLM.
-        dtype: of the LLM's weights.
+        dtype: of the LLM's and the encoders' weights.
         transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
         tokenizer_path: where the tokenizer lies when not with the LLM.
         ears: encoders to share instead of loading them by name.
@@ -45,19 +45,19 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     if lora is not None:
         add_lora_(llm, lora)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or config.llm)
-    whisper, second = ears if ears is not None else load_ears(config)
+    whisper, second = ears if ears is not None else load_ears(config, dtype)
     return Salmonn(config, llm, tokenizer, whisper, second)
 
 
-def load_ears(config: SalmonnConfig) -> tuple[nn.Module, nn.Module | None]:
+def load_ears(config: SalmonnConfig, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
     """The encoders a config names, frozen and in evaluation mode."""
-    second = load_ear(config.second_kind, config.second) if config.second else None
-    return load_ear("whisper", config.whisper), second
+    second = load_ear(config.second_kind, config.second, dtype) if config.second else None
+    return load_ear("whisper", config.whisper, dtype), second
 
 
-def load_ear(kind: str, path: str) -> nn.Module:
+def load_ear(kind: str, path: str, dtype: torch.dtype) -> nn.Module:
     """One encoder by name, frozen and in evaluation mode."""
-    return load_encoder(kind, path).requires_grad_(False).eval()
+    return load_encoder(kind, path, dtype=dtype).requires_grad_(False).eval()
 
 
 def load_llm(path: str, dtype: torch.dtype) -> nn.Module:

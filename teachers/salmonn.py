@@ -195,13 +195,11 @@ class Salmonn(nn.Module):
     # Hearing
 
     def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
-        """Each encoder's frames [B, R, E], before their LayerNorms: what a student that shares the ears takes over."""
+        """Each encoder's frames [B, R, E], float32, before LayerNorm: what a student with shared ears takes over."""
         if self.front_end is not None:
             return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B)
-        frames = [self.whisper(waveforms_BN, num_samples_B, masks_B)[0]]
-        if self.second is not None:
-            frames.append(self.second(waveforms_BN, num_samples_B, masks_B)[0])
-        return frames
+        ears = [ear for ear in (self.whisper, self.second) if ear is not None]
+        return [ear(waveforms_BN, num_samples_B, masks_B)[0].float() for ear in ears]
 
     def _frames_of_one_front_end(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         for ear in (self.whisper, self.second):
@@ -213,7 +211,7 @@ class Salmonn(nn.Module):
         if masks_B is not None:
             mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
             mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
-        return [self.whisper.encode(mel_BMX), self.second.encode(mel_BXM, num_mel_frames_B)[0]]
+        return [self.whisper.encode(mel_BMX).float(), self.second.encode(mel_BXM, num_mel_frames_B)[0].float()]
 
     def fuse(self, frames: list[Tensor]) -> Tensor:
         """LayerNorm each encoder's frames, zero-pad the shorter and put them side by side: frames_BRE."""
