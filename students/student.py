@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from students.ears import (
     CONNECTOR,
@@ -56,7 +57,8 @@ def build_student(
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
         dtype: of the LLM's products, of what is not quantised, and of ears of its own.
         seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
-        say: is told which ears are its own, and which tensors of the connector are not the teacher's.
+        say: is told which ears are its own, which tensors of the connector are not the teacher's, and when its answers
+            end otherwise.
 
     Raises:
         ValueError: the names of the ears contradict each other.
@@ -64,7 +66,8 @@ def build_student(
     """
     torch.manual_seed(seed)
     heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
-    config = dataclasses.replace(heard, llm=llm, windows=windows, qformer_dropout=qformer_dropout)
+    end_token = choose_end_token(teacher, llm, say)
+    config = dataclasses.replace(heard, llm=llm, windows=windows, qformer_dropout=qformer_dropout, end_token=end_token)
     student = build_salmonn(
         config,
         lora=lora,
@@ -79,6 +82,23 @@ def build_student(
         say(inherit_connector_(student, teacher))
     student.inherited_names = frozenset(n for n in teacher.own_names or () if n.split(".", 1)[0] in shared)
     return train_own_(student)
+
+
+def choose_end_token(teacher: Salmonn, llm: str, say: Callable[[str], None]) -> str:
+    """The text that ends a student's answers: the teacher's, or none where its own tokenizer takes that to pieces.
+
+    A student of another family then ends with its own end token: one step to generate instead of several, and one
+    position to compare with the teacher's.
+    """
+    text = teacher.config.end_token
+    if not text:
+        return ""
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    num_pieces = len(tokenizer.encode(text, add_special_tokens=False))
+    if num_pieces <= len(teacher.rows.end_ids) or tokenizer.eos_token is None:
+        return text
+    say(f"answers end with {tokenizer.eos_token}, as {text} is {num_pieces} tokens of this student")
+    return ""
 
 
 def train_own_(student: Salmonn) -> Salmonn:
