@@ -37,6 +37,8 @@ VARIANTS = {
     "ce_skewed_reverse_kl": ("CE + skewed reverse KL, alpha 0.1",
                              ["loss.kl_kind=skewed_reverse_kl", "loss.kl_parameter=0.1", "loss.feature=0"]),
     "ce_tv": ("CE + total variation", ["loss.kl_kind=total_variation", "loss.feature=0"]),
+    "ce_kl_feature_tenth": ("CE + KL + feature, weight 0.1", ["loss.feature=0.1"]),
+    "ce_kl_feature_falling": ("CE + KL + feature, falling to 0 by a cosine", ["loss.schedules.feature=cosine 0"]),
     "ce_kl_cosine": ("CE + KL + feature, cosine", ["loss.feature_kind=cosine"]),
     "ce_kl_smooth_l1": ("CE + KL + feature, smooth L1", ["loss.feature_kind=smooth_l1"]),
     "ce_kl_relation": ("CE + KL + feature, relation", ["loss.feature_kind=relation"]),
