@@ -28,6 +28,7 @@ from distill.crossteacher import CrossTeacher, meet
 from distill.ranks import build_accelerator, resolve_precision
 from distill.teacher import load_teacher, teach_online
 from shards.cache import TargetReader, TargetWriter, read_done
+from shards.catalog import hash_shards
 from shards.header import HEADER, CacheHeader, read_header
 from shards.sample import Sample
 from shards.source import expand_shards
@@ -50,8 +51,9 @@ def answers(config: Config) -> int:
     check_folder(config.answers_folder, header)
     student = load_student(folder, dtype=dtype).to(accelerator.device)
     answerer = Answerer(student, Capturer(teacher, config), config)
-    writer = TargetWriter(config.answers_folder, header)
-    write_missing(config, answerer, writer, expand_shards(config.shards("train")), accelerator, config.on_policy.clips)
+    shards = expand_shards(config.shards("train"))
+    writer = TargetWriter(config.answers_folder, header, hash_shards(shards))
+    write_missing(config, answerer, writer, shards, accelerator, config.on_policy.clips)
     return 0
 
 

@@ -22,6 +22,7 @@ from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher, teach_online
 from shards.augment import sample_seed
 from shards.cache import TargetShard, TargetWriter, read_done
+from shards.catalog import hash_shards
 from shards.codecs import Hidden, describe_codec
 from shards.header import CacheHeader
 from shards.lock import read_holder
@@ -79,9 +80,9 @@ def cache(config: Config) -> int:
     """Write the targets of every training shard that has none yet; returns the exit code."""
     accelerator = build_accelerator()
     teacher = teach_online(config, load_teacher(config).to(accelerator.device))
-    writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config))
-    save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
     shards = expand_shards(config.shards("train"))
+    writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards))
+    save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
     if write_missing(config, Capturer(teacher, config), writer, shards, accelerator) and accelerator.is_main_process:
         warn_of_strangers(config.cache_folder, shards, teacher.vocab.size)
     return 0

@@ -10,6 +10,7 @@ from distill.distiller import PREEMPTED, Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher, teach_online
+from shards.catalog import hash_shards
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
 from shards.stream import ShardStream
@@ -79,7 +80,8 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
     from distill.cache import describe_teacher
 
     teacher = CachedTeacher(config.cache_folder, describe_teacher(model, config))
-    teacher.reader.check_shards(expand_shards(config.shards("train")))
+    shards = expand_shards(config.shards("train"))
+    teacher.reader.check_shards(shards, hash_shards(shards))
     return teacher
 
 

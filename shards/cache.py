@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,14 +50,16 @@ class TargetWriter:
     Args:
         folder: made if it is not there.
         header: what makes this cache.
+        audio: sha256 of each audio shard by its name; what was made of another one is made again. None: unknown.
 
     Raises:
         ValueError: the folder holds a cache of something else; the message names what differs.
     """
 
-    def __init__(self, folder: Path, header: CacheHeader):
+    def __init__(self, folder: Path, header: CacheHeader, audio: Mapping[str, str] | None = None):
         self.folder = Path(folder)
         self.header = header
+        self.audio = audio or {}
         self.folder.mkdir(parents=True, exist_ok=True)
         with explain_full_disk(self.folder, "the cache's header needs"):
             write_header(self.folder, header)
@@ -69,6 +71,7 @@ class TargetWriter:
         return (
             done is not None
             and done["fingerprint"] == self.header.fingerprint
+            and not is_of_other_audio(done, self.audio, shard)
             and path.exists()
             and path.stat().st_size == done["bytes"]
         )
@@ -122,6 +125,8 @@ class TargetWriter:
                 f"was written; check the disk and cache this shard again."
             )
         done = {"fingerprint": self.header.fingerprint, "rows": shard.rows, "bytes": index.size, "sha256": digest}
+        if name in self.audio:
+            done["audio"] = self.audio[name]
         with open_atomically(done_path(self.folder, name)) as file:
             json.dump(done | {"figures": shard.figures}, file, sort_keys=True)
 
@@ -163,21 +168,25 @@ class TargetReader:
         """The keys of a shard, in its order."""
         return self._open(shard_name(shard))[0].keys
 
-    def check_shards(self, shards: Iterable[str]) -> None:
+    def check_shards(self, shards: Iterable[str], audio: Mapping[str, str] | None = None) -> None:
         """Refuse a cache that lacks the targets of some of these audio shards, or holds another teacher's.
+
+        With `audio`, as `TargetWriter` takes it, targets that were made of another shard of that name are missing too.
 
         Raises:
             ShardError: with the first few missing names, or both fingerprints or sizes.
         """
         names = [shard_name(shard) for shard in shards]
-        missing = [n for n in names if read_done(self.folder, n) is None or not tar_path(self.folder, n).exists()]
+        found = {name: read_done(self.folder, name) for name in names}
+        missing = [n for n in names if found[n] is None or not tar_path(self.folder, n).exists()]
+        missing = missing or [n for n in names if is_of_other_audio(found[n], audio or {}, n)]
         if missing:
             raise ShardError(
                 f"{self.folder} lacks the targets of {len(missing)} of {len(names)} shards ({', '.join(missing[:5])}), "
                 f"but training needs them all; run distill/cache.py again, it goes on where it stopped."
             )
         for name in names:
-            done, path = read_done(self.folder, name), tar_path(self.folder, name)
+            done, path = found[name], tar_path(self.folder, name)
             size = path.stat().st_size
             if (done["fingerprint"], done["bytes"]) != (self.header.fingerprint, size):
                 raise ShardError(
@@ -255,11 +264,16 @@ def done_path(folder: Path, name: str) -> Path:
 
 
 def read_done(folder: Path, shard: str) -> dict | None:
-    """The done record of a shard: fingerprint, rows, bytes, sha256, figures; None while it is not finished."""
+    """The done record of a shard: fingerprint, rows, bytes, sha256, audio, figures; None while it is not finished."""
     try:
         return json.loads(done_path(folder, shard_name(shard)).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+def is_of_other_audio(done: dict, audio: Mapping[str, str], shard: str) -> bool:
+    """Whether targets were made of another audio shard than the one of this name now, as far as both are known."""
+    return "audio" in done and audio.get(shard_name(shard), done["audio"]) != done["audio"]
 
 
 def _discard(tar: TarWriter) -> None:

@@ -98,6 +98,16 @@ def open_catalog(
     return catalog
 
 
+def hash_shards(shards: Sequence[str]) -> dict[str, str]:
+    """sha256 of each shard by its name without folder and suffix: index.json's word, or else that of its own index."""
+    listings = _read_listings(list(shards))
+    entries = {name: _find_entry(name, listings) for name in shards}
+    unlisted = _load_all([n for n in shards if entries[n] is None], ShardCache(), MAX_MEMBER_BYTES, listings)
+    found = {name: entry["sha256"] for name, entry in entries.items() if entry is not None}
+    found |= {index.name: index.sha256 for index in unlisted}
+    return {_base(name).removesuffix(SHARD_SUFFIX): sha256 for name, sha256 in found.items()}
+
+
 def _join(
     catalog: Catalog,
     kind: str,

@@ -3,9 +3,11 @@
 import builtins
 import dataclasses
 import functools
+import json
 import os
 import random
 import resource
+import shutil
 import signal
 import traceback
 from pathlib import Path
@@ -23,6 +25,7 @@ from shards.archive import ShardError
 from shards.augmentation import Augmentation
 from shards.cache import TargetReader
 from shards.codecs import decode
+from shards.pack import pack
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
 from students.student import build_student
@@ -387,6 +390,30 @@ def test_training_refuses_a_cache_that_lacks_a_shard_or_holds_a_cut_one(toys, tm
         wrap_teacher(config, model)
     make_cache(toys, tmp_path)
     assert len(wrap_teacher(config, model).reader.keys("train-000000")) == 5
+
+
+def test_shards_that_were_packed_anew_from_other_data_are_cached_again_and_no_others(toys, tmp_path, capsys):
+    shutil.copytree(toys / "data" / "train", tmp_path / "data" / "train")
+    words = [f"data.folder={tmp_path}/data"]
+    config = load_config(toys / "toy.yaml", words)
+    assert cache(config) == 0
+    before = read_files(config.cache_folder)
+    shutil.rmtree(tmp_path / "data" / "train")
+    rows = json.loads((toys / "data" / "train.json").read_text())["annotation"]
+    rows[-1]["text"] = "nine nine nine"  # in the last of three shards
+    (tmp_path / "data" / "train.json").write_text(json.dumps({"annotation": rows}))
+    pack(tmp_path / "data" / "train.json", tmp_path / "data" / "train", name="train", shard_samples=5, workers=1)
+    model = load_salmonn(toys / "teacher")
+    with pytest.raises(ShardError, match=r"lacks the targets of 1 of 3 shards \(train-000002\).* distill/cache\.py"):
+        wrap_teacher(config, model)
+    assert cache(config) == 0
+    assert "used again" not in capsys.readouterr().err
+    after = read_files(config.cache_folder)
+    assert {name for name in before if before[name] != after[name]} == {
+        f"train-000002.targets.{end}" for end in ("json", "tar")
+    }
+    stream = ShardStream(tmp_path / "data" / "train", batch_size=12, targets=config.cache_folder)
+    assert len(wrap_teacher(config, model).targets(model.collate(next(iter(stream)))).label_logprobs_S) > 12
 
 
 CHANGES = {
