@@ -1,7 +1,7 @@
 """What an on-policy round brings a student on real spoken digits: WER, and its distance to the teacher as it answers.
 
 Every student goes on from one of `benchmarks/fsdd.py`'s (CE + KL), for equal steps at a lower learning rate: with more
-of the same, or with half of its clips seen with its own answers, drawn at temperature 1 and scored by the teacher. Run
+of the same, or with 40 % of the clips seen with its own answers, drawn at temperature 1 and scored by the teacher. Run
 that benchmark first, whose teacher, cache and students are used: `python benchmarks/fsdd_rounds.py [key=value …]`.
 """
 
@@ -23,8 +23,9 @@ from shards.stream import ShardStream
 from students.student import load_student
 from teachers.salmonn import Salmonn
 
-SETTINGS = ["loss.feature=0", "train.steps=200", "train.learning_rate=1e-3", "on_policy.max_new_tokens=12"]
-SHARE = "on_policy.share=0.5"
+SETTINGS = ["loss.feature=0", "train.steps=200", "train.learning_rate=1e-3", "on_policy.max_new_tokens=12",
+            "on_policy.clips=0.4"]  # fmt: skip
+SHARE = "on_policy.share=1"
 VARIANTS = {
     "start": ("before", None),
     "labels": ("more of the same", []),
