@@ -28,24 +28,15 @@ from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.runlog import RunLog
+from distill.validation import Best, check_split
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.zero import configure_deepspeed, gathered, hide_frozen_, is_zero3, join_
 from shards.sample import SAMPLE_RATE, Sample
-from shards.source import expand_shards
 from shards.stream import ShardStream
 from teachers.loading import own_tensors
 from teachers.salmonn import Salmonn
 
 PREEMPTED = 143  # exit code after SIGTERM, as the shell counts it
-
-
-@dataclass(frozen=True)
-class Best:
-    """The validation with the lowest error."""
-
-    step: int = 0  # 0: there was none
-    error: float | None = None  # mean over tasks, see `metrics.mean_error`
-    scores: dict[str, float] = field(default_factory=dict)  # by task
 
 
 class BadStepsError(RuntimeError):
@@ -83,8 +74,8 @@ class Distiller:
         identity: what else must not change between a run and its resumption, as plain data.
 
     Raises:
-        ValueError: no shard is where it should be, teacher and student have other vocabularies, or nothing is
-            trainable.
+        ValueError: no shard is where it should be, validation has nothing to score, teacher and student have other
+            vocabularies, or nothing is trainable.
     """
 
     def __init__(self, teacher, student: Salmonn, *, train: str | Path | ShardStream,
@@ -106,7 +97,7 @@ class Distiller:
         self.accelerator = accelerator or build_accelerator()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
         if valid is not None:
-            expand_shards(valid)  # a wrong path is an error now, not after the first steps
+            check_split(valid)  # a wrong one is an error now, not after the first steps
         self.valid, self.answers = valid, answers or EvalConfig()
         self.best = Best()
         self.identity = {"seed": seed, "batch_size": self.options.batch_size, **(identity or {})}

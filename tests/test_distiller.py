@@ -14,6 +14,7 @@ from distill.checkpoint import find_checkpoint, save_checkpoint
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import BadStepsError, Distiller
 from distill.run import wrap_teacher
+from shards.pack import pack
 from shards.stream import ShardStream
 from students.student import build_student, load_student, save_student
 from teachers.loading import load_salmonn, own_tensors
@@ -86,6 +87,24 @@ def test_the_student_keeps_the_weights_of_its_best_validation(toys, tmp_path):
 def test_a_wrong_path_of_validation_shards_is_refused_before_the_first_step(toys, tmp_path):
     with pytest.raises(ValueError, match="no shard matches"):
         make_distiller(toys, tmp_path, valid=toys / "data" / "vallid")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None, "task": "asr"}, r"valid is .*valid, but none of its 2 clips has a text that answers are"),
+        (
+            {"text": "one", "task": "speech_translation"},
+            r"with answers to speech_translation, but there are metrics of",
+        ),
+    ],
+)
+def test_a_validation_split_that_cannot_be_scored_is_refused_before_the_first_step(toys, tmp_path, row, message):
+    rows = [{"path": str(toys / "data" / "audio" / f"valid-00{number}.wav"), **row} for number in (0, 1)]
+    (tmp_path / "valid.json").write_text(json.dumps({"annotation": rows}))
+    pack(tmp_path / "valid.json", tmp_path / "valid", workers=1)
+    with pytest.raises(ValueError, match=message):
+        make_distiller(toys, tmp_path / "run", valid=tmp_path / "valid")
 
 
 def test_resumed_run_repeats_the_uninterrupted_losses_bit_by_bit(toys, tmp_path, uninterrupted):

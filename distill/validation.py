@@ -1,0 +1,43 @@
+"""Which of a run's weights are the best: what a validation found, and what a validation split must hold.
+
+Knows scores and an index of samples, no training.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from distill.metrics import METRICS
+from shards.catalog import open_catalog
+from shards.localcopy import ShardCache
+
+
+@dataclass(frozen=True)
+class Best:
+    """The validation with the lowest error."""
+
+    step: int = 0  # 0: there was none
+    error: float | None = None  # mean over tasks, see `metrics.mean_error`
+    scores: dict[str, float] = field(default_factory=dict)  # by task
+
+
+def check_split(folder: str | Path) -> None:
+    """Refuse a validation split that could not choose between two steps.
+
+    Raises:
+        ValueError: there is no shard, no clip has a text, or the answers to a task cannot be scored.
+    """
+    catalog = open_catalog(folder, cache=ShardCache())
+    tasks = [catalog.tasks[number] for number in np.unique(catalog.task_ids[catalog.has_text])]
+    if not tasks:
+        raise ValueError(
+            f"valid is {folder}, but none of its {len(catalog):,} clips has a text that answers are compared with; "
+            f"pack some that have one, or set corpus.valid_share=0 and remove the folder to train without."
+        )
+    unknown = [task for task in tasks if task not in METRICS]
+    if unknown:
+        raise ValueError(
+            f"valid is {folder} with answers to {', '.join(unknown)}, but there are metrics of {', '.join(METRICS)} "
+            f"alone; leave these clips out, or set corpus.valid_share=0 and remove the folder."
+        )
