@@ -1,7 +1,6 @@
-"""The configuration of a run: every field, its unit and its only default. Knows YAML, nothing of models.
+"""The configuration of a run: every field, its unit and its only default. Knows nothing of models.
 
-A file is read over these defaults, `key=value` words over the file; unknown keys and wrong types are refused. A file
-that differs from another one in a few keys names that one as `base`, relative to itself: it is read first.
+A file is read over these defaults, `key=value` words over the file; unknown keys and wrong types are refused.
 """
 
 import dataclasses
@@ -11,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.layers import read_files, read_words
 from distill.rules import check_config, refuse_secrets
 from shards.augmentation import Augmentation
-
-BASE = "base"  # the key of the file that a file is read over
 
 
 @dataclass(frozen=True)
@@ -253,51 +251,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: a key is unknown, of the wrong type or out of range, or holds what looks like a secret.
     """
     path = Path(path)
-    for word in overrides:
-        if "=" not in word:
-            raise ValueError(f"override is {word!r}, but must read section.key=value; correct the command.")
     config = OmegaConf.structured(Config)
     origin = str(path)
     try:
-        layers = [*read_files(path), (path, OmegaConf.from_dotlist(list(overrides)))]
+        layers = [*read_files(path), (path, read_words(overrides))]
         for file, layer in layers:
             origin = str(file)
             refuse_secrets(OmegaConf.to_container(layer), origin)
             config = OmegaConf.merge(config, layer)
         config = OmegaConf.to_object(config)
     except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ValueError(f"{origin}: {key}: {str(error).splitlines()[0]}; correct the file or the override.") from error
+        key, problem = getattr(error, "full_key", None) or "?", str(error).splitlines()[0]
+        if problem.startswith("Incompatible value 'None'"):
+            problem = "is empty, but must have a value; give one, or '' for no text."
+            raise ValueError(f"{origin}: {key} {problem}") from error
+        raise ValueError(f"{origin}: {key}: {problem}; correct the file or the override.") from error
     check_config(config, str(path))
     return config
-
-
-def read_files(path: Path) -> list[tuple[Path, DictConfig]]:
-    """What a YAML file says, after what the file says that it names as its base.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the base has a base itself.
-    """
-    own = read_file(path, "config")
-    if BASE not in own:
-        return [(path, own)]
-    base = path.parent / str(own.pop(BASE))
-    theirs = read_file(base, f"{BASE} of {path}")
-    if BASE in theirs:
-        raise ValueError(
-            f"{BASE} of {path} is {base}, but that has the base {theirs[BASE]} itself and one level is all there is; "
-            f"name {theirs[BASE]} and write the other keys out."
-        )
-    return [(base, theirs), (path, own)]
-
-
-def read_file(path: Path, name: str) -> DictConfig:
-    """One YAML file, as it stands there."""
-    if not path.is_file():
-        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
-        raise FileNotFoundError(f"{name} is {path}, but there is no such file; YAML files beside it: {near}.")
-    return OmegaConf.load(path)
 
 
 def to_yaml(config: Config) -> str:

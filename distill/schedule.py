@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+TERMS = ("ce", "kl", "feature", "hidden", "chunk")  # of the objective
+
 
 @dataclass(frozen=True)
 class Schedule:

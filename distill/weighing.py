@@ -17,12 +17,10 @@ from torch import Tensor
 from distill.alignment import NO_CHUNK, Alignment
 from distill.config import LossConfig
 from distill.crossteacher import CrossedTargets
-from distill.schedule import Schedule, parse_schedule
+from distill.schedule import TERMS, Schedule, parse_schedule
 from shards.sample import Sample
 from teachers.batch import Batch
 from teachers.targets import Targets
-
-TERMS = ("ce", "kl", "feature", "hidden", "chunk")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import pytest
 
 from distill.cli import main
 from distill.config import load_config, to_yaml
+from distill.losses import DIVERGENCES, PARAMETERS
+from distill.rules import CHOICES, TAKES_PARAMETER
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -26,11 +28,107 @@ def test_every_recipe_loads(path):
         ("hub_token=x", r"hub_token looks like a credential"),
         ("name=hf_abcdefghijklmnopqrstuvwx", r"name looks like a credential"),
         ("steps", r"override is 'steps', but must read section\.key=value"),
+        ("name=[1", r"override is 'name=\[1', but its value is not YAML \(.*\); correct the command"),
+        ("student.llm=", r"student\.llm is empty, but must have a value; give one"),
+        ("train.max_grad_norm=0", r"train\.max_grad_norm is 0\.0, but must be above 0"),
+        ("student.lora_rank=0", r"student\.lora_rank is 0, but must be above 0"),
+        ("eval.max_new_tokens=0", r"eval\.max_new_tokens is 0, but must be above 0"),
+        ("data.workers=-1", r"data\.workers is -1, but must be 0 or more"),
+        ("train.min_learning_rate=1", r"train\.min_learning_rate is 1, but train\.learning_rate, the peak, is 0\.003"),
+        ("name=../../x", r"name is '\.\./\.\./x', but the run's folder is runs/NAME; give a name without slashes"),
+        ("name=..", r"name is '\.\.', but the run's folder is runs/NAME"),
+        ("name=''", r"name is '', but the run's folder is runs/NAME"),
+        ("cache.temperatures=[]", r"cache\.temperatures is \[\], but all must be above 0 and 1\.0 among them"),
+        ("cache.temperatures=[2]", r"cache\.temperatures is \[2\.0\], but all must be above 0 and 1\.0 among them"),
+        ("cache.temperatures=[1,0]", r"cache\.temperatures is \[1\.0, 0\.0\], but all must be above 0"),
+        ("loss.temperature=3", r"loss\.temperature is 3, but cache\.temperatures is \[1\.0, 2\.0\] and topk keeps no"),
+        ("loss.kl_parameter=0.5", r"loss\.kl_parameter is 0\.5, but forward_kl takes none"),
+        ("loss.kl_kind=jsd", r"loss\.kl_parameter is None, but jsd takes one strictly between 0 and 1"),
+        (
+            "loss.hidden=1",
+            r"loss\.hidden_layers names the teacher's -1, but cache\.hidden_layers is \[\]; add it there",
+        ),
+        ("loss.schedules.klo=linear 0", r"loss\.schedules names klo, but the terms are ce, kl, feature, hidden, chunk"),
+        ("loss.schedules.kl=line 0", r"demo\.yaml: loss\.schedules\.kl: schedule is 'line', but it must be one of"),
     ],
 )
 def test_a_wrong_override_is_refused(word, message):
     with pytest.raises(ValueError, match=message):
         load_config(RECIPES[0], [word])
+
+
+NO_TERM = ("loss.ce=0", "loss.kl=0", "loss.feature=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (NO_TERM, r"loss\.ce, loss\.kl, loss\.feature, loss\.hidden are all 0, but a student learns from one at least"),
+        ((*NO_TERM, "loss.schedules.kl=constant warmup 9"), r"are all 0, but a student learns"),
+        (
+            ("cache.codec=sampled", "loss.temperature=2"),
+            r"loss\.kl_kind is forward_kl at loss\.temperature 2, but draws",
+        ),
+        (
+            ("cache.codec=sampled", "loss.kl_kind=reverse_kl"),
+            r"loss\.kl_kind is reverse_kl at loss\.temperature 1, but",
+        ),
+        (
+            ("loss.kl_kind=jsd", "loss.kl_parameter=1"),
+            r"loss\.kl_parameter is 1\.0, but jsd takes one strictly between",
+        ),
+    ],
+)
+def test_words_that_contradict_each_other_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(RECIPES[0], words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*NO_TERM, "loss.cross_tokenizer=chunk"),
+        (*NO_TERM, "loss.schedules.kl=linear 1"),
+        ("loss.temperature=3", "loss.kl=0"),
+        ("loss.temperature=3", "cache.codec=hidden"),
+        ("loss.temperature=3", "cache.temperatures=[1,3]"),
+        ("loss.temperature=2", "cache.codec=sampled", "teacher.online=true"),
+        ("loss.hidden=1", "cache.codec=hidden"),
+        ("loss.hidden=1", "teacher.online=true"),
+        ("loss.hidden=1", "loss.hidden_layers={2: 1}", "cache.hidden_layers=[-1,2]"),
+        ("student.llm=''", "name=a.b-c_1"),
+    ],
+)
+def test_words_that_agree_are_taken(words):
+    assert load_config(RECIPES[0], words)
+
+
+def test_the_rules_know_the_divergences_and_which_of_them_take_a_parameter():
+    assert CHOICES["loss.kl_kind"] == tuple(DIVERGENCES) and tuple(PARAMETERS) == TAKES_PARAMETER
+
+
+@pytest.mark.parametrize("name", ["config", "base"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [1\ntrain: {", r"is not YAML \(while parsing a flow sequence .*\); correct the file"),
+        ("name: a\nname: b", r"is not YAML \(.*found duplicate key name"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{n}: &{n} [{'*' + p + ',' * 9}]\n" for p, n in zip("abcde", "bcdef")),
+            r"is not YAML",
+        ),
+        ("name: !!python/object/apply:os.getcwd []", r"is not YAML \(could not determine a constructor"),
+        ("name: \udcff", r"is not YAML \('utf-8' codec can't decode"),
+        ("- name", r"holds a list and a config is keys and values"),
+    ],
+)
+def test_a_file_that_is_no_yaml_mapping_is_refused_on_one_line(tmp_path, name, text, message):
+    (tmp_path / f"{name}.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    if name == "base":
+        write(tmp_path, config="base: base.yaml")
+    with pytest.raises(ValueError, match=rf"^{name} (of .*)?is .*{name}\.yaml, but that .*{message}") as caught:
+        load_config(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_numbers_in_scientific_notation_are_numbers():
