@@ -9,9 +9,12 @@ import pytest
 from rich.console import Console
 
 from distill.card import ModelFigures, Scorecard, print_scorecard, read_scorecard, write_scorecard
+from distill.config import Config
 from distill.curves import MAX_POINTS, line_chart
+from distill.evaluate import Cost
 from distill.metrics import Prediction, retained_quality, score
 from distill.report import read_metrics, write_report
+from distill.scorecard import figures
 
 
 def predictions(wrong):
@@ -179,3 +182,12 @@ def test_values_that_are_not_finite_are_counted_and_not_drawn():
     svg = line_chart("loss", [1, 2, 3, 4], [2.0, math.nan, math.inf, 1.0])
     assert "loss (2 not finite)" in svg and len(curve_of(svg)) == 2
     assert "polyline" not in line_chart("loss", [1], [math.nan])
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_model_in_a_folder_of_several_weight_files_is_measured_by_their_sum(tmp_path, num_files):
+    for number in range(num_files):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(bytes(500_000))
+    cost = Cost(1, 4, 20.0, 5.0, None)
+    column = figures("teacher", cost, predictions(wrong=0), tmp_path, Config())
+    assert column.checkpoint_mb == 0.5 * num_files
