@@ -27,7 +27,7 @@ from distill.config import Config, load_config
 from distill.crossteacher import CrossTeacher, meet
 from distill.ranks import build_accelerator, resolve_precision
 from distill.teacher import load_teacher, teach_online
-from shards.cache import TargetReader, TargetWriter, read_done
+from shards.cache import TargetReader, TargetWriter, is_of_other_audio, read_done
 from shards.catalog import hash_shards
 from shards.header import HEADER, CacheHeader, read_header
 from shards.sample import Sample
@@ -192,15 +192,24 @@ def check_answers(config: Config, teacher: CacheHeader) -> Path:
             f"{folder} holds answers of a student with {show(gave, own)}, but student.start {start} has "
             f"{show(own, gave)}; start from the student that answered, or let this one answer a round of its own."
         )
-    shards = expand_shards(config.shards("train"))
-    missing = [shard for shard in shards if read_done(folder, shard) is None]
+    check_whole(folder, stored, expand_shards(config.shards("train")))
+    return folder
+
+
+def check_whole(folder: Path, header: CacheHeader, shards: Sequence[str]) -> None:
+    """Refuse a round that lacks the answers to some of these audio shards, or has them to others of their names.
+
+    Raises:
+        ValueError: naming the first few, or both sizes of one that is damaged.
+    """
+    audio, done = hash_shards(shards), {shard: read_done(folder, shard) for shard in shards}
+    missing = [shard for shard in shards if done[shard] is None or is_of_other_audio(done[shard], audio, shard)]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:5])}), but training needs "
-            f"them all; run distill/answers.py again, it goes on where it stopped."
+            f"{folder} lacks the answers to {len(missing)} of {len(shards)} shards ({', '.join(missing[:5])}), but "
+            f"training needs them all; run distill/answers.py again, it goes on where it stopped."
         )
-    TargetReader(folder, stored).check_shards(shards)
-    return folder
+    TargetReader(folder, header).check_shards(shards)
 
 
 def flatten(how: dict) -> dict[str, object]:

@@ -386,8 +386,13 @@ def test_a_round_that_is_not_whole_is_refused(toys, tmp_path):
     words = [f"cache.folder={tmp_path}/cache", *round_words(toys, 0.5)]
     with pytest.raises(FileNotFoundError, match=r"on_policy\.round is 4, but .*round-4 holds no answers; run"):
         run(configure(toys, "name=stale", *words, "on_policy.round=4"))
-    (tmp_path / "cache/round-1/train-000001.targets.json").unlink()
-    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards \(.*train-000001\.tar\), but training needs them all"):
+    done = tmp_path / "cache/round-1/train-000001.targets.json"
+    lacks = r"lacks the answers to 1 of 3 shards \(.*train-000001\.tar\), but"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"audio": "of another shard"}))
+    with pytest.raises(ValueError, match=lacks):
+        run(configure(toys, "name=stale", *words))
+    done.unlink()
+    with pytest.raises(ValueError, match=lacks):
         run(configure(toys, "name=stale", *words))
 
 
