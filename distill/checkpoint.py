@@ -7,7 +7,9 @@ of ranks. Nothing is pickled.
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ PREFIX, STATE, WEIGHTS, MOMENTS, MANIFEST = (
     "step-", "state.json", "trainable.safetensors", "moments.safetensors", "manifest.json",
 )  # fmt: skip
 KINDS = ("exp_avg", "exp_avg_sq")
+REST_OF_HASH = re.compile(r"(?<=\b[0-9a-f]{16})[0-9a-f]{48}\b")  # what an error need not show
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ def find_resumable(run_folder: Path, resume: str, identity: dict, say) -> Saved 
         run_folder: of the run; its checkpoints are in `checkpoints`.
         resume: "auto", "must" (refuse where there is none) or "never" (refuse where there is one).
         identity: what must be as it was, as plain data.
-        say: is told of damaged checkpoints that are passed over.
+        say: is told of damaged checkpoints that are passed over, and of a start anew.
 
     Raises:
         FileNotFoundError, FileExistsError: `resume` forbids it.
-        ValueError: the checkpoint is of a run with another identity.
+        ValueError: the checkpoint is of a run with another identity; each field that differs is named.
     """
     saved = find_checkpoint(run_folder / "checkpoints", say)
     if saved is None:
@@ -96,18 +99,30 @@ def find_resumable(run_folder: Path, resume: str, identity: dict, say) -> Saved 
                 f"train.resume is 'must', but {run_folder}/checkpoints holds no whole checkpoint; "
                 f"use train.resume=auto to start anew."
             )
+        say(f"{run_folder} holds no checkpoint to go on from: step 1 is next")
         return None
     if resume == "never":
         raise FileExistsError(
             f"train.resume is 'never', but {saved.folder} is a checkpoint; choose another name= or remove it."
         )
-    for key, value in identity.items():
-        if saved.state["identity"].get(key) != value:
-            raise ValueError(
-                f"{key} is {value}, but {saved.folder} was made with {saved.state['identity'].get(key)}; "
-                f"choose another name= for a new run, or put {key} back."
-            )
+    changes = list(compare(saved.state["identity"], json.loads(json.dumps(identity))))
+    if changes:
+        raise ValueError(
+            f"{saved.folder} is of a run with other settings ({'; '.join(changes)}), but a run goes on as it began; "
+            f"choose another name= for a new run, or put them back."
+        )
     return saved
+
+
+def compare(there: dict, here: dict, prefix: str = "") -> Iterator[str]:
+    """Each field of plain data that differs: `loss.kl: 1.0 there, 0.25 here`."""
+    for name in [*there, *(name for name in here if name not in there)]:
+        values = [side.get(name, "nothing") for side in (there, here)]
+        if all(isinstance(value, dict) for value in values):
+            yield from compare(*values, f"{prefix}{name}.")
+        elif values[0] != values[1]:
+            old, new = (REST_OF_HASH.sub("", str(value)) for value in values)
+            yield f"{prefix}{name}: {old} there, {new} here"
 
 
 def find_checkpoint(folder: Path, say) -> Saved | None:

@@ -75,7 +75,8 @@ class Distiller:
 
     Raises:
         ValueError: no shard is where it should be, validation has nothing to score, teacher and student have other
-            vocabularies, or nothing is trainable.
+            vocabularies, nothing is trainable, or the run folder is of a run with other settings or data.
+        FileNotFoundError, FileExistsError: `options.resume` forbids to start anew, or to go on.
     """
 
     def __init__(self, teacher, student: Salmonn, *, train: str | Path | ShardStream,
@@ -100,7 +101,7 @@ class Distiller:
             check_split(valid)  # a wrong one is an error now, not after the first steps
         self.valid, self.answers = valid, answers or EvalConfig()
         self.best = Best()
-        self.identity = {"seed": seed, "batch_size": self.options.batch_size, **(identity or {})}
+        self.identity = {"seed": seed, "train.batch_size": self.options.batch_size, **(identity or {})}
         self.active = active_terms(self.loss, self.schedules, is_crossed=isinstance(self.teacher, CrossTeacher))
         self.objective = Objective(
             student,
@@ -116,6 +117,12 @@ class Distiller:
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
         self._stop = False
+        self.saved = ckpt.find_resumable(
+            self.run_folder, self.options.resume, self.identity, lambda text: say(self.accelerator, text)
+        )
+        if self.saved is not None:
+            self.stream.load_state_dict(self.saved.state["stream"])
+            self.best = Best(**self.saved.state["best"])
 
     def _open(self, folder: str | Path) -> ShardStream:
         return ShardStream(
@@ -130,7 +137,7 @@ class Distiller:
     # The run
 
     def fit(self) -> FitResult:
-        """Train until the last step, or until a signal asks to stop; resume where the run folder says so."""
+        """Train until the last step, or until a signal asks to stop, from the checkpoint on if there is one."""
         self.run_folder.mkdir(parents=True, exist_ok=True)
         start = self._prepare()
         losses: list[float] = []
@@ -161,14 +168,10 @@ class Distiller:
         return FitResult(self.run_folder, steps, losses, self.best.scores, self.best.step, preempted)
 
     def _prepare(self) -> int:
-        """Load the newest checkpoint if the run is to go on, wrap the student, and return the first step to do."""
-        saved = ckpt.find_resumable(
-            self.run_folder, self.options.resume, self.identity, lambda text: say(self.accelerator, text)
-        )
+        """Load the checkpoint that the run goes on from, wrap the student, and return the first step to do."""
+        saved = self.saved
         if saved is not None:
             ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
-            self.stream.load_state_dict(saved.state["stream"])
-            self.best = Best(**saved.state["best"])
             is_done = saved.step >= self.options.steps
             goes_on = "is trained, used again:" if is_done else "goes on"
             say(self.accelerator, f"{self.run_folder} {goes_on} after step {saved.step}")

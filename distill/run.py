@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from distill.cli import add_config_arguments, run_stage
-from distill.config import Config, fingerprint, load_config, to_yaml
+from distill.config import Config, load_config, to_yaml
 from distill.distiller import PREEMPTED, Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
@@ -46,10 +47,7 @@ def run(config: Config) -> int:
         start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
     teacher = wrap_teacher(config, model)
     del model  # of a cached teacher only the ears live on, in the student
-    if accelerator.is_main_process:
-        config.run_folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
-    result = Distiller(
+    distiller = Distiller(
         teacher,
         student,
         train=open_training_stream(config, accelerator, teacher, student),
@@ -61,10 +59,12 @@ def run(config: Config) -> int:
         seed=config.seed,
         precision=config.precision,
         accelerator=accelerator,
-        identity={key: fingerprint(getattr(config, key)) for key in ("student", "loss", "teacher")}
-        | {"targets": teacher.header.fingerprint if teacher.header else "online"},
-    ).fit()
-    if result.preempted:
+        identity=identify_run(config, teacher),
+    )
+    if accelerator.is_main_process:  # now that the folder proved to be this run's
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
+    if distiller.fit().preempted:
         return PREEMPTED
     if accelerator.is_main_process:
         save_student(student, folder, lora=lora_of(config), quantization=config.student.quantization)
@@ -83,6 +83,18 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
     shards = expand_shards(config.shards("train"))
     teacher.reader.check_shards(shards, hash_shards(shards))
     return teacher
+
+
+def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict:
+    """What must stay as it was for a run to go on, as plain data; the teacher by its weights, wherever it lies."""
+    from distill.cache import describe_teacher
+
+    return {
+        "student": asdict(config.student),
+        "loss": asdict(config.loss),
+        "teacher": {"online": config.teacher.online},
+        "targets": (teacher.header or describe_teacher(teacher.model, config)).identity,
+    }
 
 
 def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:

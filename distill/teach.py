@@ -76,7 +76,7 @@ def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -
         seed=config.seed,
         precision=config.precision,
         accelerator=accelerator,
-        identity={"scratch": fingerprint([config.scratch, config.corpus])},
+        identity={"scratch": dataclasses.asdict(config.scratch), "corpus": dataclasses.asdict(config.corpus)},
     ).fit()
 
 

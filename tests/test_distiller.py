@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from distill.cache import cache
 from distill.checkpoint import find_checkpoint, save_checkpoint
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import BadStepsError, Distiller
-from distill.run import wrap_teacher
+from distill.run import run, wrap_teacher
 from shards.pack import pack
 from shards.stream import ShardStream
 from students.student import build_student, load_student, save_student
@@ -205,8 +206,39 @@ def test_losses_that_are_not_finite_stop_the_run_and_leave_weights_finite(toys, 
 
 def test_another_batch_size_does_not_resume(toys, tmp_path):
     make_distiller(toys, tmp_path, stop_after=1).fit()
-    with pytest.raises(ValueError, match=r"batch_size is 2, but .*step-000001 was made with 4"):
+    with pytest.raises(
+        ValueError, match=r"step-000001 is of a run with other .*\(train\.batch_size: 4 there, 2 here\)"
+    ):
         make_distiller(toys, tmp_path, batch_size=2, micro_batch_size=2).fit()
+
+
+def test_a_run_whose_loss_or_teacher_changed_does_not_resume_and_says_field_by_field_what(toys, tmp_path, capsys):
+    words = [f"runs={tmp_path}", "name=own", "train.stop_after=1", "teacher.online=true"]
+    run(load_config(toys / "toy.yaml", words))
+    assert "own holds no checkpoint to go on from: step 1 is next" in capsys.readouterr().err
+    before = (tmp_path / "own" / "config.yaml").read_bytes()
+    changes = ["loss.kl=0.25", "loss.task_weights.asr=2", "cache.max_new_tokens=9"]
+    with pytest.raises(ValueError, match=r"step-000001 is of a run with other settings") as error:
+        run(load_config(toys / "toy.yaml", [*words, *changes]))
+    for change in (
+        "loss.kl: 1.0 there, 0.25 here",
+        "loss.task_weights.asr: nothing there, 2.0 here",
+        "targets.answers.max_new_tokens: 60 there, 9 here",
+    ):
+        assert change in str(error.value)
+    assert (tmp_path / "own" / "config.yaml").read_bytes() == before
+    tiny.make_parts(tmp_path / "parts", seed=3)
+    tiny.save_teacher(tmp_path / "parts", tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"\(targets\.teacher_weights\.\w+: \w{16} there, \w{16} here"):
+        run(load_config(toys / "toy.yaml", [*words, f"teacher.path={tmp_path}/teacher"]))
+
+
+def test_a_teacher_that_was_moved_is_the_same_teacher(toys, tmp_path):
+    words = [f"runs={tmp_path}", "name=own", "teacher.online=true", f"teacher.path={tmp_path}/teacher"]
+    shutil.copytree(toys / "teacher", tmp_path / "teacher")
+    run(load_config(toys / "toy.yaml", [*words, "train.stop_after=1"]))
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    assert run(load_config(toys / "toy.yaml", [*words[:3], f"teacher.path={tmp_path}/moved", "train.steps=2"])) == 0
 
 
 def test_resume_must_and_never_are_obeyed(toys, tmp_path):
