@@ -45,8 +45,13 @@ def maybe_crash(point: str) -> None:
 def save_checkpoint(
     folder: Path, step: int, state: dict, weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> Path:
-    """Write `folder/step-NNNNNN`: to a temporary name, synced, with a hash of each file, then renamed."""
+    """Write `folder/step-NNNNNN`: to a temporary name, synced, with a hash of each file, then renamed.
+
+    A whole one of that step stays as it is: the same run wrote it.
+    """
     final = checkpoint_folder(folder, step)
+    if damage(final) is None:
+        return final
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -61,7 +66,7 @@ def save_checkpoint(
         for file in temporary.iterdir():
             _sync(file)
         maybe_crash("checkpoint:rename")
-        shutil.rmtree(final, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)  # it is damaged, if it is there at all
         os.replace(temporary, final)
         _sync(folder)
     except OSError as error:

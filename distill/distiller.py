@@ -154,7 +154,6 @@ class Distiller:
                     progress.advance(f"loss {record['loss']:.3f}")
                     self._after(step + 1, record)
                     if record["stop"]:
-                        self._save(step + 1)
                         say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
                         return self._result(step + 1, losses, preempted=True)
         finally:
@@ -276,7 +275,7 @@ class Distiller:
         is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
         if is_due and self.valid is not None:
             self._validate(step)
-        if is_last or step % self.options.save_every == 0 or self.best.step == step:
+        if is_last or record["stop"] or step % self.options.save_every == 0 or self.best.step == step:
             self._save(step)
 
     def _save(self, step: int) -> None:

@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from distill import checkpoint
 from distill.cache import cache
 from distill.checkpoint import find_checkpoint, save_checkpoint
 from distill.config import LossConfig, TrainConfig, load_config
@@ -136,6 +137,23 @@ def test_a_crash_while_a_checkpoint_is_written_costs_only_that_checkpoint(tmp_pa
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 86
     assert find_checkpoint(tmp_path, print).step == 1
+
+
+def test_a_stop_on_a_saving_step_writes_one_checkpoint(toys, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda _, step, *rest: written.append(step))
+    make_distiller(toys, tmp_path, save_every=2, stop_after=2).fit()
+    assert written == [2]
+
+
+def test_a_whole_checkpoint_is_never_taken_away_and_a_damaged_one_is_replaced(tmp_path):
+    tensors = {"a": torch.arange(4.0)}
+    first = save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    number = first.stat().st_ino
+    assert save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors).stat().st_ino == number
+    (first / "trainable.safetensors").write_bytes(b"")
+    save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    assert checkpoint.damage(first) is None
 
 
 def test_cached_targets_give_the_losses_of_online_targets(toys, tmp_path, uninterrupted):
@@ -278,3 +296,15 @@ def test_a_student_of_another_vocabulary_is_refused(toys, tmp_path):
     student = build_student(model, str(tmp_path / "llm"), lora=LORA, connector="new")
     with pytest.raises(ValueError, match=r"vocabulary of the student .* is not that of the teacher"):
         Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path)
+
+
+def test_a_checkpoint_that_a_full_disk_does_not_take_leaves_those_before_it_and_nothing_else(tmp_path):
+    tensors = {"a": torch.arange(4000.0)}
+    save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    (tmp_path / ".step-000002.0123.tmp").mkdir()  # of a process that was killed
+    with (
+        tiny.full_disk(3000),
+        pytest.raises(OSError, match=r"step-000002 cannot be written \(File too large\), but .*; free space"),
+    ):
+        save_checkpoint(tmp_path, 2, {"stream": {}}, tensors, tensors)
+    assert find_checkpoint(tmp_path, print).step == 1 and [path.name for path in tmp_path.iterdir()] == ["step-000001"]
