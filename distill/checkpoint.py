@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.ranks import is_deepspeed
+from shards.manifest import temporary_path
+from teachers.saving import as_system_errors
 
 PREFIX, STATE, WEIGHTS, MOMENTS, MANIFEST = (
     "step-", "state.json", "trainable.safetensors", "moments.safetensors", "manifest.json",
@@ -52,14 +54,16 @@ def save_checkpoint(
     final = checkpoint_folder(folder, step)
     if damage(final) is None:
         return final
-    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    for leftover in folder.glob(f".{PREFIX}*.tmp"):  # of a process that was killed: a run has one writer
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = temporary_path(final)
     try:
-        save_file(weights, temporary / WEIGHTS)
-        maybe_crash("checkpoint:weights")
-        save_file(moments, temporary / MOMENTS)
-        maybe_crash("checkpoint:moments")
+        temporary.mkdir(parents=True)
+        with as_system_errors():
+            save_file(weights, temporary / WEIGHTS)
+            maybe_crash("checkpoint:weights")
+            save_file(moments, temporary / MOMENTS)
+            maybe_crash("checkpoint:moments")
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
         manifest = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

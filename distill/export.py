@@ -8,6 +8,7 @@ weights read back, plus LoRA. Without, the folder holds LoRA and names its base 
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from distill.card import SCORECARD, Scorecard, cost_rows, read_scorecard, score_
 from students.quantize import dequantize
 from students.student import CONNECTOR, load_student
 from teachers.checkpoint import save_checkpoint
-from teachers.loading import CONFIG, build_salmonn, load_llm, read_config, save_salmonn, write_atomically
+from teachers.loading import CONFIG, build_salmonn, load_llm, read_config, save_salmonn
 from teachers.salmonn import Salmonn
+from teachers.saving import staged, write_atomically
 
 LLM, CARD, SALMONN = "llm", "README.md", "salmonn.pth"
 
@@ -39,6 +41,15 @@ def export(run_folder: Path, out: Path, *, merge: bool = False, salmonn: bool = 
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files already, but an export starts empty; choose another folder.")
+    try:
+        return write_export(run_folder, out, merge=merge, salmonn=salmonn)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # so that the same command can be given again
+        raise
+
+
+def write_export(run_folder: Path, out: Path, *, merge: bool, salmonn: bool) -> Path:
+    """Write into an empty folder; arguments as `export`."""
     settings = read_config(run_folder / "student")["settings"]
     student = load_student(run_folder / "student")
     if merge:
@@ -62,8 +73,10 @@ def merge_lora(student: Salmonn, out: Path) -> Salmonn:
         weight = merged_weight(module)
         if weight is not None and f"{name}.weight" in parameters:
             parameters[f"{name}.weight"].copy_(weight)
-    llm.to(AutoConfig.from_pretrained(student.config.llm).dtype or torch.float32).save_pretrained(out / LLM)
-    student.tokenizer.save_pretrained(out / LLM)
+    llm.to(AutoConfig.from_pretrained(student.config.llm).dtype or torch.float32)
+    with staged(out / LLM, last="config.json") as stage:
+        llm.save_pretrained(stage)
+        student.tokenizer.save_pretrained(stage)
     config = dataclasses.replace(student.config, llm=str(out / LLM))
     merged = build_salmonn(config, ears=(student.whisper, student.second)).requires_grad_(False)
     for name in CONNECTOR:

@@ -17,9 +17,9 @@ from shards.source import expand_shards
 from shards.stream import ShardStream
 from students.start import start_from_
 from students.student import build_student, save_student
-from teachers.loading import write_atomically
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
+from teachers.saving import write_atomically
 from teachers.targets import CachedTeacher, OnlineTeacher
 
 

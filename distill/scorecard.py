@@ -22,8 +22,8 @@ from distill.runlog import METRICS
 from distill.teacher import load_teacher, teacher_path
 from shards.stream import ShardStream
 from students.student import load_student
-from teachers.loading import write_atomically
 from teachers.salmonn import Salmonn
+from teachers.saving import write_atomically
 
 
 def evaluate_run(config: Config) -> Scorecard:

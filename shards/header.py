@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.manifest import temporary_path
+
 HEADER = "cache.json"
 FORMAT = 1  # of the cache's files; part of every fingerprint
 # a cache that does not name all of these could be taken for another teacher's
@@ -96,7 +98,7 @@ def write_header(folder: Path, header: CacheHeader) -> None:
 
 def _create(path: Path, text: str) -> None:
     """Write a whole file unless there is one; of two processes one wins, and both find its file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

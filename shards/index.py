@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from shards.archive import MAX_MEMBER_BYTES, Member, ShardError, Walk
+from shards.manifest import temporary_path
 
 SIDECAR_SUFFIX = ".idx"
 AS_WRITTEN = 0
@@ -158,7 +158,7 @@ def unpack_sidecar(data: bytes) -> ShardIndex | None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name beside `path`, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,6 +177,11 @@ def open_atomically(path: Path, mode: str = "w"):
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that no other process takes, of this host, container or node."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,6 @@ Shapes: V vocabulary, D LLM width.
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from transformers import AutoTokenizer
 
 from shards.cache import explain_full_disk
 from shards.header import CacheHeader
-from shards.manifest import sync_folder
+from shards.manifest import sync_folder, temporary_path
 from teachers.batch import RowTokenizer
 from teachers.loading import hash_tensors
 from teachers.logits import logit_transform
 from teachers.prompts import Prompts
 from teachers.salmonn import Salmonn
+from teachers.saving import as_system_errors, sync_file
 
 FOLDER, HEAD, TOKENIZER, PROMPTS = "teacher", "head.safetensors", "tokenizer", "prompts.json"
 
@@ -63,43 +63,32 @@ def save_parts(cache: Path, model: Salmonn, *, with_head: bool) -> None:
     Raises:
         OSError: the disk is full; nothing is left under the folder's name.
     """
-    final, temporary = cache / FOLDER, cache / f".{FOLDER}.tmp-{os.getpid()}"
-    if final.is_dir():
-        return
-    temporary.mkdir()
-    try:
-        with explain_full_disk(cache, "the teacher's tokenizer and head need"):
-            _write_parts(temporary, model, with_head=with_head)
+    final = cache / FOLDER
+    if not final.is_dir():
+        temporary = temporary_path(final)
+        temporary.mkdir()
         try:
+            with explain_full_disk(cache, "the teacher's tokenizer and head need"), as_system_errors():
+                _write_parts(temporary, model, with_head=with_head)
             os.rename(temporary, final)
+            sync_folder(cache)
         except OSError:
-            if not final.is_dir():  # another process was first
+            if not final.is_dir():  # else another process was first, and may have cleared ours away
                 raise
-        sync_folder(cache)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in cache.glob(f".{FOLDER}.*tmp*"):  # of a process that was killed, or that finds `final` here
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_parts(folder: Path, model: Salmonn, *, with_head: bool) -> None:
-    _save_tokenizer(model.tokenizer, folder / TOKENIZER)
+    model.tokenizer.save_pretrained(folder / TOKENIZER)
     prompts = {"by_task": dict(model.rows.prompts.by_task), "template": model.rows.prompts.template}
     (folder / PROMPTS).write_text(json.dumps(prompts))
     if with_head:
         (folder / HEAD).write_bytes(save({"weight": head_tensor(model).cpu().contiguous()}))
     for file in (path for path in folder.rglob("*") if path.is_file()):
-        with open(file, "rb+") as stream:
-            os.fsync(stream.fileno())
-
-
-def _save_tokenizer(tokenizer, folder: Path) -> None:
-    """`save_pretrained`, whose Rust part raises a bare Exception with the system's number in its text."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        sync_file(file)
 
 
 def load_head(cache: Path, header: CacheHeader) -> Tensor:

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teachers.loading import build_salmonn, write_atomically
+from teachers.loading import build_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.saving import write_atomically
 from teachers.weights import read_torch_file
 
 LORA = re.compile(r"llama_model\.(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight$")
@@ -131,7 +132,12 @@ def save_checkpoint(model: Salmonn, path: str | Path) -> None:
         if key is not None:
             state[key] = parameter.detach().cpu().clone()
     content = {"model": state, "config": {"model": _settings_to_save(model)}}
-    write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a file of Python's tells why a write fails, which torch's own does not
+            torch.save(content, file)
+
+    write_atomically(Path(path), write)
 
 
 def their_name(name: str) -> str | None:

@@ -7,7 +7,6 @@ A saved folder holds `config.json` (the parts' names, LoRA, and the hash of ever
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers.utils import cached_file
 from teachers.encoders import load_encoder
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.saving import staged
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 
@@ -76,24 +76,25 @@ def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
 
 
 def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = None) -> None:
-    """Write the model's own (trainable) tensors, its config and its tokenizer; each file appears whole or not at all.
+    """Write the model's own (trainable) tensors, its config and its tokenizer, all of them or none.
 
     Args:
         model: the model.
         folder: is made if it is not there.
         settings: what is needed to build the model again beside its config, such as `{"lora": …}`.
+
+    Raises:
+        OSError: they cannot be written; the folder stays as it was.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    own = own_tensors(model)
-    write_atomically(folder / WEIGHTS, lambda path: save_file(own, path))
     config = {
         "model": dataclasses.asdict(model.config),
         "settings": settings or {},
         "frozen": hash_frozen_parts(model),
     }
-    model.tokenizer.save_pretrained(folder / TOKENIZER)
-    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
+    with staged(Path(folder), last=CONFIG) as stage:
+        save_file(own_tensors(model), stage / WEIGHTS)
+        model.tokenizer.save_pretrained(stage / TOKENIZER)
+        (stage / CONFIG).write_text(json.dumps(config, indent=1))
 
 
 def read_config(folder: str | Path) -> dict:
@@ -204,15 +205,3 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, write) -> None:
-    """Let `write(temporary_path)` write a file, sync it, and only then give it its name."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -376,6 +376,14 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(toys, tmp_path, lim
     assert read_files(make_cache(toys, tmp_path / "full", *words).cache_folder).items() >= expected.items()
 
 
+def test_what_a_killed_process_left_does_not_stop_one_with_its_number_and_is_cleared(toys, tmp_path):
+    for name in (f".{FOLDER}.tmp-{os.getpid()}", f".{FOLDER}.0123.tmp"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / PROMPTS).write_text("{")
+    make_cache(toys, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").glob(f"*{FOLDER}*")] == [FOLDER]
+
+
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 

@@ -286,3 +286,12 @@ def test_a_whisper_of_another_mel_count_than_the_trained_one_is_refused(parts, t
 def test_a_beats_file_is_no_salmonn(parts):
     with pytest.raises(ValueError, match=r"beats\.pt holds no SALMONN: speech_query_tokens is missing under 'model'"):
         load_checkpoint(parts / "beats.pt", **names_of(parts))
+
+
+def test_a_checkpoint_that_a_full_disk_does_not_take_leaves_nothing(parts, tmp_path):
+    with (
+        tiny.full_disk(20_000),
+        pytest.raises(OSError, match=r"salmonn\.pth cannot be written \(File too large\), but .*; free space"),
+    ):
+        save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
+    assert not list(tmp_path.iterdir())

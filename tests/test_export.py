@@ -1,6 +1,7 @@
 """An exported student answers as the trained one did, wherever its folder is moved."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -97,3 +98,17 @@ def test_ears_that_the_teacher_trained_are_saved_with_the_student(finished, tmp_
     save_student(student.eval(), tmp_path / "run" / "student", lora=lora, quantization="nf4")
     exported = load_student(export(tmp_path / "run", tmp_path / "out", merge=merge))
     torch.testing.assert_close(logits(exported), logits(student), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_bytes", [3_000, 100_000], ids=["LLM", "connector"])
+def test_an_export_that_a_full_disk_does_not_take_leaves_nothing_and_can_be_repeated(
+    finished, tmp_path, capsys, num_bytes
+):
+    command = ["export", str(finished), str(tmp_path / "out"), "--merge", "--salmonn"]
+    with tiny.full_disk(num_bytes):
+        assert main(command) == 1
+    assert re.search(
+        r"(?m)^error: \S*out\S* cannot be written \(File too large\), but .*; free space", capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+    assert main(command) == 0

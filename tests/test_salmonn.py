@@ -112,6 +112,24 @@ def test_a_saved_model_loads_to_identical_logits(parts, tmp_path, lora):
     assert first == second
 
 
+def read_files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("num_bytes", [500, 5_000, 60_000], ids=["config", "tokenizer", "weights"])
+def test_a_model_that_a_full_disk_does_not_take_leaves_the_saved_one_as_it_was(parts, tmp_path, num_bytes):
+    save_salmonn(tiny.make_teacher(parts), tmp_path / "model")
+    before = read_files(tmp_path)
+    (tmp_path / ".model.0123.tmp").mkdir()  # of a process that was killed
+    for name in ("model", "new"):
+        with (
+            tiny.full_disk(num_bytes),
+            pytest.raises(OSError, match=rf"^\S*{name} cannot be written \(File too large\), but .*; free space"),
+        ):
+            save_salmonn(tiny.make_teacher(parts, seed=1), tmp_path / name)
+    assert read_files(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_other_frozen_weights_than_at_training_are_refused(parts, tmp_path):
     tiny.make_parts(tmp_path / "parts")
     save_salmonn(tiny.make_teacher(tmp_path / "parts"), tmp_path / "saved")

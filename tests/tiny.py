@@ -1,5 +1,7 @@
 """A pipeline of toys for the tests: random weights in the real formats, and clips of tones, in seconds."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,17 @@ def make_teacher(parts: Path, *, lora: bool = False, seed: int = 0, **changes) -
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+@contextmanager
+def full_disk(num_bytes: int):
+    """A disk that takes no file of more bytes: a write past them fails, as one to a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def save_teacher(parts: Path, folder: Path) -> Path:
