@@ -7,10 +7,12 @@ What exists already is used again.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distill.cli import add_config_arguments
@@ -21,6 +23,8 @@ from shards.packfolder import hash_file
 from teachers.prompts import load_prompts
 
 CUT = "cut.json"  # beside the manifests that were cut: what from
+PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order
+POLL_SECONDS = 0.1  # between looks at whether the processes of a stopped stage are gone
 
 
 class StageError(RuntimeError):
@@ -111,7 +115,13 @@ def make_corpus(config: Config) -> None:
 
 
 def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str | None) -> None:
-    """Run one stage in its own processes; its output goes where ours goes."""
+    """Run one stage in its own processes; its output goes where ours goes.
+
+    Raises:
+        StageError: it failed.
+        SystemExit: it was asked to stop, or we were and asked it; with the exit code of that, 143 after SIGTERM.
+        KeyboardInterrupt: the same, by Ctrl-C.
+    """
     command = [sys.executable, "-m"]
     if launch is not None:
         command += ["accelerate.commands.launch", "--config_file", launch, "--module"]
@@ -121,17 +131,55 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
         "TOKENIZERS_PARALLELISM": "false",
     }
     print(f"— {module.rpartition('.')[2]}", file=sys.stderr, flush=True)
-    process = subprocess.Popen([*command, module, path, *overrides], env=environment)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
+    code, caught = wait_for([*command, module, path, *overrides], environment)
+    if caught == signal.SIGINT:
+        raise KeyboardInterrupt
+    if caught or code == PREEMPTED:
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        raise SystemExit(128 + caught if caught else code)
     if code:
         raise StageError(
             f"stage {module.rpartition('.')[2]} ended with exit code {code}, but the next one needs it; "
             f"its message stands above, and the same command goes on from what is finished."
         )
+
+
+def wait_for(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int | None]:
+    """Run a command, pass on the signals that would end us, and come back when it and all that it started are gone.
+
+    Returns:
+        its exit code, and the first signal that was passed on.
+    """
+    caught: list[int] = []
+    processes: list[subprocess.Popen] = []
+
+    def pass_on(number: int, frame) -> None:
+        caught.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        # a group of its own: what a launcher leaves behind is found, and Ctrl-C comes once, through us
+        processes.append(subprocess.Popen(command, env=environment, process_group=0))
+        for number in caught:
+            processes[0].send_signal(number)
+        code = processes[0].wait()
+        if caught:
+            end_group(processes[0].pid, caught[0])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code, caught[0] if caught else None
+
+
+def end_group(group: int, number: int) -> None:
+    """Send a signal to what is left of a process group, and wait until nothing is: some launchers just die of it."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+        while True:
+            time.sleep(POLL_SECONDS)
+            os.killpg(group, 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

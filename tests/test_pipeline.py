@@ -1,6 +1,11 @@
 """The pipeline: what it uses again is of this very config, and its stages end with it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -48,3 +53,37 @@ def test_a_cut_that_was_interrupted_is_made_again(tmp_path):
         config.manifest(name).write_text('{"annotation": []}')
     make_shards(config)
     assert len(list(read_manifest(config.manifest("train")))) == 6
+
+
+STAGE = """
+import os, signal, sys
+
+def stop(number, frame):
+    open(sys.argv[1] + "/stopped", "w").write(str(number))
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+open(sys.argv[1] + "/ready", "w").close()
+signal.pause()
+"""
+LAUNCHER = """
+import subprocess, sys
+
+subprocess.Popen([sys.executable, "-m", "stage", *sys.argv[1:]]).wait()
+"""  # as that of accelerate for one process: a signal ends it at once
+
+
+@pytest.mark.parametrize("module", ["stage", "launcher"])
+def test_sigterm_stops_the_running_stage_in_order_and_leaves_no_process(tmp_path, module):
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    os.mkfifo(tmp_path / "ready")
+    program = f"from distill.pipeline import launch_stage; launch_stage({module!r}, {str(tmp_path)!r}, [], None)"
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{tmp_path}"}
+    pipeline = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "ready").read_text()  # returns when the stage is there
+    pipeline.send_signal(signal.SIGTERM)
+    _, said = pipeline.communicate(timeout=60)  # ends when nobody holds stderr any more
+    assert pipeline.returncode == 143 and "the same command goes on" in said
+    assert (tmp_path / "stopped").read_text() == str(int(signal.SIGTERM))
