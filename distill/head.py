@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 # One tile of logits has about so many elements: on a CPU it stays in the cache, on a GPU it fills the processors.
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
-CPU_BLOCK = 512  # rows that one product sums over: longer sums are slower there
+CPU_BLOCK = 128  # rows that one product sums over on a CPU: longer sums are slower there
 
 
 def head_weight(module: nn.Module, name: str = "lm_head") -> Tensor:
