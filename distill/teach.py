@@ -23,7 +23,7 @@ from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, say
 from distill.tokenizer import train_tokenizer
-from shards.manifest import read_manifest
+from shards.manifest import open_atomically, read_manifest
 from shards.stream import ShardStream
 from teachers.batch import pad_waveforms
 from teachers.loading import build_salmonn, save_salmonn
@@ -31,7 +31,7 @@ from teachers.prompts import Prompts, load_prompts
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.whisper import WhisperEar
 
-DONE = "teach.json"
+PARTS, DONE = "parts.json", "teach.json"  # written when the parts, and when the teacher, are whole
 HEARD_IN_ORDER = ("asr", "audiocaption_v2", "audiocaption")  # tasks whose answers follow their audio in time
 
 
@@ -43,15 +43,16 @@ def teach(config: Config) -> int:
     if is_done(folder, mark):
         say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
         return 0
-    if accelerator.is_main_process and not (folder / "parts.json").exists():
+    if accelerator.is_main_process and not has_parts(folder, mark):
         make_parts(config, folder)
+        write_mark(folder / PARTS, mark)
     accelerator.wait_for_everyone()
     teacher = build_teacher(config, folder)
     if train_teacher(config, teacher, accelerator, folder / "run").preempted:
         return PREEMPTED
     if accelerator.is_main_process:
         save_salmonn(teacher, folder / "teacher")
-        (folder / DONE).write_text(json.dumps({"fingerprint": mark}))
+        write_mark(folder / DONE, mark)
     accelerator.wait_for_everyone()
     return 0
 
@@ -98,6 +99,22 @@ def is_done(folder: Path, mark: str) -> bool:
     return True
 
 
+def has_parts(folder: Path, mark: str) -> bool:
+    """Whether the parts of these settings are whole; unfinished work of others is of no use to them, and is said."""
+    if not folder.exists():
+        return False
+    if (folder / PARTS).exists() and json.loads((folder / PARTS).read_text()) == {"fingerprint": mark}:
+        return True
+    print(f"teacher: {folder} is unfinished or of other settings, made anew", file=sys.stderr)
+    return False
+
+
+def write_mark(path: Path, mark: str) -> None:
+    """Say whose settings what lies beside the file is of."""
+    with open_atomically(path) as file:
+        json.dump({"fingerprint": mark}, file)
+
+
 def make_parts(config: Config, folder: Path) -> None:
     """Tokenizer, Whisper-shaped ears with random weights, and two LLMs pre-trained on the corpus' text."""
     scratch = config.scratch
@@ -119,7 +136,6 @@ def make_parts(config: Config, folder: Path) -> None:
         pretrain_on_text_(llm, tokenizer, texts, scratch, title=f"text {name}")
         llm.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    (folder / "parts.json").write_text("{}")
 
 
 def corpus_texts(manifest: Path, prompts: Prompts) -> list[tuple[str, str, str]]:
