@@ -242,6 +242,7 @@ def test_a_recipe_in_small_passes_doctor_and_its_losses_fall(toys, tmp_path, cap
     """Another tokenizer, smaller ears, no second encoder, windows of audio alone, from the teacher's cache."""
     tokenizer = train_byte_tokenizer([*tiny.WORDS, "USER: what do you hear? ASSISTANT:"], tmp_path / "qwen",
                                      vocab_size=300)  # fmt: skip
+    torch.manual_seed(0)
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "qwen")
     words = [*small_words(toys), f"student.llm={tmp_path / 'qwen'}", "loss.cross_tokenizer=chunk", f"runs={tmp_path}",
              "loss.schedules.feature=cosine 0.05", "train.steps=6"]  # fmt: skip
