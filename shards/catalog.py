@@ -18,6 +18,7 @@ from shards.localcopy import ShardCache
 from shards.source import SHARD_SUFFIX, TARGETS_SUFFIX, expand_shards, is_folder, is_remote, read_small
 
 CATALOG = "index.json"  # written by `distill pack`: samples, bytes and sha256 of each shard
+LISTED = ("name", "samples", "bytes", "sha256")  # of each shard, in it
 _NUM_SHOWN = 5  # keys listed in an error
 _NUM_THREADS = 8
 
@@ -212,8 +213,19 @@ def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:
     for folder in dict.fromkeys(_folder(name) for name in names):
         data = read_small(f"{folder}{CATALOG}")
         if data is not None:
-            listings[folder] = {shard["name"]: shard for shard in json.loads(data)["shards"]}
+            listings[folder] = _read_listing(f"{folder}{CATALOG}", data)
     return listings
+
+
+def _read_listing(path: str, data: bytes) -> dict[str, dict]:
+    """The shards that an index.json lists, by name."""
+    try:
+        return {shard["name"]: {field: shard[field] for field in LISTED} for shard in json.loads(data)["shards"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{path} cannot be read as what `distill pack` writes ({error!r}), but lists the shards beside it; restore "
+            f"it, remove it if something else wrote it, or pack again."
+        ) from error
 
 
 def _find_entry(name: str, listings: dict[str, dict[str, dict]]) -> dict | None:

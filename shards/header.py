@@ -54,7 +54,8 @@ class CacheHeader:
         """
         if self.fingerprint == expected.fingerprint:
             return
-        stored, asked = _flatten(self.identity), _flatten(expected.identity)
+        # through JSON, as the fingerprint: a tuple is a list there
+        stored, asked = (_flatten(json.loads(json.dumps(header.identity))) for header in (self, expected))
         names = [name for name in sorted(stored | asked) if stored.get(name) != asked.get(name)]
         changes = "".join(f"\n  {name}: cached {_show(stored, name)}, this run {_show(asked, name)}" for name in names)
         raise ValueError(
@@ -74,6 +75,11 @@ def read_header(folder: Path) -> CacheHeader:
         stored = json.loads(path.read_text())
         header, fingerprint = CacheHeader(stored["identity"]), stored["fingerprint"]
     except FileNotFoundError as error:
+        if not path.parent.parent.is_dir():
+            raise ValueError(
+                f"{folder} is to hold the cache, but {path.parent.parent} is not there; correct data.folder or "
+                f"cache.folder."
+            ) from error
         raise ValueError(f"{folder} holds no {HEADER}, but a cache has one; run distill/cache.py first.") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}), but must be whole; restore it or cache again.") from error

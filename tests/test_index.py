@@ -331,3 +331,15 @@ def test_shards_that_the_catalog_does_not_describe_are_refused(tmp_path):
     write_shard(tmp_path / "train-000002.tar", [9])
     with pytest.raises(ShardError, match=r"train-000002\.tar is not one of the 2 shards"):
         ShardStream(tmp_path, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {}}', "[1]", '{"shards": [{"name": "train-000000.tar"}]}', '{"shards": 3}', "{"]
+)
+def test_an_index_json_of_something_else_is_refused_by_its_name(tmp_path, text):
+    write_shards(tmp_path, [3])
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(
+        ShardError, match=r"index\.json cannot be read as what `distill pack` writes \(.*\), but .*pack"
+    ):
+        ShardStream(tmp_path, batch_size=1)

@@ -224,6 +224,24 @@ def test_records_are_read_by_shard_and_key(tmp_path):
         reader.read_record(SHARD, "clip-1", identify_sample("00", [], []))
 
 
+def test_only_what_differs_is_listed_and_a_tuple_is_the_list_it_is_stored_as(tmp_path):
+    def header(k):
+        return CacheHeader(IDENTITY | {"codec": {"k": k, "temperatures": (1.0, 2.0)}})
+
+    TargetWriter(tmp_path, header(8))
+    with pytest.raises(ValueError, match=r"What differs:\n  codec\.k: cached 8, this run 16$"):
+        TargetReader(tmp_path, header(16))
+
+
+def test_a_cache_in_a_folder_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data/cache is to hold the cache, but .*data is not there; correct data\.folder"
+    ):
+        TargetReader(tmp_path / "data" / "cache", CACHE)
+    with pytest.raises(ValueError, match=r"holds no cache\.json, but a cache has one; run distill/cache\.py first"):
+        TargetReader(tmp_path / "cache", CACHE)
+
+
 def test_a_finished_shard_is_not_claimed_again(tmp_path):
     write_shard(tmp_path)
     before = read_files(tmp_path)
