@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from distill.config import Config
+from distill.config import Config, TeacherConfig
 from distill.ranks import resolve_precision
 from teachers.checkpoint import load_checkpoint
-from teachers.loading import load_salmonn
-from teachers.qwen2_audio import is_qwen2_audio, load_qwen2_audio
-from teachers.salmonn import Salmonn
+from teachers.loading import load_salmonn, read_config
+from teachers.qwen2_audio import describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
+from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.targets import HEAD_INPUT, OnlineTeacher
 
 
@@ -37,11 +37,19 @@ def load_teacher(config: Config) -> Salmonn:
         raise FileNotFoundError(
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
         )
-    if path.is_dir() and is_qwen2_audio(path):
-        return load_qwen2_audio(path, prompts=config.teacher.prompts, dtype=dtype)
-    if path.is_dir():
-        return load_salmonn(path, dtype=dtype)
     parts = config.teacher
+    if path.is_dir() and is_qwen2_audio(path):
+        check_settings(parts, describe_qwen2_audio(path, parts.prompts), path)
+        return load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
+    if path.is_dir():
+        check_settings(parts, read_config(path)["model"], path)
+        return load_salmonn(path, dtype=dtype)
+    for name in ("llm", "whisper"):
+        if not getattr(parts, name):
+            raise ValueError(
+                f"teacher.{name} is empty, but {path} is a checkpoint without its frozen parts; name the one that it "
+                f"was trained on, a folder or a hub id."
+            )
     settings = {"prompts": parts.prompts, "front_end": parts.front_end}
     if parts.end_token:
         settings["end_token"] = parts.end_token
@@ -56,6 +64,22 @@ def load_teacher(config: Config) -> Salmonn:
     )
     print(f"teacher {path}: {report}", file=sys.stderr)
     return model
+
+
+def check_settings(parts: TeacherConfig, saved: SalmonnConfig, path: Path) -> None:
+    """Refuse what a config says of a teacher whose folder says otherwise: those settings are the folder's.
+
+    Raises:
+        ValueError: naming the setting and both values.
+    """
+    default = TeacherConfig()
+    for name in ("front_end", "end_token", "prompts"):
+        asked, there = getattr(parts, name), getattr(saved, name)
+        if asked not in (getattr(default, name), there):
+            raise ValueError(
+                f"teacher.{name} is {asked!r}, but {path} was saved with {there!r} and such a folder's own settings "
+                f"hold; leave teacher.{name} out."
+            )
 
 
 def teach_online(config: Config, model: Salmonn) -> OnlineTeacher:

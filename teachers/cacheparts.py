@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -26,6 +26,7 @@ from teachers.logits import logit_transform
 from teachers.prompts import Prompts
 from teachers.salmonn import Salmonn
 from teachers.saving import as_system_errors, sync_file
+from teachers.weights import open_safetensors, read_json
 
 FOLDER, HEAD, TOKENIZER, PROMPTS = "teacher", "head.safetensors", "tokenizer", "prompts.json"
 
@@ -103,7 +104,8 @@ def load_head(cache: Path, header: CacheHeader) -> Tensor:
             f"{path} is not there, but targets of codec hidden need the head {expected[:16]}; restore it, or delete "
             f"{cache} and cache again."
         )
-    weight_VD = load_file(path)["weight"]
+    with open_safetensors(path) as file:
+        weight_VD = file.get_tensor("weight")
     found = hash_head(weight_VD)
     if found != expected:
         raise ValueError(f"{path} has hash {found[:16]}, but was cached as {expected[:16]}; restore it or cache again.")
@@ -119,7 +121,8 @@ def load_rows(cache: Path, header: CacheHeader) -> RowTokenizer:
     folder, settings = cache / FOLDER, header.identity["teacher_config"]
     if not (folder / PROMPTS).is_file():
         raise ValueError(f"{folder} is not whole, but holds a cache's tokenizer and prompts; restore it.")
-    prompts = Prompts(**json.loads((folder / PROMPTS).read_text()))
+    stored = read_json(folder / PROMPTS, "by_task", "template")
+    prompts = Prompts(stored["by_task"], stored["template"])
     if hash_prompts(prompts) != header.identity["prompts"]:
         raise ValueError(
             f"{folder / PROMPTS} has hash {hash_prompts(prompts)[:16]}, but was cached as "

@@ -7,11 +7,12 @@ A saved folder holds `config.json` (the parts' names, LoRA, and the hash of ever
 import dataclasses
 import hashlib
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +22,7 @@ from teachers.encoders import load_encoder
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import staged
+from teachers.weights import open_safetensors, read_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 
@@ -65,13 +67,22 @@ def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         FileNotFoundError: `path` is no folder here and cannot be had from the hub.
+        ValueError: its weights are a pickle that would run code.
+        ValueError: its weights are damaged.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"llm is {path}, but its weights are damaged ({error}); download it again.") from error
     except OSError as error:
         raise FileNotFoundError(
             f"llm is {path}, but it is no folder of a causal LM here and the hub does not give it "
             f"({str(error).splitlines()[0]}); give a local path, or log in with `hf auth login`."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"llm {path} has weights whose pickle runs code, but none is run here; get its safetensors files, or save "
+            f"it again with transformers' save_pretrained."
         ) from error
 
 
@@ -102,14 +113,23 @@ def read_config(folder: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is damaged, or of something else, such as a model of Hugging Face.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"model folder {folder} holds no {CONFIG}, but a saved model does; check the path.")
-    config = json.loads(path.read_text())
-    if config["model"]["llm"].startswith("./"):  # it was exported with its LLM inside, and may have been moved
-        config["model"]["llm"] = str(Path(folder) / config["model"]["llm"])
-    return {**config, "model": SalmonnConfig(**config["model"])}
+    stored = read_json(path)
+    try:
+        parts, settings, frozen = SalmonnConfig(**stored["model"]), stored["settings"], stored["frozen"]
+    except (KeyError, TypeError) as error:
+        kind = f"of model_type {stored['model_type']}" if "model_type" in stored else f"not one of ours ({error})"
+        raise ValueError(
+            f"{path} is {kind}, but a folder that this library saved is needed, as runs/NAME/student is; name one, or "
+            f"a SALMONN checkpoint (.pth) where a teacher is asked for."
+        ) from error
+    if parts.llm.startswith("./"):  # it was exported with its LLM inside, and may have been moved
+        parts = dataclasses.replace(parts, llm=str(Path(folder) / parts.llm))
+    return {"model": parts, "settings": settings, "frozen": frozen}
 
 
 def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None) -> Salmonn:
@@ -154,7 +174,7 @@ def own_tensors(model: Salmonn) -> dict[str, Tensor]:
 
 
 def read_names(path: Path) -> set[str]:
-    with safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         return set(file.keys())
 
 
@@ -162,10 +182,10 @@ def load_own_tensors_(model: nn.Module, path: Path) -> None:
     """Copy a safetensors file into the model, in place, strictly.
 
     Raises:
-        ValueError: the file names a tensor that the model does not have, or one of another shape.
+        ValueError: the file is damaged, or names a tensor that the model does not have, or one of another shape.
     """
     parameters = dict(model.named_parameters())
-    with safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
             tensor = file.get_tensor(name)
             if name not in parameters or parameters[name].shape != tensor.shape:

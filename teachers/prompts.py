@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 AUDIO_PLACE = "<SpeechHere>"
+FORM = '{"task": ["prompt", …], …}'
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.json")
 
 
@@ -73,12 +74,23 @@ class Prompts:
 
 
 def load_prompts(path: str | Path | None, template: str) -> Prompts:
-    """Read a prompts file (`{task: [prompt, …]}` or SALMONN's `{task: prompt}`); None reads the library's own."""
+    """Read a prompts file (`{task: [prompt, …]}` or SALMONN's `{task: prompt}`); None reads the library's own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not hold prompts by task.
+    """
     path = Path(path) if path else DEFAULT_PROMPTS
     if not path.is_file():
         raise FileNotFoundError(f"prompts is {path}, but there is no such file; give a JSON file of prompts by task.")
     try:
         by_task = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"prompts file {path} is not JSON ({error}); correct it.") from error
-    return Prompts({t: (p,) if isinstance(p, str) else tuple(p) for t, p in by_task.items()}, template)
+    if not isinstance(by_task, dict):
+        raise ValueError(f"prompts file {path} holds a {type(by_task).__name__}, but must be {FORM}; correct it.")
+    by_task = {task: [prompts] if isinstance(prompts, str) else prompts for task, prompts in by_task.items()}
+    for task, prompts in by_task.items():
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts file {path} has {prompts!r:.60} for {task!r}, but must be {FORM}; correct it.")
+    return Prompts({task: tuple(prompts) for task, prompts in by_task.items()}, template)

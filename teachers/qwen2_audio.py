@@ -8,7 +8,6 @@ width, D LLM width.
 Source: Chu et al., "Qwen2-Audio Technical Report", 2024 (arXiv 2407.10759); transformers' `Qwen2Audio*`.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from teachers.frontend import HOP_SAMPLES
 from teachers.loading import CONFIG
 from teachers.prompts import AUDIO_PLACE, Prompts, load_prompts
 from teachers.salmonn import Heard, Salmonn, SalmonnConfig
+from teachers.weights import read_json
 from teachers.whisper import ear_of_tower
 
 MODEL_TYPE = "qwen2_audio"
@@ -114,7 +114,7 @@ def is_qwen2_audio(folder: str | Path) -> bool:
     path = Path(folder) / CONFIG
     if not path.is_file():
         return False
-    config = json.loads(path.read_text())
+    config = read_json(path)
     return "model_type" in config and config["model_type"] == MODEL_TYPE
 
 

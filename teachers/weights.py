@@ -6,6 +6,8 @@ Knows nothing of any architecture.
 import argparse
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ def read_torch_file(path: str | Path, device: str = "cpu") -> dict:
                 f"{path} holds Python objects or is no torch.save file, but only tensors and plain values are loaded "
                 f"({_first_line(error)}); take the file from its authors, or save its tensors alone."
             ) from error
-        except (RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # what begins like a pickle and is none can fail anywhere in its reader
             raise ValueError(
                 f"{path} is {Path(path).stat().st_size} bytes, but they are no whole torch.save file "
                 f"({_first_line(error)}); download it again."
@@ -54,6 +56,26 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def read_json(path: str | Path, *keys: str) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is not JSON, holds no object, or one without these keys.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({_first_line(error)}), but must be whole; restore it, or download or save it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but an object is needed; name another file.")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}, but {', '.join(keys)} are needed; name another file.")
+    return content
+
+
 def read_model_config(path: str | Path, model_type: str, *also: str) -> dict:
     """The `config.json` of a Hugging Face folder or hub id.
 
@@ -61,7 +83,7 @@ def read_model_config(path: str | Path, model_type: str, *also: str) -> dict:
         ValueError: it describes a model neither of `model_type` nor of the types that do as well.
     """
     file = cached_file(path, "config.json")
-    config = json.loads(Path(file).read_text())
+    config = read_json(file)
     if "model_type" not in config or config["model_type"] not in (model_type, *also):
         found = f"model_type {config['model_type']}" if "model_type" in config else "no model_type"
         raise ValueError(f"{file} has {found}, but {model_type} is needed; name a folder of such a model.")
@@ -83,7 +105,25 @@ def find_safetensors(path: str | Path) -> list[str]:
             f"{path} has no model.safetensors, but weights are read from safetensors only; "
             f"convert it with transformers' save_pretrained."
         )
-    return [cached_file(path, file) for file in sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))]
+    return [cached_file(path, file) for file in sorted(set(read_json(index, "weight_map")["weight_map"].values()))]
+
+
+@contextmanager
+def open_safetensors(file: str | Path) -> Iterator:
+    """A handle that reads tensors one by one, see `safetensors.safe_open`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is not there, but the weights are in it; restore it.") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}), but whole safetensors are needed; download it again."
+        ) from error
 
 
 def read_safetensors(file: str | Path, prefixes: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -93,16 +133,11 @@ def read_safetensors(file: str | Path, prefixes: tuple[str, ...], dtype: torch.d
         ValueError: the file is damaged.
     """
     weights = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping
-                prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-                if prefix is not None:
-                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name).to(dtype)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged ({error}), but whole safetensors are needed; download it again."
-        ) from error
+    with open_safetensors(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+            if prefix is not None:
+                weights[name.removeprefix(prefix)] = tensors.get_tensor(name).to(dtype)
     return weights
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 
+from distill.config import Config, TeacherConfig
+from distill.teacher import load_teacher
 from shards.sample import Sample
 from teachers.beats import BeatsEar
 from teachers.checkpoint import load_checkpoint, our_name, save_checkpoint, their_name
@@ -295,3 +298,19 @@ def test_a_checkpoint_that_a_full_disk_does_not_take_leaves_nothing(parts, tmp_p
     ):
         save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", range(0, 256, 5))
+def test_garbage_is_refused_whatever_it_begins_with(tmp_path, first):
+    data = bytes([first]) + random.Random(first).randbytes(200)
+    (tmp_path / "salmonn.pth").write_bytes(data)
+    with pytest.raises(ValueError, match=r"salmonn\.pth (is 201 bytes, but|holds)"):
+        load_checkpoint(tmp_path / "salmonn.pth", llm="", whisper="")
+
+
+@pytest.mark.parametrize("name", ["llm", "whisper"])
+def test_a_checkpoint_whose_frozen_parts_are_not_named_is_refused(parts, tmp_path, name):
+    save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
+    teacher = TeacherConfig(path=str(tmp_path / "salmonn.pth"), **{**names_of(parts), name: ""})
+    with pytest.raises(ValueError, match=rf"teacher\.{name} is empty, but \S*salmonn\.pth is a checkpoint without its"):
+        load_teacher(Config(teacher=teacher))

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
 from distill.cli import main
-from distill.config import load_config
+from distill.config import Config, TeacherConfig, load_config
 from distill.teacher import load_teacher
 from distill.tokenizer import train_tokenizer
 from students.student import build_student
@@ -121,6 +121,15 @@ def test_a_config_loads_it_from_its_folder(folder, tmp_path):
     loaded = load_teacher(load_config(tmp_path / "c.yaml", ["precision=float32"]))
     assert loaded.llm.config.model_type == "qwen2" and not any(p.requires_grad for p in loaded.parameters())
     assert set(hash_frozen_parts(loaded)) >= {"llm", "whisper"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("front_end", "shared"), ("end_token", "</s>")])
+def test_a_setting_that_it_does_not_take_is_refused_by_name(folder, name, value):
+    config = Config(teacher=TeacherConfig(path=str(folder), **{name: value}))
+    with pytest.raises(
+        ValueError, match=rf"teacher\.{name} is '{value}', but .* was saved with '.*' and such a folder's"
+    ):
+        load_teacher(config)
 
 
 def test_a_student_hears_with_its_tower(folder, teacher, tmp_path):

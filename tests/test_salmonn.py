@@ -9,12 +9,19 @@ from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 
 from distill.cache import describe_teacher
-from distill.config import Config
-from students.student import build_student
+from distill.config import Config, TeacherConfig
+from distill.teacher import load_teacher
+from students.student import build_student, load_student
 from teachers.beats import BeatsEar
 from teachers.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora, add_lora_
+from teachers.prompts import load_prompts
 from teachers.targets import OnlineTeacher
+
+
+def load_named(folder, **settings):
+    """The teacher that a config names."""
+    return load_teacher(Config(teacher=TeacherConfig(path=str(folder), **settings)))
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +250,76 @@ def test_the_front_end_is_part_of_a_caches_fingerprint(parts, beats):
                   for kind in ("exact", "exact", "shared")]  # fmt: skip
     first, again, shared = (identity.fingerprint for identity in identities)
     assert first == again != shared
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"model_type": "llama"}',
+            r"config\.json is of model_type llama, but a folder that this library saved is needed",
+        ),
+        ('{"model": {"llm": "x"}}', r"config\.json is not one of ours \(.*whisper.*\), but a folder that this library"),
+        ('{"model": {"llm": "x", "whisper": "y"}}', r"config\.json is not one of ours \('settings'\), but"),
+        ('{"model": {', r"config\.json is not JSON \(.*\), but must be whole; restore it"),
+        ("[]", r"config\.json holds a list, but an object is needed"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_salmonn, load_student, load_named])
+def test_a_folder_of_something_else_is_refused_by_its_config(tmp_path, load, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model/model.safetensors", "parts/llm/model.safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5])
+def test_cut_weights_are_refused_by_the_name_of_their_file(tmp_path, part, kept):
+    tiny.make_parts(tmp_path / "parts")
+    save_salmonn(tiny.make_teacher(tmp_path / "parts"), tmp_path / "model")
+    data = (tmp_path / part).read_bytes()
+    (tmp_path / part).write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    name = "model.safetensors" if part.startswith("model") else "llm"
+    with pytest.raises(ValueError, match=rf"{name}(,| is).*damaged \(.*download it again"):
+        load_salmonn(tmp_path / "model")
+
+
+def test_weights_that_are_not_there_are_named(parts, tmp_path):
+    save_salmonn(tiny.make_teacher(parts), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is not there, but the weights are in it; restore it"):
+        load_salmonn(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"front_end": "shared"}, {"end_token": "<end>"}, {"prompts": "prompts.json"}],
+    ids=lambda x: next(iter(x)),
+)
+def test_a_setting_that_a_saved_teacher_does_not_have_is_refused_by_name(parts, tmp_path, setting):
+    save_salmonn(tiny.make_teacher(parts), tmp_path / "model")
+    (name, value), *_ = setting.items()
+    with pytest.raises(ValueError, match=rf"teacher\.{name} is '{value}', but \S*model was saved with '\w*' and such"):
+        load_named(tmp_path / "model", **setting)
+
+
+def test_settings_that_a_saved_teacher_has_may_be_named(parts, tmp_path):
+    save_salmonn(tiny.make_teacher(parts, end_token="</s>"), tmp_path / "model")
+    assert load_named(tmp_path / "model").config.end_token == "</s>"
+    assert load_named(tmp_path / "model", end_token="</s>", front_end="exact").config.end_token == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["<SpeechHere> Say it."]', r'holds a list, but must be \{"task": \["prompt", …\], …\}; correct it'),
+        ('{"asr": 3}', r"has 3 for 'asr', but must be"),
+        ('{"asr": ["<SpeechHere>", 3]}', r"has \['<SpeechHere>', 3\] for 'asr', but must be"),
+        ('{"asr": []}', r"task 'asr' has no prompt"),
+        ("asr: x", r"is not JSON \(.*\); correct it"),
+    ],
+)
+def test_a_prompts_file_of_another_form_is_refused(tmp_path, text, message):
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path / "prompts.json", "{}")
