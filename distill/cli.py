@@ -1,11 +1,15 @@
 """The command line: `distill COMMAND …`, a map of the pipeline. Imports a stage only when it is called."""
 
 import argparse
+import errno
 import importlib
 import inspect
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 STAGES = {
@@ -49,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     parser.add_argument("command", nargs="?", choices=STAGES, metavar="COMMAND")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if words[:1] == ["--debug"] and len(words) > 1:  # before the command as good as behind it
+        words = [*words[1:], "--debug"]
     if not words or words[0] not in STAGES:
         parser.parse_args(words)
         parser.print_help()
@@ -86,8 +93,38 @@ def guard(work, *, debug: bool) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text = f"error: {describe(error)}"
+        print(text, file=sys.stderr)
+        tell_launcher(text)
         return 1
+
+
+def describe(error: Exception) -> str:
+    """What a user reads of an error: its text, where it is ours, or what it means, where the system or torch speaks."""
+    if isinstance(error, OSError) and error.strerror:
+        if error.strerror != os.strerror(error.errno):  # ours, with the system's number
+            return error.strerror
+        if error.errno == errno.EEXIST:
+            return f"{error.filename} is a file, but a folder is to be made there; name another one."
+        return (
+            f"{error.filename or 'a file'} cannot be used ({error.strerror}), but this command needs it; check its "
+            f"path, its rights and the free space."
+        )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
+        return (
+            f"memory of the GPU is full ({'. '.join(str(error).split('. ')[:3])}), but a step must fit; lower "
+            f"train.micro_batch_size, data.batch_seconds, cache.batch_size or eval.batch_size, or set "
+            f"student.quantization=nf4."
+        )
+    return str(error) or type(error).__name__
+
+
+def tell_launcher(text: str) -> None:
+    """Leave an error where torchrun and `accelerate launch` look for it: it is then the last line of their report."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):  # it was said already
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

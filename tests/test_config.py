@@ -1,10 +1,12 @@
 """Configs: every recipe loads, a wrong key, type, choice or a credential is refused with its name."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from distill.cli import main
+from distill.cli import guard, main
 from distill.config import load_config, to_yaml
 from distill.losses import DIVERGENCES, PARAMETERS
 from distill.rules import CHOICES, TAKES_PARAMETER
@@ -213,3 +215,41 @@ def test_pack_refuses_an_unknown_task(tmp_path, capsys):
     (tmp_path / "m.json").write_text('{"annotation": [{"path": "a.wav", "text": "x", "task": "asrr"}]}')
     assert main(["pack", str(tmp_path / "m.json"), str(tmp_path / "out")]) == 1
     assert "did you mean 'asr'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--debug", "run"], ["run", "--debug"]])
+def test_debug_stands_before_or_behind_the_command(words):
+    with pytest.raises(FileNotFoundError):
+        main([*words, "gone.yaml"])
+
+
+def test_a_manifest_given_twice_is_said_in_the_form_of_an_error(tmp_path, capsys):
+    (tmp_path / "good.json").write_text('{"annotation": []}')
+    (tmp_path / "a.wav").touch()
+    assert main(["pack", str(tmp_path / "good.json"), str(tmp_path / "a.wav")]) == 1
+    assert capsys.readouterr().err.endswith("a.wav is a file, but a folder is to be made there; name another one.\n")
+
+
+def raise_(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (
+            lambda: Path("/proc/x").mkdir(),
+            "error: /proc/x cannot be used (No such file or directory), but this command",
+        ),
+        (lambda: raise_(OSError(28, "disk of x is full")), "error: disk of x is full\n"),
+        (lambda: raise_(OSError(28, os.strerror(28))), "error: a file cannot be used (No space left on device), but"),
+        (
+            lambda: raise_(torch.OutOfMemoryError("CUDA out of memory. Tried 20.00 GiB. GPU 0 has 2 GiB. See\nmore.")),
+            "error: memory of the GPU is full (CUDA out of memory. Tried 20.00 GiB. GPU 0 has 2 GiB), but a step must "
+            "fit; lower train.micro_batch_size, data.batch_seconds, cache.batch_size or eval.batch_size, or set",
+        ),
+    ],
+)
+def test_what_the_system_and_torch_say_is_put_in_the_form_of_an_error(capsys, work, message):
+    assert guard(work, debug=False) == 1
+    assert capsys.readouterr().err.startswith(message)

@@ -73,6 +73,13 @@ def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
     assert losses(toys, "ddp") == pytest.approx(alone, abs=1e-5)
 
 
+def test_a_users_error_is_the_last_line_of_the_launchers_report(toys):
+    process = launch(toys, "wrong", "train.steps=0", launch_file="two_cpus_ddp.yaml", check=False)
+    text = f"error: {toys / 'toy.yaml'}: train.steps is 0, but must be above 0; correct it."
+    *_, last, border = process.stderr.strip().splitlines()
+    assert process.returncode == 1 and last.endswith(text) and set(border) == {"="}
+
+
 def test_two_zero2_ranks_repeat_the_losses_of_one_process(toys, alone):
     launch(toys, "zero2", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml")
     assert losses(toys, "zero2") == pytest.approx(alone, abs=1e-5)
