@@ -40,6 +40,8 @@ class Case:
     whole: MicroBatch  # all of them
     loss: LossConfig
     teacher: Salmonn | None  # the model itself, where there is one
+    micro_batch: list[Sample]  # as the run has them
+    dtype: torch.dtype  # of the run's products; the checks' own are in float32
 
     @property
     def is_sampled(self) -> bool:

@@ -1,10 +1,7 @@
-"""What `distill doctor` examines of the data, the targets and the device, in the way of `checks.py`.
+"""What `distill doctor` examines of the data and the targets, in the way of `checks.py`.
 
 Shapes: B batch, T LLM positions, S supervised positions, K kept ids.
 """
-
-import os
-import resource
 
 import torch
 
@@ -152,20 +149,3 @@ def check_alignment(case: Case) -> str:
     matched = float(cross.is_matched_S.float().mean())
     num_chunks, num_tokens = cross.alignment.num_chunks, len(cross.is_matched_S)
     return f"{num_chunks} chunks of {num_tokens} tokens; {matched:.0%} of them are one token on both sides"
-
-
-def check_memory(case: Case) -> str:
-    """The peak of a step of these samples, with the optimizer's states, fits the device."""
-    states = 8 * sum(p.numel() for p in case.trainable.values())  # AdamW's two moments, float32
-    device = case.student.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        case.gradients(case.compute(case.whole, case.loss, case.whole.counts))
-        peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = f"{(peak + states) / 1e9:.2f} GB at {len(case.samples)} clips a micro-batch, of {total / 1e9:.1f} GB"
-    if peak + states > 0.95 * total:
-        raise Fault(f"memory is {text}, but more is needed; lower train.micro_batch_size, the step stays the same.")
-    return text

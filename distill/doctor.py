@@ -1,13 +1,15 @@
 """Prove a run right before it costs GPU hours: `distill doctor CONFIG [key=value …]`, under a minute.
 
-A few clips of the config's own data go through its own student, teacher and cache, in float32. Each line says pass, or
-what is wrong and what to do; the exit code is 1 when a line fails.
+A few clips of the config's own data go through its own student, teacher and cache, in float32; the memory of a whole
+micro-batch is measured in the run's precision. Each line says pass, or what is wrong and what to do; the exit code is 1
+when a line fails.
 """
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -24,20 +26,20 @@ from distill.checks import (
     check_zero,
 )
 from distill.cli import add_config_arguments
-from distill.config import Config, OnPolicyConfig, load_config
+from distill.config import Config, OnPolicyConfig, TrainConfig, load_config
 from distill.crossteacher import CrossTeacher, meet
 from distill.datachecks import (
     check_agreement,
     check_alignment,
     check_cache,
     check_end,
-    check_memory,
     check_padding,
     check_rows,
 )
-from distill.microbatch import Collator, check_frames
+from distill.memorycheck import check_memory
+from distill.microbatch import Collator, check_frames, split
 from distill.objective import Objective, check_codec
-from distill.ranks import build_accelerator
+from distill.ranks import build_accelerator, resolve_precision
 from distill.run import ears_of, lora_of, open_training_stream, student_llm, wrap_teacher
 from distill.teacher import load_teacher
 from distill.weighing import active_terms, build_schedules, loss_at
@@ -59,6 +61,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "gradients": check_gradients,
     "memory": check_memory,
 }
+NUM_BATCHES = 4  # of the run that are read
 OF_TARGETS = ("cache", "first choice", "KL(teacher‖teacher)")
 
 
@@ -111,17 +114,27 @@ def build_case(config: Config) -> Case:
     ).eval()
     collate = Collator(teacher, student, accelerator.device, torch.float32, loss.task_weights)
     labelled = replace(config, on_policy=OnPolicyConfig())  # the checks compare with labels
-    samples = choose(open_training_stream(labelled, accelerator, own, student), config.train.micro_batch_size)
-    loss = loss_at(loss, schedules, config.train.steps // 2)
-    return Case(objective, collate, samples, collate(samples), loss, model)
+    stream = open_training_stream(labelled, accelerator, own, student)
+    stream.bad_samples = None  # the list of the run that will be, whose folder may not be there yet
+    batches = list(islice(iter(stream), NUM_BATCHES))
+    samples = choose(batches)
+    loss, dtype = loss_at(loss, schedules, config.train.steps // 2), resolve_precision(config.precision)
+    return Case(objective, collate, samples, collate(samples), loss, model, largest(batches, config.train), dtype)
 
 
-def choose(stream, size: int, num_batches: int = 4, most: int = 4) -> list[Sample]:
+def choose(batches: Sequence[list[Sample]], most: int = 4) -> list[Sample]:
     """A few samples whose answers differ in length, so that no mean of means can hide."""
-    seen = {sample.key: sample for batch in islice(iter(stream), num_batches) for sample in batch}
+    seen = {sample.key: sample for batch in batches for sample in batch}
     ordered = sorted(seen.values(), key=lambda sample: len(sample.text or ""))
-    count = min(max(size, 2), most, len(ordered))
+    count = min(most, len(ordered))
     return [ordered[round(i * (len(ordered) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def largest(batches: Sequence[list[Sample]], options: TrainConfig) -> list[Sample]:
+    """The micro-batch with the most audio, padding included, cut as one process's training cuts it."""
+    parts = math.ceil(options.batch_size / options.micro_batch_size)
+    cut = [part for batch in batches for part in split(batch, parts) if part]
+    return list(max(cut, key=lambda part: len(part) * max(len(sample.waveform_N) for sample in part)))
 
 
 def wake_lora_(student) -> None:

@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import distill.checks
 import distill.fused
 import distill.losses
+import distill.memorycheck
 import distill.microbatch
 import distill.weighing
 import teachers.salmonn
@@ -54,6 +55,36 @@ def test_a_sound_run_passes(toys, words, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert code == 0 and len(lines) == 13
     assert all(line.startswith("pass") for line in lines)
+
+
+@pytest.mark.parametrize("words", [[], ["teacher.online=true"]])
+def test_memory_is_that_of_a_whole_micro_batch_in_the_precision_of_the_run(toys, tmp_path, monkeypatch, words):
+    words = ["train.batch_size=12", "train.micro_batch_size=10", "precision=bf16", f"cache.folder={tmp_path}", *words]
+    config = load_config(toys / "toy.yaml", words)
+    cache(config)
+    case = build_case(config)
+    assert (len(case.samples), len(case.micro_batch)) == (4, 6)  # 12 are cut into two halves
+    assert " GB at 6 clips a micro-batch in bfloat16, of " in distill.memorycheck.check_memory(case)
+    monkeypatch.setattr(distill.memorycheck, "MOST_SECONDS", 0.0)
+    text = distill.memorycheck.check_memory(case)
+    assert " GB at 6 clips a micro-batch in bfloat16 (extrapolated from 4: all of them would take " in text
+
+
+def test_a_micro_batch_that_does_not_fit_is_found(toys, monkeypatch):
+    case = build_case(load_config(toys / "toy.yaml"))
+    monkeypatch.setattr(distill.memorycheck, "device_bytes", lambda case: 10**6)
+    assert "but more is needed; lower train.micro_batch_size" in failing(case, "memory")["memory"]
+
+
+def test_a_clip_that_cannot_be_read_does_not_stop_doctor_before_there_is_a_run(toys, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    for path in (toys / "data" / "train").glob("*.tar"):
+        data = path.read_bytes()
+        place = data.index(b"fLaC") + 200  # inside the first clip
+        (tmp_path / "train" / path.name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    words = [f"data.folder={tmp_path}", f"runs={tmp_path}", "teacher.online=true", "loss.hidden=0"]
+    assert doctor(load_config(toys / "toy.yaml", words)) == 0
+    assert capsys.readouterr().out.startswith("pass  set up")
 
 
 def test_a_sound_run_across_tokenizers_passes(toys, capsys):
