@@ -366,6 +366,17 @@ def test_answers_of_another_student_are_refused(toys, other_student):
         answers(configure(toys, "name=other", *DRAWN))
 
 
+def test_a_student_that_was_trained_with_other_prompts_is_not_scored(toys):
+    folder = toys / "runs" / "asked-otherwise" / "student"
+    shutil.copytree(toys / "runs/r0/student", folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["model"]["template"] = "{}"
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"prompts of the student .*asked-otherwise/student are not those of the"):
+        answers(configure(toys, "name=asked-otherwise", *DRAWN, "on_policy.round=6"))
+    assert not (toys / "data/cache/round-6").exists()
+
+
 def test_answers_made_in_another_way_are_not_written_beside_these(toys):
     with pytest.raises(ValueError, match=r"holds answers with temperature 1\.0, but this job's have temperature 0\.5"):
         answers(configure(toys, "name=r0", *DRAWN, "on_policy.temperature=0.5"))
