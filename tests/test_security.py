@@ -47,7 +47,7 @@ def test_a_pickle_in_a_model_folder_is_refused_and_never_run(toys, tmp_path, par
     shutil.copytree(toys / "teacher", saved)
     text = (saved / "config.json").read_text()
     (saved / "config.json").write_text(text.replace(getattr(config, part), str(folder)))
-    with pytest.raises((ValueError, OSError, pickle.UnpicklingError)):
+    with pytest.raises(ValueError, match="safetensors"):
         load_salmonn(saved)
     assert not (tmp_path / "ran").exists()
 
