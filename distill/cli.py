@@ -73,11 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def known_tasks(stage) -> dict:
-    """`tasks=` for the stages that check a manifest's tasks: those that have prompts."""
+    """For the stages that check a manifest's tasks, `tasks=`, those that have prompts, and `questions=`, see there."""
     if "tasks" not in inspect.signature(stage).parameters:
         return {}
-    prompts = json.loads((Path(__file__).parents[1] / "teachers" / "prompts.json").read_text())
-    return {"tasks": prompts.keys()}
+    from teachers.prompts import load_prompts
+
+    prompts = load_prompts(None, "{}")
+    return {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
 
 
 def guard(work, *, debug: bool) -> int:
@@ -86,7 +88,10 @@ def guard(work, *, debug: bool) -> int:
     `KeyError` and the like are bugs of ours and keep their traceback.
     """
     try:
-        return int(work() or 0)
+        code = int(work() or 0)
+        if code:  # the stage has said why
+            tell_launcher(f"exit code {code}: see the message above; the same command goes on from what is finished")
+        return code
     except KeyboardInterrupt:
         print("stopped; files that were finished are kept, and the same command goes on from them", file=sys.stderr)
         return 130

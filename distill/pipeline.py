@@ -61,10 +61,11 @@ def make_shards(config: Config) -> None:
         make_corpus(config)
     elif config.cuts_valid:
         cut_manifest(config)
-    tasks = load_prompts(None, "{}").by_task.keys()
+    prompts = load_prompts(None, "{}")
+    known = {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
     for name in ("train", "valid", "test"):
         if config.manifest(name) is not None:
-            report = pack(config.manifest(name), config.shards(name), name=name, tasks=tasks, show_progress=True)
+            report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
             print(report, file=sys.stderr)
 
 

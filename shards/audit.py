@@ -51,6 +51,7 @@ def audit(
     *,
     root: Path | None = None,
     tasks: Collection[str] | None = None,
+    questions: Collection[str] = (),
     policy: dict[str, str] | None = None,
     stop_above: float = 1.0,
     workers: int | None = None,
@@ -66,6 +67,7 @@ def audit(
         out: folder for audit.jsonl and the cleaned manifests.
         root: the folder that paths are relative to, if not the manifest's own.
         tasks: those that exist; None accepts all.
+        questions: those whose rows must bring a question.
         policy: reason -> keep, fix or drop, over the defaults of `shards.findings.REASONS`.
         stop_above: a greater share of dropped rows in a manifest is an error, and its cleaned manifest is not written.
         workers: processes; by default one a CPU.
@@ -92,7 +94,7 @@ def audit(
     ):
         for path in reversed(manifests):
             auditing = _Auditing(path, policy, later, report, log)
-            pieces = batched(scan_manifest(path, root=root), ROWS_A_PIECE)
+            pieces = batched(scan_manifest(path, root=root, questions=questions), ROWS_A_PIECE)
             found = map_in_order(_audit_piece, pieces, workers=workers)
             try:
                 auditing.clean(out / _cleaned_name(path, manifests), found, stop_above, advance)
@@ -194,13 +196,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes (%(default)s)")
 
 
-def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None) -> int:
-    """Run `distill audit`; `tasks` are those that exist (None: any)."""
+def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, questions: Collection[str] = ()) -> int:
+    """Run `distill audit`; `tasks` are those that exist (None: any), `questions` those that ask the row's own."""
     report = audit(
         args.manifests,
         args.out,
         root=args.root,
         tasks=tasks,
+        questions=questions,
         policy={reason: verdict for verdict in ("keep", "fix", "drop") for reason in getattr(args, verdict)},
         stop_above=args.stop_above,
         workers=args.workers,

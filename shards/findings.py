@@ -41,6 +41,7 @@ REASONS = {
     "json": Reason("the row is not JSON", "drop", _ONLY_DROP),
     "type": Reason("a field is missing or of the wrong type", "drop", _ONLY_DROP),
     "empty_text": Reason("the answer is empty", "drop", _ONLY_DROP),
+    "missing_question": Reason("the task's prompt is the row's question, which is missing", "drop", _ONLY_DROP),
     "long_text": Reason("nobody says so much in so little time", "drop", _DROP),
     "missing": Reason("no such file", "drop", _ONLY_DROP),
     "unreadable": Reason("the file cannot be opened, or is none", "drop", _ONLY_DROP),

@@ -69,8 +69,15 @@ def read_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry]:
         yield row
 
 
-def scan_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry | RowError]:
-    """As `read_manifest`, but a row that is not an entry is yielded as its `RowError`, for the caller to count."""
+def scan_manifest(
+    path: Path, *, root: Path | None = None, questions: Collection[str] = ()
+) -> Iterator[Entry | RowError]:
+    """As `read_manifest`, but a row that is not an entry is yielded as its `RowError`, for the caller to count.
+
+    Args:
+        path, root: as there.
+        questions: tasks whose rows must bring a question.
+    """
     path = Path(path)
     if not path.is_file():
         raise missing_file_error(path)
@@ -81,7 +88,7 @@ def scan_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry | R
             yield value
             continue
         try:
-            yield _to_entry(value, path, number, place, root, source)
+            yield _to_entry(value, path, number, place, root, source, questions)
         except RowError as error:
             yield error
 
@@ -193,7 +200,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _to_entry(value: object, path: Path, number: int, place: str, root: Path | None, source: str) -> Entry:
+def _to_entry(
+    value: object,
+    path: Path,
+    number: int,
+    place: str,
+    root: Path | None,
+    source: str,
+    questions: Collection[str],
+) -> Entry:
     def fail(field: str, reason: str, problem: str):
         return RowError(path, number, f"{place}{field}", reason, problem)
 
@@ -208,6 +223,9 @@ def _to_entry(value: object, path: Path, number: int, place: str, root: Path | N
     text = value.get("text")
     if text is not None and not text.strip():
         raise fail(".text", "empty_text", "is empty, but an answer must say something; use null for unlabelled audio.")
+    if value["task"] in questions and not (value.get("Q") or "").strip():
+        task = value["task"]
+        raise fail(".Q", "missing_question", f"is missing, but the prompt of task {task!r} is the row's; give it a Q.")
     more = value.get("expand_wav") or []
     if not isinstance(more, list) or not all(map(_is_string, more)):
         raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")

@@ -55,6 +55,7 @@ def pack(
     name: str | None = None,
     root: Path | None = None,
     tasks: Collection[str] | None = None,
+    questions: Collection[str] = (),
     shard_samples: int = SHARD_SAMPLES,
     shard_bytes: int = SHARD_BYTES,
     options: EncodeOptions | None = None,
@@ -70,6 +71,7 @@ def pack(
         name: of the shards; by default the manifest's.
         root: the folder that the manifest's paths are relative to, if not its own.
         tasks: those that exist; None accepts all.
+        questions: those whose rows must bring a question.
         shard_samples: the most samples of a shard.
         shard_bytes: the most bytes of a shard that holds more than one sample.
         options: what is accepted, and what is done with long clips; None: the defaults of `EncodeOptions`.
@@ -85,7 +87,7 @@ def pack(
     manifest, out = Path(manifest), Path(out)
     workers = count_cpus() if workers is None else workers
     options = options or EncodeOptions()
-    num_rows, some = _survey(manifest, root, tasks)
+    num_rows, some = _survey(manifest, root, tasks, questions)
     packing = PackFolder(manifest, out, name or manifest.stem, shard_samples, shard_bytes, options)
     resumed = packing.resume()
     if not packing.complete:
@@ -93,7 +95,8 @@ def pack(
         needed = estimate_bytes(some, num_rows - packing.next_row, longest=longest)
         check_space(out, needed, "shards", remedy="free some space, or give a folder on another disk")
         max_bad = max(MIN_MAX_BAD, math.ceil(max_bad_share * num_rows))
-        rows = dropwhile(lambda row: row.number < packing.next_row, scan_manifest(manifest, root=root))
+        rows = scan_manifest(manifest, root=root, questions=questions)
+        rows = dropwhile(lambda row: row.number < packing.next_row, rows)
         encoded = map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
         with progress_bar(f"packing {packing.name}", num_rows, show=show_progress) as advance:
             advance(packing.next_row)
@@ -132,8 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None) -> int:
-    """Run `distill pack`; `tasks` are those that exist (None: any)."""
+def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, questions: Collection[str] = ()) -> int:
+    """Run `distill pack`; `tasks` are those that exist (None: any), `questions` those that ask the row's own."""
     if args.verify:
         from shards.verify import verify
 
@@ -148,6 +151,7 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None) -> i
         name=args.name,
         root=args.root,
         tasks=tasks,
+        questions=questions,
         shard_samples=args.shard_samples,
         shard_bytes=int(args.shard_mb * 1e6),
         options=EncodeOptions(args.too_long, limits),
@@ -159,13 +163,15 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None) -> i
     return 0
 
 
-def _survey(manifest: Path, root: Path | None, tasks: Collection[str] | None) -> tuple[int, list[Entry]]:
+def _survey(
+    manifest: Path, root: Path | None, tasks: Collection[str] | None, questions: Collection[str]
+) -> tuple[int, list[Entry]]:
     """Number of rows and some of them, once every task is known and every recording is there; nothing is decoded."""
     num_bad, some = 0, EvenChoice()
 
     def entries() -> Iterator[Entry]:
         nonlocal num_bad
-        for row in scan_manifest(manifest, root=root):
+        for row in scan_manifest(manifest, root=root, questions=questions):
             if isinstance(row, RowError):
                 num_bad += 1
             else:

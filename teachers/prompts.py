@@ -40,6 +40,11 @@ class Prompts:
         if self.template.count("{}") != 1:
             raise ValueError(f"template is {self.template!r}, but must hold {{}} exactly once; correct the config.")
 
+    @property
+    def asking(self) -> set[str]:
+        """The tasks whose samples bring their own question."""
+        return {task for task, prompts in self.by_task.items() if any("{}" in prompt for prompt in prompts)}
+
     def choose(self, task: str, key: str, question: str | None, *, first: bool = False) -> tuple[str, str]:
         """The text before and after the audio, for one sample.
 

@@ -92,11 +92,14 @@ def test_what_the_audit_keeps_packs_without_a_bad_sample(tmp_path):
         ({"path": ".", "text": "one", "task": "asr"}, {"unreadable": "drop"}),
         ({"path": "/dev/zero", "text": "one", "task": "asr"}, {"unreadable": "drop"}),
         ({"path": "clip000.wav", "task": "asr"}, {}),
+        ({"path": "clip000.wav", "text": "two", "task": "QA"}, {"missing_question": "drop"}),
+        ({"path": "clip000.wav", "text": "two", "task": "QA", "Q": " "}, {"missing_question": "drop"}),
+        ({"path": "clip000.wav", "text": "two", "task": "QA", "Q": "How many tones?"}, {}),
     ],
 )
 def test_a_faulty_row_gets_its_reason(tmp_path, row, expected):
     write_clips(tmp_path, 1)
-    audit([write_annotation(tmp_path / "m.json", [row])], tmp_path / "out", workers=1)
+    audit([write_annotation(tmp_path / "m.json", [row])], tmp_path / "out", questions={"QA"}, workers=1)
     assert read_findings(tmp_path / "out") == ({0: expected} if expected else {})
 
 

@@ -192,6 +192,16 @@ def test_bad_samples_are_left_out_counted_and_written_down_with_their_reason(tmp
     assert pack(manifest, tmp_path / "out", shard_samples=4, workers=1).bad == report.bad
 
 
+def test_a_row_whose_task_asks_for_a_question_is_left_out_without_one(tmp_path):
+    rows = [{**row, "task": "QA"} for row in write_clips(tmp_path, 3)]
+    rows[0]["Q"], rows[2]["Q"] = "Which tone?", ""
+    manifest = write_annotation(tmp_path / "m.json", rows)
+    report = pack(manifest, tmp_path / "out", questions={"QA"}, workers=1)
+    assert [(bad.number, bad.reason) for bad in report.bad] == [(1, "missing_question"), (2, "missing_question")]
+    assert "annotation[1].Q is missing, but the prompt of task 'QA' is the row's" in report.bad[0].message
+    assert report.num_samples == 1 and pack(manifest, tmp_path / "any", workers=1).num_samples == 3
+
+
 def test_too_many_bad_samples_end_the_run_with_the_reasons(tmp_path):
     rows = write_clips(tmp_path, 30)
     for number in range(11):
@@ -274,6 +284,15 @@ def test_a_silent_clip_is_kept_only_where_the_label_says_so(tmp_path, task, text
     report = pack(manifest, tmp_path / "out", workers=1)
     assert report.num_samples == 1 + is_kept
     assert [bad.reason for bad in report.bad] == ([] if is_kept else ["silent"])
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_folder_with_a_damaged_record_is_refused_by_its_name(manifest, tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"index\.json cannot be read as the record of a pack \(.*\), but .*; remove it"
+    ):
+        pack(manifest, tmp_path, workers=1)
 
 
 def test_unlabelled_rows_are_packed_with_a_null_text(tmp_path):
