@@ -69,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(own)
     args = own.parse_intermixed_args(rest)  # options and key=value words in any order
-    return guard(lambda: module.main(args, **known_tasks(module.main)), debug=args.debug)
+    return guard(lambda: module.main(args, **known_tasks(module.main, args)), debug=args.debug)
 
 
-def known_tasks(stage) -> dict:
-    """For the stages that check a manifest's tasks, `tasks=`, those that have prompts, and `questions=`, see there."""
+def known_tasks(stage, args: argparse.Namespace) -> dict:
+    """For stages that check a manifest's tasks, `tasks`, those of `args.prompts`, and `questions`, see there."""
     if "tasks" not in inspect.signature(stage).parameters:
         return {}
     from teachers.prompts import load_prompts
 
-    prompts = load_prompts(None, "{}")
+    prompts = load_prompts(args.prompts, "{}")
     return {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
 
 

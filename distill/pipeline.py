@@ -61,7 +61,7 @@ def make_shards(config: Config) -> None:
         make_corpus(config)
     elif config.cuts_valid:
         cut_manifest(config)
-    prompts = load_prompts(None, "{}")
+    prompts = load_prompts(config.teacher.prompts or None, "{}")
     known = {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
     for name in ("train", "valid", "test"):
         if config.manifest(name) is not None:

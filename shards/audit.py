@@ -192,6 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{verdict}", nargs="+", default=[], metavar="REASON", help=f"reasons to {verdict} rows for"
         )
+    parser.add_argument("--prompts", type=Path, help="JSON file of the prompts whose tasks there are (the library's)")
     parser.add_argument("--stop-above", type=float, default=1.0, help="fail if a larger share is dropped (%(default)g)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes (%(default)s)")
 

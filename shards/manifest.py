@@ -102,8 +102,11 @@ def check_tasks(entries: Iterable[Entry], tasks: Collection[str] | None) -> Iter
     for entry in entries:
         if tasks is not None and entry.task not in tasks:
             near = difflib.get_close_matches(entry.task, tasks, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"task {entry.task!r} unknown at {entry.place}; {hint}({', '.join(sorted(tasks))})")
+            hint = f"did you mean {near[0]!r}? Else " if near else ""
+            raise ValueError(
+                f"task of {entry.place} is {entry.task!r}, but there are prompts for {', '.join(sorted(tasks))} alone; "
+                f"{hint}give the prompts it was made for: --prompts FILE, or teacher.prompts in a config."
+            )
         yield entry
 
 

@@ -118,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, nargs="?", help="folder for the shards, index.json and bad_samples.jsonl")
     parser.add_argument("--name", help="of the shards (the manifest's)")
     parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (the manifest's)")
+    parser.add_argument("--prompts", type=Path, help="JSON file of the prompts whose tasks there are (the library's)")
     parser.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="most samples a shard (%(default)s)")
     parser.add_argument(
         "--shard-mb", type=float, default=SHARD_BYTES / 1e6, help="most megabytes a shard (%(default)g)"

@@ -145,7 +145,9 @@ def test_memory_does_not_grow_with_the_manifest(tmp_path, monkeypatch, suffix):
 
 def test_an_unknown_task_names_the_nearest(tmp_path):
     path = write_annotation(tmp_path / "m.json", [ROW, {**ROW, "task": "asrr"}])
-    with pytest.raises(ValueError, match=r"task 'asrr' unknown at .*annotation\[1\]; did you mean 'asr'\? \(QA, asr\)"):
+    with pytest.raises(
+        ValueError, match=r"annotation\[1\] is 'asrr', but .* for QA, asr alone; did you mean 'asr'\?.* --prompts"
+    ):
         list(check_tasks(read_manifest(path), {"asr", "QA"}))
     assert len(list(check_tasks(read_manifest(path), None))) == 2
 

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import tiny
 
+from distill.cli import main
 from distill.config import Config, load_config
 from distill.pipeline import make_shards
 from shards.manifest import read_manifest
@@ -53,6 +54,33 @@ def test_a_cut_that_was_interrupted_is_made_again(tmp_path):
         config.manifest(name).write_text('{"annotation": []}')
     make_shards(config)
     assert len(list(read_manifest(config.manifest("train")))) == 6
+
+
+@pytest.mark.parametrize("command", ["pack", "audit"])
+def test_own_prompts_decide_which_tasks_there_are_and_which_need_a_question(tmp_path, capsys, command):
+    soundfile.write(tmp_path / "a.wav", tiny.tone(1), 16_000)
+    rows = [{"path": "a.wav", "text": "x", "task": task} for task in ("emotion", "riddle")]
+    (tmp_path / "m.json").write_text(json.dumps({"annotation": [rows[0], {**rows[1], "Q": "Who?"}, rows[1]]}))
+    prompts = {"emotion": "<Speech><SpeechHere></Speech> How do they feel?", "riddle": "<SpeechHere> {}"}
+    (tmp_path / "own.json").write_text(json.dumps(prompts))
+    out = {"pack": [str(tmp_path / "out")], "audit": ["--out", str(tmp_path / "out"), "--keep", "duplicate"]}[command]
+    words = [command, str(tmp_path / "m.json"), *out, "--workers", "1"]
+    assert main(words) == 1
+    assert "is 'emotion', but there are prompts for QA, asr, " in capsys.readouterr().err
+    assert main([*words, "--prompts", str(tmp_path / "own.json")]) == 0
+    assert "missing_question" in capsys.readouterr().out
+    assert main([*words, "--prompts", str(tmp_path / "gone.json")]) == 1
+
+
+def test_a_pipeline_packs_the_tasks_of_its_teachers_prompts(tmp_path):
+    write_corpus(tmp_path)
+    rows = json.loads((tmp_path / "all.json").read_text())["annotation"]
+    (tmp_path / "all.json").write_text(json.dumps({"annotation": [{**row, "task": "emotion"} for row in rows]}))
+    with pytest.raises(ValueError, match=r"'emotion', but there are prompts for .* or teacher\.prompts in a config"):
+        make_shards(configure(tmp_path))
+    (tmp_path / "own.json").write_text('{"emotion": "<SpeechHere> How do they feel?"}')
+    make_shards(configure(tmp_path, f"teacher.prompts={tmp_path}/own.json"))
+    assert (tmp_path / "data/train/index.json").exists()
 
 
 STAGE = """
