@@ -78,9 +78,8 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
 
 def cache(config: Config) -> int:
     """Write the targets of every training shard that has none yet; returns the exit code."""
-    accelerator = build_accelerator()
+    accelerator, shards = build_accelerator(), expand_shards(config.shards("train"))
     teacher = teach_online(config, load_teacher(config).to(accelerator.device))
-    shards = expand_shards(config.shards("train"))
     writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards))
     save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
     if write_missing(config, Capturer(teacher, config), writer, shards, accelerator) and accelerator.is_main_process:

@@ -400,6 +400,13 @@ def test_training_refuses_a_cache_that_lacks_a_shard_or_holds_a_cut_one(toys, tm
     assert len(wrap_teacher(config, model).reader.keys("train-000000")) == 5
 
 
+def test_a_wrong_data_folder_is_refused_before_a_teacher_is_loaded_or_a_folder_made(toys, tmp_path):
+    words = [f"data.folder={tmp_path / 'gone'}", f"teacher.path={tmp_path / 'teacher'}"]
+    with pytest.raises(ValueError, match=r"shards is '\S*gone/train' .*, but no shard matches"):
+        cache(load_config(toys / "toy.yaml", words))
+    assert not list(tmp_path.iterdir())
+
+
 def test_shards_that_were_packed_anew_from_other_data_are_cached_again_and_no_others(toys, tmp_path, capsys):
     shutil.copytree(toys / "data" / "train", tmp_path / "data" / "train")
     words = [f"data.folder={tmp_path}/data"]
