@@ -55,7 +55,7 @@ class PackFolder:
         record_path = next((self.out / name for name in (INDEX, PARTIAL_INDEX) if (self.out / name).exists()), None)
         if record_path is None:
             return 0
-        record = json.loads(record_path.read_text())
+        record = _read_record(record_path)
         for field, value in self.identity.items():
             if record.get(field) != value:
                 raise ValueError(
@@ -163,6 +163,16 @@ class PackFolder:
         """Samples, seconds and bytes of all shards."""
         totals = {field: sum(shard[field] for shard in self.shards) for field in ("samples", "seconds", "bytes")}
         return totals | {"seconds": round(totals["seconds"], 6)}
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as the record of a pack ({error}), but a pack goes on from it; remove it, or "
+            f"choose another folder."
+        ) from error
 
 
 def hash_file(path: Path) -> str:
