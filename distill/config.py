@@ -266,6 +266,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             problem = "is empty, but must have a value; give one, or '' for no text."
             raise ValueError(f"{origin}: {key} {problem}") from error
         raise ValueError(f"{origin}: {key}: {problem}; correct the file or the override.") from error
+    refuse_secrets(dataclasses.asdict(config), str(path))  # again: ${oc.env:…} is a value only now
     check_config(config, str(path))
     return config
 

@@ -193,6 +193,12 @@ def test_a_base_that_cannot_be_read_is_refused_by_its_name(tmp_path, whole, own,
         load_config(write(tmp_path, whole=whole, own=own) / "own.yaml")
 
 
+def test_a_credential_that_the_environment_holds_does_not_come_into_a_config(monkeypatch):
+    monkeypatch.setenv("CREDENTIAL", "hf_" + "a" * 24)
+    with pytest.raises(ValueError, match=r"demo\.yaml: student\.llm looks like a credential"):
+        load_config(RECIPES[0], ["student.llm=${oc.env:CREDENTIAL}"])
+
+
 def test_a_base_is_no_word_of_the_command_line():
     with pytest.raises(ValueError, match=r"Key 'base' not in 'Config'"):
         load_config(RECIPES[0], ["base=demo.yaml"])
