@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from shards.manifest import sync_folder, temporary_path
@@ -70,9 +71,10 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     Raises:
         OSError: something cannot be written; `folder` stays as it was.
     """
+    folder = Path(os.path.abspath(folder))  # "." has no name
     with explain_unwritten(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+        for leftover in folder.parent.glob(f".{escape(folder.name)}.*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = temporary_path(folder)
         temporary.mkdir()

@@ -284,6 +284,14 @@ def test_cut_weights_are_refused_by_the_name_of_their_file(tmp_path, part, kept)
         load_salmonn(tmp_path / "model")
 
 
+def test_a_model_is_saved_into_the_working_directory_over_what_is_there(parts, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("old")
+    monkeypatch.chdir(tmp_path)
+    model = tiny.make_teacher(parts).eval()
+    save_salmonn(model, ".")
+    assert torch.equal(logits(load_salmonn("."), SAMPLES[:1])[0], logits(model, SAMPLES[:1])[0])
+
+
 def test_weights_that_are_not_there_are_named(parts, tmp_path):
     save_salmonn(tiny.make_teacher(parts), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
