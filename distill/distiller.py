@@ -6,7 +6,6 @@ weighted by its term's weight over that count. So the gradient of a step does no
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,27 +19,20 @@ from torch import Tensor, nn
 from distill import checkpoint as ckpt
 from distill.config import EvalConfig, LossConfig, TrainConfig
 from distill.crossteacher import CrossTeacher, meet
-from distill.evaluate import evaluate
-from distill.metrics import mean_error
 from distill.microbatch import Collator, MicroBatch, check_frames, split
 from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.runlog import RunLog
-from distill.validation import Best, check_split
+from distill.stopping import BadSteps, StopRequest
+from distill.validation import Best, check_split, validate
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.zero import configure_deepspeed, gathered, hide_frozen_, is_zero3, join_
 from shards.sample import SAMPLE_RATE, Sample
 from shards.stream import ShardStream
 from teachers.loading import own_tensors
 from teachers.salmonn import Salmonn
-
-PREEMPTED = 143  # exit code after SIGTERM, as the shell counts it
-
-
-class BadStepsError(RuntimeError):
-    """Too many steps in a row had a loss that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,8 @@ class Distiller:
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
-        self._stop = False
+        self.stop = StopRequest()
+        self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
         self.saved = ckpt.find_resumable(
             self.run_folder, self.options.resume, self.identity, lambda text: say(self.accelerator, text)
         )
@@ -141,24 +134,20 @@ class Distiller:
         self.run_folder.mkdir(parents=True, exist_ok=True)
         start = self._prepare()
         losses: list[float] = []
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with (
+            self.stop,
+            RunLog(self.run_folder, start, self.accelerator.is_main_process) as self.log,
+            Progress(f"train {self.run_folder.name}", self.options.steps, start, self.accelerator) as progress,
+        ):
             batches = iter(self.stream)
-            with (
-                RunLog(self.run_folder, start, self.accelerator.is_main_process) as self.log,
-                Progress(f"train {self.run_folder.name}", self.options.steps, start, self.accelerator) as progress,
-            ):
-                for step in range(start, self.options.steps):
-                    record = self._step(step, batches)
-                    losses.append(record["loss"])
-                    progress.advance(f"loss {record['loss']:.3f}")
-                    self._after(step + 1, record)
-                    if record["stop"]:
-                        say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
-                        return self._result(step + 1, losses, preempted=True)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for step in range(start, self.options.steps):
+                record = self._step(step, batches)
+                losses.append(record["loss"])
+                progress.advance(f"loss {record['loss']:.3f}")
+                self._after(step + 1, record)
+                if record["stop"]:
+                    say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
+                    return self._result(step + 1, losses, preempted=True)
         join_(self.accelerator, self.objective)
         self._take_best_()
         return self._result(self.options.steps, losses)
@@ -189,7 +178,6 @@ class Distiller:
         self.student.train()
         if saved is not None:
             ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, saved.step)
-        self.bad_steps = 0
         return saved.step if saved is not None else 0
 
     @property
@@ -212,7 +200,7 @@ class Distiller:
         seconds = sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE
         local = [float(sum(values)) for values in zip(*counts)]
         *totals, stop, seconds = sum_over_ranks(
-            self.accelerator, [*local, float(self._stop or step + 1 == self.options.stop_after), seconds]
+            self.accelerator, [*local, float(bool(self.stop) or step + 1 == self.options.stop_after), seconds]
         )
         loss = loss_at(self.loss, self.schedules, step)
         terms = self._forward_backward(micro_batches, loss, Counts(*map(int, totals)))
@@ -221,7 +209,7 @@ class Distiller:
         sums = sum_over_ranks(self.accelerator, [terms[name] for name in names])
         record = {"step": step + 1, "loss": sum(sums), **dict(zip(names, sums)), "learning_rate": rate,
                   "grad_norm": norm, "positions": int(max(totals[:2])), "audio_seconds": seconds}  # fmt: skip
-        self._check_finite(record, [s.key for s in samples])
+        self.bad_steps.check(record, [s.key for s in samples])
         return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}
 
     def _forward_backward(
@@ -254,18 +242,6 @@ class Distiller:
         self.optimizer.zero_grad()
         return norm
 
-    def _check_finite(self, record: dict, keys: list[str]) -> None:
-        if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
-            self.bad_steps = 0
-            return
-        self.bad_steps += 1
-        say(self.accelerator, f"step {record['step']} is skipped: loss {record['loss']}, keys {', '.join(keys[:8])}")
-        if self.bad_steps >= self.options.max_bad_steps:
-            raise BadStepsError(
-                f"loss is {record['loss']} for {self.bad_steps} steps in a row, but must be finite; look at samples "
-                f"{', '.join(keys[:8])}, or lower train.learning_rate; checkpoints before them are kept."
-            )
-
     # After a step
 
     def _after(self, step: int, record: dict) -> None:
@@ -297,14 +273,11 @@ class Distiller:
 
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
-        self.student.eval()
         with gathered(self.accelerator, self.objective):
-            scores = evaluate(self.student, self.valid, self.answers, self.accelerator, title="valid")
-        self.student.train()
-        best = Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
-        if self.best.error is None or best.error < self.best.error:
-            self.best = best
-        self.log.validation(step, best.error, best.scores)
+            found = validate(self.student, self.valid, self.answers, self.accelerator, step)
+        if self.best.error is None or found.error < self.best.error:
+            self.best = found
+        self.log.validation(step, found.error, found.scores)
 
     def _take_best_(self) -> None:
         """Give the student the weights of the best validation, in place."""
@@ -313,9 +286,3 @@ class Distiller:
         folder = ckpt.checkpoint_folder(self.run_folder / "checkpoints", self.best.step)
         ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, folder / ckpt.WEIGHTS)
         say(self.accelerator, f"the student keeps its weights of step {self.best.step}, the best on {self.valid}")
-
-    def _on_signal(self, number, frame) -> None:
-        """Ask for a stop after this step; a second signal ends the process at once."""
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
+from distill.stopping import PREEMPTED
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
 from shards.packfolder import hash_file
 from teachers.prompts import load_prompts
 
 CUT = "cut.json"  # beside the manifests that were cut: what from
-PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order
 POLL_SECONDS = 0.1  # between looks at whether the processes of a stopped stage are gone
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, load_config, to_yaml
-from distill.distiller import PREEMPTED, Distiller
+from distill.distiller import Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
+from distill.stopping import PREEMPTED
 from distill.teacher import load_teacher, teach_online
 from shards.catalog import hash_shards
 from shards.sample import SAMPLE_RATE

@@ -18,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperMo
 
 from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, ScratchConfig, TrainConfig, fingerprint, load_config
-from distill.distiller import PREEMPTED, Distiller, FitResult
+from distill.distiller import Distiller, FitResult
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, say
+from distill.stopping import PREEMPTED
 from distill.tokenizer import train_tokenizer
 from shards.manifest import open_atomically, read_manifest
 from shards.stream import ShardStream
@@ -101,11 +102,10 @@ def is_done(folder: Path, mark: str) -> bool:
 
 def has_parts(folder: Path, mark: str) -> bool:
     """Whether the parts of these settings are whole; unfinished work of others is of no use to them, and is said."""
-    if not folder.exists():
-        return False
     if (folder / PARTS).exists() and json.loads((folder / PARTS).read_text()) == {"fingerprint": mark}:
         return True
-    print(f"teacher: {folder} is unfinished or of other settings, made anew", file=sys.stderr)
+    if folder.exists():
+        print(f"teacher: {folder} is unfinished or of other settings, made anew", file=sys.stderr)
     return False
 
 

@@ -1,25 +1,37 @@
-"""Which of a run's weights are the best: what a validation found, and what a validation split must hold.
+"""Which of a run's weights are the best: a validation, what it found, and what its split must hold.
 
-Knows scores and an index of samples, no training.
+Knows answers and scores, no training.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 
-from distill.metrics import METRICS
+from distill.config import EvalConfig
+from distill.evaluate import evaluate
+from distill.metrics import METRICS, mean_error
 from shards.catalog import open_catalog
 from shards.localcopy import ShardCache
+from teachers.salmonn import Salmonn
 
 
 @dataclass(frozen=True)
 class Best:
-    """The validation with the lowest error."""
+    """A validation: the one with the lowest error, of a run."""
 
     step: int = 0  # 0: there was none
     error: float | None = None  # mean over tasks, see `metrics.mean_error`
     scores: dict[str, float] = field(default_factory=dict)  # by task
+
+
+def validate(student: Salmonn, folder: str | Path, answers: EvalConfig, accelerator: Accelerator, step: int) -> Best:
+    """Let a student in training answer a split; it is in training mode again afterwards. Every rank must call it."""
+    student.eval()
+    scores = evaluate(student, folder, answers, accelerator, title="valid")
+    student.train()
+    return Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
 
 
 def check_split(folder: str | Path) -> None:

@@ -14,8 +14,9 @@ from distill import checkpoint
 from distill.cache import cache
 from distill.checkpoint import find_checkpoint, save_checkpoint
 from distill.config import LossConfig, TrainConfig, load_config
-from distill.distiller import BadStepsError, Distiller
+from distill.distiller import Distiller
 from distill.run import run, wrap_teacher
+from distill.stopping import BadStepsError
 from shards.pack import pack
 from shards.stream import ShardStream
 from students.student import build_student, load_student, save_student

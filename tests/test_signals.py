@@ -11,11 +11,13 @@ import pytest
 import tiny
 from accelerate.state import AcceleratorState
 
+from distill import stopping
 from distill.cache import cache
 from distill.checkpoint import find_checkpoint
 from distill.config import Config, load_config
 from distill.run import run
 from distill.runlog import RunLog
+from distill.stopping import StopRequest
 
 NUM_STEPS = 16  # that are compared, of a run that is to have many more
 
@@ -85,6 +87,18 @@ def interrupt(config: Config, number: int, after_step: int) -> int:
     finally:
         process.kill()
         process.join()
+
+
+def test_signals_at_once_are_one_request_and_a_later_one_ends_the_process(monkeypatch):
+    with StopRequest() as stop:
+        assert not stop
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # of the queue, of a launcher, of the terminal
+            signal.raise_signal(number)
+        assert stop
+        monkeypatch.setattr(stopping, "SAME_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_sigterm_ends_training_with_a_checkpoint_that_the_same_command_goes_on_from(toys):
