@@ -213,14 +213,18 @@ def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:
     for folder in dict.fromkeys(_folder(name) for name in names):
         data = read_small(f"{folder}{CATALOG}")
         if data is not None:
-            listings[folder] = _read_listing(f"{folder}{CATALOG}", data)
+            listings[folder] = {shard["name"]: shard for shard in read_listing(f"{folder}{CATALOG}", data)}
     return listings
 
 
-def _read_listing(path: str, data: bytes) -> dict[str, dict]:
-    """The shards that an index.json lists, by name."""
+def read_listing(path: str | Path, data: bytes, fields: Sequence[str] = LISTED) -> list[dict]:
+    """These fields of each shard that an index.json lists.
+
+    Raises:
+        ShardError: it is damaged, or something else's.
+    """
     try:
-        return {shard["name"]: {field: shard[field] for field in LISTED} for shard in json.loads(data)["shards"]}
+        return [{field: shard[field] for field in fields} for shard in json.loads(data)["shards"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path} cannot be read as what `distill pack` writes ({error!r}), but lists the shards beside it; restore "

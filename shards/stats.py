@@ -11,6 +11,7 @@ import numpy as np
 import soundfile
 
 from shards.audio import GAP_SECONDS
+from shards.catalog import read_listing
 from shards.container import UNKNOWN_FRAMES
 from shards.manifest import Entry, missing_file_error, read_manifest
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
@@ -147,7 +148,7 @@ def _packed_samples(folder: Path) -> Iterator[tuple[str, str, bool, float]]:
     index = folder / "index.json"
     if not index.exists():
         raise missing_file_error(index)
-    for shard in json.loads(index.read_text())["shards"]:
+    for shard in read_listing(index, index.read_bytes()):
         with tarfile.open(folder / shard["name"]) as tar:
             for member in tar:
                 if member.name.endswith(".json"):
@@ -158,7 +159,7 @@ def _packed_samples(folder: Path) -> Iterator[tuple[str, str, bool, float]]:
 def _num_rows(path: Path, root: Path | None) -> int:
     if path.is_dir():
         index = path / "index.json"
-        return json.loads(index.read_text())["samples"] if index.exists() else 0
+        return sum(s["samples"] for s in read_listing(index, index.read_bytes())) if index.exists() else 0
     return sum(1 for _ in read_manifest(path, root=root))
 
 

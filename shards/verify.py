@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shards.archive import Member, Walk
 from shards.audio import decode_audio, hash_waveform
+from shards.catalog import LISTED, read_listing
 from shards.container import AudioError
 from shards.index import sidecar_path, unpack_sidecar
 from shards.manifest import missing_file_error
@@ -45,12 +46,13 @@ def verify(out: Path, *, workers: int | None = None, show_progress: bool = False
                 f"{out} is no packed folder, but {', '.join(map(str, near))} are; name one of them."
             )
         raise missing_file_error(out / "index.json")
-    index = json.loads((out / "index.json").read_text())
+    shards = read_listing(out / "index.json", (out / "index.json").read_bytes(), (*LISTED, "seconds"))
+    totals = {field: sum(shard[field] for shard in shards) for field in ("samples", "seconds")}
     workers = count_cpus() if workers is None else workers
     problems, last_key = [], ""
-    with progress_bar("verifying", index["samples"], show=show_progress) as advance:
-        found = map_in_order(partial(_verify_shard, out), index["shards"], workers=workers)
-        for shard, (first_key, final_key, shard_problems) in zip(index["shards"], found):
+    with progress_bar("verifying", totals["samples"], show=show_progress) as advance:
+        found = map_in_order(partial(_verify_shard, out), shards, workers=workers)
+        for shard, (first_key, final_key, shard_problems) in zip(shards, found):
             problems += shard_problems
             # keys begin with the row's number, so rising keys are unique keys
             if first_key <= last_key:
@@ -60,7 +62,7 @@ def verify(out: Path, *, workers: int | None = None, show_progress: bool = False
     if problems:
         more = f" (and {len(problems) - NUM_SHOWN} more)" if len(problems) > NUM_SHOWN else ""
         raise ValueError(f"{out} is not as it was packed: {'; '.join(problems[:NUM_SHOWN])}{more}; pack again.")
-    return VerifyReport(out, len(index["shards"]), index["samples"], index["seconds"])
+    return VerifyReport(out, len(shards), totals["samples"], totals["seconds"])
 
 
 def _verify_shard(out: Path, shard: dict) -> tuple[str, str, list[str]]:

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from tars import make_key, make_members, make_waveform, write_catalog, write_sha
 from shards.archive import ShardError
 from shards.audio import hash_waveform
 from shards.index import AS_WRITTEN, build_index, load_index, sidecar_path, write_index
+from shards.stats import measure
 from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
+from shards.verify import verify
 
 NUM_SAMPLES = 9
 SAME_CLOCK = "sidecar, and the time of change is as it was"
@@ -336,10 +339,11 @@ def test_shards_that_the_catalog_does_not_describe_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "text", ['{"weight_map": {}}', "[1]", '{"shards": [{"name": "train-000000.tar"}]}', '{"shards": 3}', "{"]
 )
-def test_an_index_json_of_something_else_is_refused_by_its_name(tmp_path, text):
+@pytest.mark.parametrize("read", [partial(ShardStream, batch_size=1), partial(verify, workers=1), measure])
+def test_an_index_json_of_something_else_is_refused_by_its_name(tmp_path, read, text):
     write_shards(tmp_path, [3])
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(
         ShardError, match=r"index\.json cannot be read as what `distill pack` writes \(.*\), but .*pack"
     ):
-        ShardStream(tmp_path, batch_size=1)
+        read(tmp_path)
