@@ -209,7 +209,8 @@ def write_odd_shard(toys: Path, folder: Path) -> None:
 
 def test_only_clips_that_take_part_and_can_be_read_must_fit_the_ears(toys, tmp_path):
     write_odd_shard(toys, tmp_path)
-    words = [f"data.folder={tmp_path}", f"runs={tmp_path}", "name=.", "teacher.online=true", "train.batch_size=3"]
+    words = [f"data.folder={tmp_path}", f"runs={tmp_path}", "name=odd", "teacher.online=true", "train.batch_size=3"]
+    (tmp_path / "odd").mkdir()
     model = load_salmonn(toys / "teacher")
 
     def open_with(*more: str) -> ShardStream:
@@ -220,7 +221,7 @@ def test_only_clips_that_take_part_and_can_be_read_must_fit_the_ears(toys, tmp_p
         open_with()
     stream = open_with("data.task_weights.click=0")
     assert sorted(sample.key for sample in next(iter(stream))) == ["k0", "k1"]
-    assert '"key": "k2"' in (tmp_path / "bad_samples.jsonl").read_text()
+    assert '"key": "k2"' in (tmp_path / "odd" / "bad_samples.jsonl").read_text()
 
 
 def test_what_the_config_says_reaches_the_augmentation(toys):
