@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,30 @@ def maybe_crash(point: str) -> None:
     """End the process at a named point when the tests' environment asks for it."""
     if os.environ.get("DISTILL_CRASH_AT") == point:
         os._exit(86)
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make a run's folder, and prove that files can be written and renamed there before hours are spent.
+
+    Raises:
+        OSError: they cannot.
+    """
+    probe = temporary_path(folder / "probe")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(b"probe")
+            os.fsync(file.fileno())
+        renamed = temporary_path(folder / "probe")
+        os.replace(probe, renamed)
+        renamed.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        raise OSError(
+            f"run folder is {folder}, but nothing can be written there ({error.strerror or error}); change runs= or "
+            f"its permissions, or free space."
+        ) from error
 
 
 def save_checkpoint(

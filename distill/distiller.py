@@ -23,9 +23,9 @@ from distill.microbatch import Collator, MicroBatch, check_frames, split
 from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
-from distill.ranks import build_accelerator, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.runlog import RunLog
-from distill.stopping import BadSteps, StopRequest
+from distill.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
 from distill.validation import Best, check_split, validate
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.zero import configure_deepspeed, gathered, hide_frozen_, is_zero3, join_
@@ -108,8 +108,11 @@ class Distiller:
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
-        self.stop = StopRequest()
+        self.stop = StopRequest(self.options.max_minutes)
+        self.hang_watch = HangWatch(self.options.hang_minutes)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
+        if self.accelerator.is_main_process:
+            ckpt.make_run_folder(self.run_folder)
         self.saved = ckpt.find_resumable(
             self.run_folder, self.options.resume, self.identity, lambda text: say(self.accelerator, text)
         )
@@ -131,7 +134,6 @@ class Distiller:
 
     def fit(self) -> FitResult:
         """Train until the last step, or until a signal asks to stop, from the checkpoint on if there is one."""
-        self.run_folder.mkdir(parents=True, exist_ok=True)
         start = self._prepare()
         losses: list[float] = []
         with (
@@ -141,7 +143,8 @@ class Distiller:
         ):
             batches = iter(self.stream)
             for step in range(start, self.options.steps):
-                record = self._step(step, batches)
+                with self.hang_watch:
+                    record = self._step(step, batches)
                 losses.append(record["loss"])
                 progress.advance(f"loss {record['loss']:.3f}")
                 self._after(step + 1, record)
@@ -209,7 +212,7 @@ class Distiller:
         sums = sum_over_ranks(self.accelerator, [terms[name] for name in names])
         record = {"step": step + 1, "loss": sum(sums), **dict(zip(names, sums)), "learning_rate": rate,
                   "grad_norm": norm, "positions": int(max(totals[:2])), "audio_seconds": seconds}  # fmt: skip
-        self.bad_steps.check(record, [s.key for s in samples])
+        self.bad_steps.check(record, lambda: gather(self.accelerator, [s.key for s in samples]))
         return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}
 
     def _forward_backward(
@@ -255,6 +258,7 @@ class Distiller:
             self._save(step)
 
     def _save(self, step: int) -> None:
+        began = time.perf_counter()
         moments = ckpt.gather_moments(self.accelerator, self.optimizer, self.named)
         with gathered(self.accelerator, self.objective):
             tensors = self._tensors() if self.accelerator.is_main_process else {}
@@ -265,6 +269,7 @@ class Distiller:
             ckpt.save_checkpoint(folder, step, state, tensors, moments)
             ckpt.prune(folder, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
+        warn_of_slow_save(time.perf_counter() - began, lambda text: say(self.accelerator, text))
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the weights: the student's own, and the projectors that only training needs."""

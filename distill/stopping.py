@@ -1,27 +1,34 @@
-"""What ends a run before its last step: a signal that asks for it, or losses that are not finite. Knows no model."""
+"""What ends a run before its last step: a signal, its time, losses that are not finite, a hang. Knows no model."""
 
+import faulthandler
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order, as the shell counts it
 SAME_SECONDS = 1.0  # between two signals that are one request
 NUM_SHOWN = 8  # keys of a bad step that are named
+GRACE_SECONDS = 30.0  # that torchrun and most queues leave a process between SIGTERM and SIGKILL
 
 
 class StopRequest:
-    """True once SIGTERM or Ctrl-C came while the block runs; a step is never cut in the middle.
+    """True once SIGTERM or Ctrl-C came while the block runs, or its time is over; a step is never cut in the middle.
 
     Queues signal every process of a job, and some of those pass it on: what follows within a second is the same
     request. A later one ends the process at once.
+
+    Args:
+        max_minutes: from now on; 0: no end.
     """
 
-    def __init__(self):
+    def __init__(self, max_minutes: float = 0.0):
         self._came: float | None = None
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
 
     def __bool__(self) -> bool:
-        return self._came is not None
+        return self._came is not None or time.monotonic() > self._deadline
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -36,6 +43,37 @@ class StopRequest:
         if self._came is not None and now - self._came > SAME_SECONDS:
             raise KeyboardInterrupt
         self._came = self._came or now
+
+
+class HangWatch:
+    """Ends the process, with the stacks of all its threads on stderr, when the block takes too long.
+
+    A rank that waits for another in a collective waits in C, where no Python signal handler runs; the timer is a thread
+    of C too. The launcher then ends the other ranks.
+
+    Args:
+        minutes: that a block may take; 0: no end.
+    """
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+
+    def __enter__(self) -> None:
+        if self.minutes:
+            faulthandler.dump_traceback_later(60 * self.minutes, exit=True, file=sys.__stderr__)
+
+    def __exit__(self, *_) -> None:
+        if self.minutes:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def warn_of_slow_save(seconds: float, say: Callable[[str], None]) -> None:
+    """Tell that a checkpoint may not be written between a queue's SIGTERM and its SIGKILL."""
+    if seconds > 0.8 * GRACE_SECONDS:
+        say(
+            f"a checkpoint took {seconds:.0f} s, but queues kill {GRACE_SECONDS:.0f} s after they ask to stop; let the "
+            f"run stop itself before with train.max_minutes, or save to a faster disk."
+        )
 
 
 class BadStepsError(RuntimeError):
@@ -53,8 +91,8 @@ class BadSteps:
     def __init__(self, most: int, say: Callable[[str], None]):
         self.most, self.say, self.count = most, say, 0
 
-    def check(self, record: dict, keys: Sequence[str]) -> None:
-        """Count a step by its metrics; `keys` are its samples.
+    def check(self, record: dict, list_keys: Callable[[], Sequence[str]]) -> None:
+        """Count a step by its metrics; `list_keys` gives the keys of its samples on all ranks.
 
         Raises:
             BadStepsError: it is one too many.
@@ -63,7 +101,8 @@ class BadSteps:
             self.count = 0
             return
         self.count += 1
-        named = ", ".join(keys[:NUM_SHOWN])
+        keys = list_keys()
+        named = ", ".join(keys[:NUM_SHOWN]) + (f" and {len(keys) - NUM_SHOWN} more" if len(keys) > NUM_SHOWN else "")
         self.say(f"step {record['step']} is skipped: loss {record['loss']}, keys {named}")
         if self.count >= self.most:
             raise BadStepsError(

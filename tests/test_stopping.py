@@ -1,9 +1,10 @@
-"""A training process that is asked to stop, or killed, in the middle: what it leaves, and what goes on from there."""
+"""What ends a training process before its last step: signals, time, a hang, bad steps; and what goes on from there."""
 
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from accelerate.state import AcceleratorState
 
 from distill import stopping
 from distill.cache import cache
-from distill.checkpoint import find_checkpoint
+from distill.checkpoint import find_checkpoint, make_run_folder
 from distill.config import Config, load_config
 from distill.run import run
 from distill.runlog import RunLog
-from distill.stopping import StopRequest
+from distill.stopping import BadSteps, BadStepsError, StopRequest, warn_of_slow_save
 
 NUM_STEPS = 16  # that are compared, of a run that is to have many more
 
@@ -115,3 +116,57 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(toys):
     assert 3 <= find_checkpoint(config.run_folder / "checkpoints", print).step < NUM_STEPS
     assert run(configure(toys, "killed", "train.save_every=3", f"train.stop_after={NUM_STEPS}")) == 143
     assert losses(toys, "killed") == losses(toys, "whole")
+
+
+def test_a_time_that_is_over_is_a_request_to_stop(monkeypatch):
+    stop = StopRequest(max_minutes=2)
+    began = stopping.time.monotonic()
+    assert not stop
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: began + 121)
+    assert stop
+    assert not StopRequest()
+
+
+def test_a_step_that_hangs_ends_the_process_and_shows_where():
+    program = (
+        "import threading\n"
+        "from distill.stopping import HangWatch\n"
+        "def wait_for_a_peer():\n"
+        "    threading.Event().wait()\n"
+        "with HangWatch(minutes=0):\n"
+        "    pass\n"
+        "with HangWatch(minutes=0.2 / 60):\n"
+        "    wait_for_a_peer()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
+    assert "wait_for_a_peer" in ended.stderr
+
+
+def test_a_slow_checkpoint_is_told_of_and_a_fast_one_not():
+    told = []
+    warn_of_slow_save(23.0, told.append)
+    assert told == []
+    warn_of_slow_save(25.0, told.append)
+    assert "took 25 s, but queues kill 30 s after" in told[0]
+
+
+def test_bad_steps_name_the_samples_of_every_rank():
+    told = []
+    steps = BadSteps(2, told.append)
+    bad = {"step": 7, "loss": float("nan"), "grad_norm": 1.0}
+    steps.check(bad, lambda: ["a", "b"])
+    steps.check({**bad, "loss": 1.0}, lambda: pytest.fail("a good step needs no keys"))
+    steps.check(bad, lambda: ["a", "b"])
+    with pytest.raises(BadStepsError, match=r"for 2 steps in a row, .* look at samples k0, .*k7 and 4 more, or lower"):
+        steps.check(bad, lambda: [f"k{number}" for number in range(12)])
+    assert told[0] == "step 7 is skipped: loss nan, keys a, b"
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"run folder is .*, but nothing can be written there .*; change runs= or its"):
+        make_run_folder(tmp_path / "file" / "run")
+    make_run_folder(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
