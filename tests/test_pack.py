@@ -215,7 +215,7 @@ def test_too_many_bad_samples_end_the_run_with_the_reasons(tmp_path):
 
 
 def test_unknown_tasks_and_missing_files_are_refused_before_any_work(manifest, tmp_path):
-    with pytest.raises(ValueError, match="task 'asr' unknown"):
+    with pytest.raises(ValueError, match=r"is 'asr', but there are prompts for QA alone"):
         pack(manifest, tmp_path / "out", tasks={"QA"}, workers=1)
     (tmp_path / "clip010.wav").unlink()
     with pytest.raises(FileNotFoundError, match=r"annotation\[10\]\.path is .*; nearest in"):
@@ -392,7 +392,7 @@ def test_a_full_disk_is_an_error_and_leaves_whole_shards_only(manifest, tmp_path
 def test_a_disk_without_room_is_refused_before_any_work_with_both_numbers(tmp_path):
     rows = write_clips(tmp_path, 1, seconds=20.0) * 100
     manifest = write_annotation(tmp_path / "train.json", rows)
-    num_rows, some = pack_module._survey(manifest, None, None)
+    num_rows, some = pack_module._survey(manifest, None, None, ())
     report = pack(manifest, tmp_path / "out", workers=1)
     estimate = space.estimate_bytes(some, num_rows, longest=30.0)
     assert report.num_bytes / 4 < estimate < 4 * report.num_bytes  # a tone packs better than speech
