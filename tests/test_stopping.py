@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,42 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(toys):
     assert 3 <= find_checkpoint(config.run_folder / "checkpoints", print).step < NUM_STEPS
     assert run(configure(toys, "killed", "train.save_every=3", f"train.stop_after={NUM_STEPS}")) == 143
     assert losses(toys, "killed") == losses(toys, "whole")
+
+
+def train_as_rank(rank: int, port: int, config: Config, lines) -> None:
+    """What a launcher starts twice; the imports are already done here."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config, lines)
+
+
+def test_sigterm_to_one_of_two_ranks_stops_both_after_one_step_and_one_process_goes_on(toys):
+    config = configure(toys, "ranks", "train.save_every=500")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    ranks = [context.Process(target=train_as_rank, args=(rank, port, config, pipes[rank][1])) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        while True:
+            assert pipes[1][0].poll(60)
+            if pipes[1][0].recv() == 2:
+                break
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [143, 143]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    assert 2 <= find_checkpoint(config.run_folder / "checkpoints", print).step < NUM_STEPS
+    assert run(configure(toys, "ranks", "train.save_every=500", f"train.stop_after={NUM_STEPS}")) == 143
+    assert losses(toys, "ranks") == pytest.approx(losses(toys, "whole"), abs=1e-5)
 
 
 def test_a_time_that_is_over_is_a_request_to_stop(monkeypatch):
