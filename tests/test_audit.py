@@ -191,7 +191,7 @@ def test_a_policy_names_reasons_that_exist_and_verdicts_that_make_sense(tmp_path
         audit([manifest], tmp_path / "out", policy={"silence": "drop"}, workers=1)
     with pytest.raises(ValueError, match="policy of decode is 'keep', but no decoder reads it; use drop"):
         audit([manifest], tmp_path / "out", policy={"decode": "keep"}, workers=1)
-    with pytest.raises(ValueError, match="task 'asr' unknown"):
+    with pytest.raises(ValueError, match=r"is 'asr', but there are prompts for QA alone"):
         audit([manifest], tmp_path / "out", tasks={"QA"}, workers=1)
 
 
