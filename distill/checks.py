@@ -98,7 +98,7 @@ def only(loss: LossConfig, term: str) -> LossConfig:
 def check_plain(case: Case) -> str:
     """The fused, batched objective is the plain one, in value and gradient, for each of its terms."""
     m, size = case.whole, case.objective.vocab_size
-    plain = plain_terms(case.student, m.batch.samples, m.targets, case.loss, size)
+    plain = plain_terms(case.student, m.batch.samples, m.targets, case.loss, size, m.frames)
     texts = []
     for term, value in plain.items():
         if term not in case.objective.active:

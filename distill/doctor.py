@@ -113,7 +113,8 @@ def build_case(config: Config) -> Case:
         seed=config.seed,
     ).eval()
     collate = Collator(teacher, student, accelerator.device, torch.float32, loss.task_weights)
-    labelled = replace(config, on_policy=OnPolicyConfig())  # the checks compare with labels
+    # the checks compare with labels, and run the ears on clips whose frames are cached
+    labelled = replace(config, on_policy=OnPolicyConfig(), cache=replace(config.cache, frames="none"))
     stream = open_training_stream(labelled, accelerator, own, student)
     stream.bad_samples = None  # the list of the run that will be, whose folder may not be there yet
     batches = list(islice(iter(stream), NUM_BATCHES))

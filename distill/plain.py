@@ -24,10 +24,10 @@ def answer_of(student: Salmonn, sample: Sample) -> list[int]:
     return ids[: student.rows.max_answer_tokens] + student.rows.end_ids
 
 
-def answer_logits(student: Salmonn, sample: Sample, vocab_size: int) -> Tensor:
+def answer_logits(student: Salmonn, sample: Sample, vocab_size: int, frames: list[Tensor] | None) -> Tensor:
     """Logits of one clip's answer, by the LLM's own forward on a row without padding: logits_SV."""
     batch = student.collate([sample]).to(student.device)
-    queries_WE = student.hear(batch).queries_BWQE[0].flatten(0, 1)[: batch.rows[0].num_audio_tokens]
+    queries_WE = student.hear(batch, frames).queries_BWQE[0].flatten(0, 1)[: batch.rows[0].num_audio_tokens]
     embed = student.llm.get_input_embeddings()
     row, answer = batch.rows[0], answer_of(student, sample)
     before, after, said = (
@@ -83,7 +83,12 @@ def chunk_values(student_logprobs_S: Tensor, targets: CrossedTargets, temperatur
 
 
 def plain_terms(
-    student: Salmonn, samples: list[Sample], targets, loss: LossConfig, vocab_size: int
+    student: Salmonn,
+    samples: list[Sample],
+    targets,
+    loss: LossConfig,
+    vocab_size: int,
+    frames: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Each term that the head computes: the mean over all its elements, weights left out, with a gradient.
 
@@ -92,8 +97,10 @@ def plain_terms(
         targets: the teacher's of the same samples, or None.
         loss: kinds and temperatures.
         vocab_size: ids that take part.
+        frames: of the encoders, a row a sample, where they are cached; None: the ears run.
     """
-    logits_SV = torch.cat([answer_logits(student, sample, vocab_size) for sample in samples])
+    heard = [None if frames is None else [x_BRE[b : b + 1] for x_BRE in frames] for b in range(len(samples))]
+    logits_SV = torch.cat([answer_logits(student, s, vocab_size, own) for s, own in zip(samples, heard)])
     answers = [token for sample in samples for token in answer_of(student, sample)]
     labels_S = torch.tensor(answers, device=logits_SV.device)
     logprobs_S = -F.cross_entropy(logits_SV, labels_S, reduction="none")

@@ -57,6 +57,16 @@ def test_a_sound_run_passes(toys, words, capsys):
     assert all(line.startswith("pass") for line in lines)
 
 
+@pytest.mark.parametrize("kind", ["int8", "float16"])
+def test_a_sound_run_on_cached_frames_passes(toys, tmp_path, kind, capsys):
+    config = load_config(toys / "toy.yaml", [f"cache.folder={tmp_path}/cache", f"cache.frames={kind}"])
+    cache(config)
+    code = doctor(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0, lines
+    assert all(line.startswith("pass") for line in lines[-13:])
+
+
 @pytest.mark.parametrize("words", [[], ["teacher.online=true"]])
 def test_memory_is_that_of_a_whole_micro_batch_in_the_precision_of_the_run(toys, tmp_path, monkeypatch, words):
     words = ["train.batch_size=12", "train.micro_batch_size=10", "precision=bf16", f"cache.folder={tmp_path}", *words]
