@@ -115,13 +115,18 @@ class LossConfig:
     feature_kind: str = "mse"  # "mse", "cosine", "smooth_l1", or "relation": how alike each clip's windows are
     hidden: float = 0.0  # distance of the LLM's hidden states to the teacher's, when they are cached
     hidden_kind: str = "cosine"  # as feature_kind; widths that differ meet through a learned projector
-    hidden_layers: dict[int, int] = field(default_factory=lambda: {-1: -1})  # the teacher's blocks, from 1, to the
-    # student's; -1 is what enters the head
+    hidden_layers: dict[int, int] = field(default_factory=dict)  # teacher's blocks, from 1, to the student's; -1 is
+    # what enters the head, and {-1: -1} where nothing is named
     cross_tokenizer: str = "refuse"  # when the student's ids mean other tokens: "refuse", or "chunk": the terms below
     chunk: float = 1.0  # likelihood of the answer's chunks at whose ends both tokenizers agree; `kl`: where they match
     chunk_temperature: float = 100.0  # of the chunks' likelihood
     schedules: dict[str, str] = field(default_factory=dict)  # by term: "linear END", "cosine END", … "warmup STEPS"
     task_weights: dict[str, float] = field(default_factory=dict)  # what a task's samples count; 1 where not named
+
+    @property
+    def layer_pairs(self) -> dict[int, int]:
+        """Which of the teacher's layers each of the student's is compared with."""
+        return self.hidden_layers or {-1: -1}
 
 
 @dataclass(frozen=True)

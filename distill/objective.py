@@ -107,7 +107,7 @@ class Objective(nn.Module):
             return None
         theirs = targets.hidden_by_layer | {HEAD_INPUT: targets.hidden}
         values = []
-        for their_layer, own_layer in self.loss.hidden_layers.items():
+        for their_layer, own_layer in self.loss.layer_pairs.items():
             if theirs.get(their_layer) is None:
                 raise missing("hidden", f"states of layer {their_layer}", f"cache.hidden_layers=[{their_layer}]")
             own_SD = outputs[own_layer]
@@ -120,7 +120,7 @@ class Objective(nn.Module):
     @property
     def own_layers(self) -> list[int]:
         """The student's blocks whose outputs are compared."""
-        layers = self.loss.hidden_layers.values() if "hidden" in self.active else ()
+        layers = self.loss.layer_pairs.values() if "hidden" in self.active else ()
         return sorted(set(layers) - {HEAD_INPUT})
 
     def _project(self, name: str, own: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def build_projectors(
 ) -> nn.ModuleDict:
     """A learned map for every pair of features whose widths differ and whose distance needs equal ones."""
     pairs = {"feature": ("feature", loss.feature_kind, student.config.qformer_width)}
-    for layer in loss.hidden_layers:
+    for layer in loss.layer_pairs:
         pairs[f"hidden{layer}"] = ("hidden", loss.hidden_kind, student.project.out_features)
     projectors = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):

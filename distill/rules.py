@@ -135,7 +135,7 @@ def check_targets(config, origin: str) -> None:
             f"{list(cache.temperatures)} and {cache.codec} keeps no other; add it there, or change it."
         )
     kept = {*cache.hidden_layers, *([HEAD_INPUT] if is_online or cache.codec == "hidden" else [])}
-    lost = sorted(set(loss.hidden_layers) - kept)
+    lost = sorted(set(loss.layer_pairs) - kept)
     if (loss.hidden or "hidden" in loss.schedules) and lost:
         raise ValueError(
             f"{origin}: loss.hidden_layers names the teacher's {lost[0]}, but cache.hidden_layers is "

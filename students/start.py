@@ -5,8 +5,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from teachers.loading import (
     WEIGHTS,
     hash_frozen_parts,
@@ -18,6 +16,7 @@ from teachers.loading import (
 )
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
+from teachers.weights import open_safetensors
 
 MAY_DIFFER = ("llm", "whisper", "second", "prompts", "qformer_dropout")  # names of places, and what no weight tells
 
@@ -61,7 +60,9 @@ def identify_student(folder: str | Path) -> dict[str, str]:
     """
     config = read_config(folder)
     settings = hashlib.sha256(json.dumps(config["settings"], sort_keys=True).encode()).hexdigest()
-    return {"own": hash_tensors(load_file(Path(folder) / WEIGHTS)), "settings": settings, **config["frozen"]}
+    with open_safetensors(Path(folder) / WEIGHTS) as file:
+        own = hash_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no dict)
+    return {"own": own, "settings": settings, **config["frozen"]}
 
 
 def _describe(model: dict, settings: dict, frozen: dict[str, str]) -> dict[str, object]:

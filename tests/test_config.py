@@ -98,7 +98,7 @@ def test_words_that_contradict_each_other_are_refused(words, message):
         ("loss.temperature=2", "cache.codec=sampled", "teacher.online=true"),
         ("loss.hidden=1", "cache.codec=hidden"),
         ("loss.hidden=1", "teacher.online=true"),
-        ("loss.hidden=1", "loss.hidden_layers={2: 1}", "cache.hidden_layers=[-1,2]"),
+        ("loss.hidden=1", "loss.hidden_layers={2: 1}", "cache.hidden_layers=[2]"),
         ("student.llm=''", "name=a.b-c_1"),
     ],
 )
