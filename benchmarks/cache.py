@@ -6,8 +6,9 @@ all ids: what remains is the codec's own rounding. The KL's value from draws is 
 teacher's, which no student changes: its gradient is right on average, its loss is no measure. Also with the frozen
 encoders' frames in the cache, so that nobody runs the ears.
 
-`python benchmarks/cache.py [--steps 60] [key=value …]` uses the teacher that `configs/fsdd.yaml` made; with `--toys`
-random weights and tones, whose figures say nothing but that the script works.
+`python benchmarks/cache.py [--steps 60] [--config configs/demo.yaml] [key=value …]` uses the teacher that a config's
+pipeline made, by default that of `configs/fsdd.yaml`; with `--toys` random weights and tones, whose figures say nothing
+but that the script works.
 """
 
 import argparse
@@ -131,17 +132,18 @@ def format_table(rows: list[dict], source: str) -> str:
     return "\n".join(lines)
 
 
-def use_fsdd(folder: Path) -> tuple[tuple[str, list[str]], str]:
-    """Recordings: the teacher and the first shard of them; all labels, so that online training generates nothing."""
-    scratch = load_config(CONFIG).run_folder / "scratch"
+def use_pipeline(path: str, folder: Path) -> tuple[tuple[str, list[str]], str]:
+    """A config's teacher and its first shard; all labels, so that online training generates nothing."""
+    config = load_config(path)
+    scratch = config.run_folder / "scratch"
     if not (scratch / "teacher" / "config.json").is_file():
-        sys.exit(f"{scratch}/teacher is not there; make it with `distill teach {CONFIG}`, or give --toys")
-    shard = Path(expand_shards(load_config(CONFIG).shards("train"))[0])
+        sys.exit(f"{scratch}/teacher is not there; make it with `distill pipeline {path}`, or give --toys")
+    shard = Path(expand_shards(config.shards("train"))[0])
     (folder / "train").mkdir()
     (folder / "train" / shard.name).symlink_to(shard.resolve())
     words = [f"teacher.path={scratch}/teacher", f"student.llm={scratch}/student-llm", "data.labelled_share=1.0",
              f"data.folder={folder}", "cache.frames=none"]  # fmt: skip
-    return (CONFIG, words), "one shard of spoken digits (fsdd), every label given"
+    return (path, words), f"one shard of {config.name}, every label given"
 
 
 def use_toys(folder: Path) -> tuple[tuple[str, list[str]], str]:
@@ -160,11 +162,12 @@ def main() -> None:
     """Train every variant, one after the other, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--config", default=CONFIG, help="whose teacher and shards (%(default)s)")
     parser.add_argument("--toys", action="store_true", help="try the script on toys; nothing is written")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as name:
-        base, source = use_toys(Path(name)) if args.toys else use_fsdd(Path(name))
+        base, source = use_toys(Path(name)) if args.toys else use_pipeline(args.config, Path(name))
         words = [f"train.steps={args.steps}", f"train.save_every={args.steps}", *args.overrides]
         trained = {variant: train(variant, words, base, Path(name)) for variant in VARIANTS}
     rows = [compare(variant, trained) for variant in VARIANTS]
@@ -172,7 +175,8 @@ def main() -> None:
     if args.toys:
         print(table)
     else:
-        write_result("cache", {"source": source, "steps": args.steps, "variants": rows}, table)
+        name = "cache" if args.config == CONFIG else f"cache_{Path(args.config).stem}"
+        write_result(name, {"source": source, "steps": args.steps, "variants": rows}, table)
 
 
 if __name__ == "__main__":
