@@ -39,12 +39,11 @@ from distill.datachecks import (
 from distill.memorycheck import check_memory
 from distill.microbatch import Collator, check_frames, split
 from distill.objective import Objective, check_codec
-from distill.ranks import build_accelerator, resolve_precision
-from distill.run import ears_of, lora_of, open_training_stream, student_llm, wrap_teacher
+from distill.ranks import build_accelerator, resolve_precision, say
+from distill.run import make_student, open_training_stream, wrap_teacher
 from distill.teacher import load_teacher
 from distill.weighing import active_terms, build_schedules, loss_at
 from shards.sample import Sample
-from students.student import build_student
 
 CHECKS: dict[str, Callable[[Case], str]] = {
     "rows": check_rows,
@@ -87,16 +86,7 @@ def build_case(config: Config) -> Case:
     """
     accelerator = build_accelerator()
     model = load_teacher(config)
-    student = build_student(
-        model,
-        student_llm(config),
-        lora=lora_of(config),
-        quantization=config.student.quantization,
-        connector=config.student.connector,
-        windows=config.student.windows,
-        **ears_of(config),
-        seed=config.seed,
-    ).to(accelerator.device)
+    student = make_student(config, model, torch.float32, lambda text: say(accelerator, text)).to(accelerator.device)
     wake_lora_(student)
     own = wrap_teacher(config, model.to(accelerator.device))
     loss, schedules = config.loss, build_schedules(config.loss, config.train.steps)

@@ -2,8 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, load_config, to_yaml
@@ -31,21 +34,8 @@ def run(config: Config) -> int:
     model = load_teacher(config)
     if config.teacher.online:
         model.to(accelerator.device)
-    student = build_student(
-        model,
-        student_llm(config),
-        lora=lora_of(config),
-        quantization=config.student.quantization,
-        connector=config.student.connector,
-        qformer_dropout=config.student.qformer_dropout,
-        windows=config.student.windows,
-        **ears_of(config),
-        dtype=resolve_precision(config.precision),
-        seed=config.seed,
-        say=lambda text: say(accelerator, text),
-    ).to(accelerator.device)
-    if config.student.start:
-        start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
+    student = make_student(config, model, resolve_precision(config.precision), lambda text: say(accelerator, text))
+    student.to(accelerator.device)
     teacher = wrap_teacher(config, model)
     del model  # of a cached teacher only the ears live on, in the student
     distiller = Distiller(
@@ -72,6 +62,33 @@ def run(config: Config) -> int:
         say(accelerator, f"student: {folder}")
     accelerator.wait_for_everyone()
     return 0
+
+
+def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callable[[str], None]) -> Salmonn:
+    """The config's student, which hears as its teacher or with ears of its own, at its start.
+
+    Args:
+        config: of the run.
+        model: the teacher.
+        dtype: of products, and of what is frozen and not in 4 bits.
+        say: is told which parts start anew.
+    """
+    student = build_student(
+        model,
+        student_llm(config),
+        lora=lora_of(config),
+        quantization=config.student.quantization,
+        connector=config.student.connector,
+        qformer_dropout=config.student.qformer_dropout,
+        windows=config.student.windows,
+        **ears_of(config),
+        dtype=dtype,
+        seed=config.seed,
+        say=say,
+    )
+    if config.student.start:
+        start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
+    return student
 
 
 def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeacher:
