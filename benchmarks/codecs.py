@@ -224,8 +224,8 @@ def describe(codec: Codec, vocab_size: int) -> dict:
     return {"codec": name_codec(codec), "k": k, "vocab_size": vocab_size}
 
 
-def measure_vocabulary(vocab_size: int) -> list[dict]:
-    """A record per codec."""
+def measure_vocabulary(vocab_size: int) -> tuple[list[dict], list[tuple[Codec, dict]], list[dict]]:
+    """A record per codec, what it encodes, and the records of the codecs that are timed apart."""
     logprobs_SV = make_teacher(vocab_size, NUM_POSITIONS)
     student_SV = make_student(logprobs_SV)
     captured, records = [], []
@@ -241,9 +241,15 @@ def measure_vocabulary(vocab_size: int) -> list[dict]:
         records.append(describe(codec, vocab_size) | measure_error(pieces) | {"capture_tokens_per_second_cpu": rate})
         if isinstance(codec, Sampled):
             records[-1] |= measure_sampling(codec, logprobs_SV[:NUM_DRAWN], student_SV[:NUM_DRAWN])
-    sizes = [measure_size(codec, arrays) for codec, arrays in captured]
-    records = [record | size | speed for record, size, speed in zip(records, sizes, measure_speed(captured))]
-    return [*records, measure_dense(logprobs_SV, student_SV), measure_hidden(vocab_size)]
+    records = [record | measure_size(*work) for record, work in zip(records, captured)]
+    return records, captured, [measure_dense(logprobs_SV, student_SV), measure_hidden(vocab_size)]
+
+
+def measure_all() -> list[dict]:
+    """Every record, vocabulary by vocabulary; all are timed in the same rounds, as a machine has slow minutes."""
+    measured = [measure_vocabulary(vocab_size) for vocab_size in VOCABS.values()]
+    speeds = iter(measure_speed([work for _, captured, _ in measured for work in captured]))
+    return [record for records, _, others in measured for record in (*(r | next(speeds) for r in records), *others)]
 
 
 def measure_dense(logprobs_SV: Tensor, student_SV: Tensor) -> dict:
@@ -329,7 +335,7 @@ def format_table(records: list[dict]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    records = [record for vocab_size in VOCABS.values() for record in measure_vocabulary(vocab_size)]
+    records = measure_all()
     names = ("codec", "bytes_per_token", "decode_tokens_per_second", "gradient_error")
     figures = {
         "codecs": records,
