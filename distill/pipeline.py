@@ -17,12 +17,14 @@ from pathlib import Path
 
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
+from distill.rules import value_at
 from distill.stopping import PREEMPTED
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
 from shards.packfolder import hash_file
 from teachers.prompts import load_prompts
 
+FILES = ("teacher.path", "teacher.prompts", "teacher.second", "student.start")  # that are never a hub id
 CUT = "cut.json"  # beside the manifests that were cut: what from
 POLL_SECONDS = 0.1  # between looks at whether the processes of a stopped stage are gone
 
@@ -39,6 +41,7 @@ def run_pipeline(path: str, overrides: Sequence[str], launch: str | None) -> Non
         ValueError, OSError: the config or the corpus is wrong.
     """
     config = load_config(path, overrides)
+    check_files(config)
     began = time.monotonic()
     make_shards(config)
     if config.scratch.steps:  # nothing is downloaded, and loading bars of milliseconds are noise
@@ -53,6 +56,25 @@ def run_pipeline(path: str, overrides: Sequence[str], launch: str | None) -> Non
 
     evaluate_run(config)
     print(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
+
+
+def check_files(config: Config) -> None:
+    """Refuse what later stages would miss, before hours of packing and caching.
+
+    Raises:
+        ValueError: the config names no teacher, no student or no training manifest.
+        FileNotFoundError: a file that it names is not there.
+    """
+    manifests = ("corpus.train", "corpus.valid", "corpus.test") if config.corpus.kind == "manifest" else ()
+    needed = () if config.scratch.steps else ("teacher.path", "student.llm")
+    for key in (*needed, *manifests[:1]):
+        if not value_at(config, key):
+            raise ValueError(f"{key} is empty, but the pipeline needs it; give it, as in {key}=…")
+    files = [key for key in FILES if key != "teacher.second" or Path(config.teacher.second).suffix]
+    for key in (*files, *manifests):
+        name = value_at(config, key)
+        if name and not Path(name).exists():
+            raise FileNotFoundError(f"{key} is {name}, but there is nothing; give the path of what is meant.")
 
 
 def make_shards(config: Config) -> None:

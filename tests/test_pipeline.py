@@ -13,7 +13,7 @@ import tiny
 
 from distill.cli import main
 from distill.config import Config, load_config
-from distill.pipeline import make_shards
+from distill.pipeline import make_shards, run_pipeline
 from shards.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
 
@@ -115,3 +115,24 @@ def test_sigterm_stops_the_running_stage_in_order_and_leaves_no_process(tmp_path
     _, said = pipeline.communicate(timeout=60)  # ends when nobody holds stderr any more
     assert pipeline.returncode == 143 and "the same command goes on" in said
     assert (tmp_path / "stopped").read_text() == str(int(signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("teacher.path=nope.pth", r"teacher\.path is nope\.pth, but there is nothing; give the path"),
+        ("teacher.path=''", r"teacher\.path is empty, but the pipeline needs it; give it, as in teacher\.path=…"),
+        ("corpus.test=nope.json", r"corpus\.test is nope\.json, but there is nothing"),
+        ("teacher.second=nope.pt", r"teacher\.second is nope\.pt, but there is nothing"),
+        ("student.llm=''", r"student\.llm is empty, but the pipeline needs it"),
+    ],
+)
+def test_what_a_later_stage_would_miss_is_refused_before_anything_is_packed(tmp_path, monkeypatch, word, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.json").write_text('{"annotation": []}')
+    (tmp_path / "teacher").mkdir()
+    config = tmp_path / "own.yaml"
+    config.write_text("{corpus: {train: train.json}, teacher: {path: teacher}, student: {llm: Llama}}")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_pipeline(str(config), [word], None)
+    assert not (tmp_path / "data").exists()
