@@ -196,6 +196,21 @@ def test_a_frozen_lora_is_found(toys, monkeypatch):
     assert f"{name} is frozen" in found["gradients"]
 
 
+@pytest.mark.parametrize(
+    ("name", "num_queries", "is_zero"),
+    [
+        ("student.qformer.qformer.encoder.layer.0.attention.attention.query.weight", 1, True),
+        ("student.qformer.qformer.encoder.layer.0.attention.attention.query.weight", 2, False),
+        ("student.qformer.qformer.encoder.layer.0.attention.attention.value.weight", 1, False),
+        ("student.qformer.qformer.encoder.layer.0.crossattention.attention.query.weight", 1, False),
+        ("student.qformer.qformer.encoder.layer.0.crossattention.attention.key.bias", 2, True),
+        ("student.llm.model.layers.0.self_attn.q_proj.lora_B.default.weight", 1, False),
+    ],
+)
+def test_only_what_no_score_depends_on_may_have_no_gradient(name, num_queries, is_zero):
+    assert distill.checks.is_zero_by_arithmetic(name, num_queries) == is_zero
+
+
 def test_a_detached_lora_is_found(toys):
     case = build_case(load_config(toys / "toy.yaml"))
     name, parameter = next((n, p) for n, p in case.student.named_parameters() if "lora_B" in n)

@@ -460,6 +460,7 @@ def test_a_stream_that_is_gone_holds_no_shard_open(folder):
     def count_open() -> int:
         return sum(os.path.realpath(f"/proc/self/fd/{fd}").endswith(".tar") for fd in os.listdir("/proc/self/fd"))
 
+    gc.collect()  # of streams of other tests
     before = count_open()
     stream = ShardStream(folder, batch_size=4, epochs=1)
     assert sum(map(len, stream)) == sum(SIZES)
