@@ -53,7 +53,6 @@ def run(config: Config) -> int:
         identity=identify_run(config, teacher),
     )
     if accelerator.is_main_process:  # now that the folder proved to be this run's
-        config.run_folder.mkdir(parents=True, exist_ok=True)
         write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
     if distiller.fit().preempted:
         return PREEMPTED

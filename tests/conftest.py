@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
@@ -25,3 +26,13 @@ def pytest_collection_modifyitems(items):
 def shared() -> Path:
     """The folder of reference numbers and recordings beside the checkout."""
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """For modules that fork processes, which a GPU in use would not survive."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)

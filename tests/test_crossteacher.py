@@ -31,11 +31,7 @@ CROSS = LossConfig(cross_tokenizer="chunk", feature=0.5)
 def toys(tmp_path_factory):
     """A Llama-style teacher with its cache, and a Qwen-style LLM with a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
-                      data__labelled_share=0.5, cache__max_new_tokens=4)  # fmt: skip
+    tiny.make_toys(folder, data__labelled_share=0.5, cache__max_new_tokens=4)
     cache(load_config(folder / "toy.yaml"))
     prompts = load_prompts(None, SalmonnConfig("", "").template)
     texts = [*tiny.WORDS, "one two three", *(prompt for task in prompts.by_task.values() for prompt in task)]

@@ -39,12 +39,8 @@ LORA = Lora(rank=4)
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
+    tiny.make_toys(folder, cache__codec="dense", cache__features="float16")
     tiny.make_shards(folder / "data", split="valid", num_samples=4)
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", cache__codec="dense",
-                      cache__features="float16")  # fmt: skip
     cache(load_config(folder / "toy.yaml"))
     return folder
 

@@ -24,11 +24,7 @@ from shards.distributions import Distribution
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
-                      loss__temperature=2.0, loss__hidden=0.5, cache__hidden_layers="[-1]")  # fmt: skip
+    tiny.make_toys(folder, loss__temperature=2.0, loss__hidden=0.5, cache__hidden_layers="[-1]")
     cache(load_config(folder / "toy.yaml"))
     return folder
 

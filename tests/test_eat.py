@@ -223,3 +223,4 @@ def test_the_keys_and_shapes_of_the_official_size_load(shared):
     with torch.device("meta"):
         ear = EatEar.from_config(EatConfig())
     load_strictly_(ear, weights, "base")
+    assert all(not tensor.is_meta for tensor in ear.state_dict().values())

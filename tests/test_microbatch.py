@@ -17,10 +17,7 @@ from teachers.targets import OnlineTeacher
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", precision="bf16")
+    tiny.make_toys(folder, precision="bf16")
     return folder
 
 

@@ -19,10 +19,7 @@ from shards.index import load_index
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    return tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts")
+    return tiny.make_toys(folder)
 
 
 @pytest.fixture(scope="module")

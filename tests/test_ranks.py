@@ -19,14 +19,17 @@ LAUNCH = ROOT / "configs" / "accelerate"
 def toys(tmp_path_factory) -> Path:
     """Parts, a teacher, shards and their cached targets."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
     # a divergence with a moving weight, windows compared with each other, and a projector that is trained beside
-    config = tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
-                               loss__kl_kind="jsd", loss__kl_parameter=0.5, loss__schedules__kl="linear 0.5 warmup 1",
-                               loss__feature_kind="relation", loss__hidden=0.5, loss__hidden_kind="mse",
-                               cache__hidden_layers="[-1]")  # fmt: skip
+    config = tiny.make_toys(
+        folder,
+        loss__kl_kind="jsd",
+        loss__kl_parameter=0.5,
+        loss__schedules__kl="linear 0.5 warmup 1",
+        loss__feature_kind="relation",
+        loss__hidden=0.5,
+        loss__hidden_kind="mse",
+        cache__hidden_layers="[-1]",
+    )
     from distill.cache import cache
     from distill.config import load_config
 

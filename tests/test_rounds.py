@@ -3,16 +3,13 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from distill.answers import Answerer, Draw, answers, check_answers
@@ -36,26 +33,21 @@ from teachers.targets import CachedTeacher, OnlineTeacher
 DRAWN = ("on_policy.round=1", "on_policy.temperature=1", "on_policy.max_new_tokens=6")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """Two ranks are forked here, which a GPU in use would not survive."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory) -> Path:
     """Parts, a teacher, shards, their cache, a student `runs/r0/student`, and its answers as round 1."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", precision="float32",
-                      cache__codec="dense", cache__features="float16", cache__hidden_layers="[1,-1]",
-                      student__quantization="none")  # fmt: skip
+    tiny.make_toys(
+        folder,
+        precision="float32",
+        cache__codec="dense",
+        cache__features="float16",
+        cache__hidden_layers="[1,-1]",
+        student__quantization="none",
+    )
     cache(configure(folder))
     run(configure(folder, "name=r0"))
     answers(configure(folder, "name=r0", *DRAWN))
@@ -116,16 +108,12 @@ def test_a_greedy_answer_is_what_the_student_says_to_the_prompt_it_is_trained_wi
 
 def answer_as_rank(rank: int, port: int, stage, config) -> None:
     """What torchrun starts twice; the imports are already done here."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    tiny.become_rank(rank, port)
     stage(config)
 
 
 def run_two_ranks(stage, config) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=answer_as_rank, args=(rank, port, stage, config)) for rank in (0, 1)]
     for rank in ranks:

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 
 from distill.cache import cache
 from distill.config import Config, TrainConfig, load_config
@@ -37,25 +34,15 @@ CLEAN = Augmentation(noise_share=1, noise_range=(0, 5), mask_share=1)
 SAME = dataclasses.replace(CLEAN, teacher_hears="same")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """Two ranks are forked here, which a GPU in use would not survive."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory) -> Path:
     """Parts, a teacher, shards, a validation split and cached targets."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
+    tiny.make_toys(folder)
     tiny.make_shards(folder / "data", split="valid", num_samples=3)
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts")
     cache(load_config(folder / "toy.yaml"))
     return folder
 
@@ -88,17 +75,13 @@ def test_a_resumed_augmented_run_repeats_the_uninterrupted_losses_bit_by_bit(toy
 
 def run_as_rank(rank: int, port: int, config: Config) -> None:
     """What torchrun starts twice; the imports are already done here."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    tiny.become_rank(rank, port)
     run(config)
 
 
 def test_two_ranks_with_batches_by_seconds_repeat_the_losses_of_one_process(toys, augmented):
     config = load_config(toys / "toy.yaml", ["name=ranks", "train.micro_batch_size=1", *LOUD, *MIXED])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=run_as_rank, args=(rank, port, config)) for rank in (0, 1)]
     for rank in ranks:

@@ -4,14 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
-from accelerate.state import AcceleratorState
 
 from distill import stopping
 from distill.cache import cache
@@ -24,25 +22,14 @@ from distill.stopping import BadSteps, BadStepsError, StopRequest, warn_of_slow_
 NUM_STEPS = 16  # that are compared, of a run that is to have many more
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """Processes are forked here, which a GPU in use would not survive."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory) -> Path:
     """Parts, a teacher, shards, cached targets, and a run `whole` that nothing interrupted."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
-    tiny.save_teacher(folder / "parts", folder / "teacher")
-    tiny.make_shards(folder / "data")
-    tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", train__steps=1000,
-                      precision="float32", student__quantization="none")  # fmt: skip
+    tiny.make_toys(folder, train__steps=1000, precision="float32", student__quantization="none")
     cache(configure(folder, "whole"))
     assert run(configure(folder, "whole", f"train.stop_after={NUM_STEPS}")) == 143
     return folder
@@ -121,17 +108,13 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(toys):
 
 def train_as_rank(rank: int, port: int, config: Config, lines) -> None:
     """What a launcher starts twice; the imports are already done here."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    tiny.become_rank(rank, port)
     train(config, lines)
 
 
 def test_sigterm_to_one_of_two_ranks_stops_both_after_one_step_and_one_process_goes_on(toys):
     config = configure(toys, "ranks", "train.save_every=500")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     ranks = [context.Process(target=train_as_rank, args=(rank, port, config, pipes[rank][1])) for rank in range(2)]

@@ -1,12 +1,15 @@
 """A pipeline of toys for the tests: random weights in the real formats, and clips of tones, in seconds."""
 
+import os
 import resource
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from accelerate.state import AcceleratorState
 
 from distill.config import ScratchConfig
 from distill.teach import build_llm, build_whisper
@@ -112,3 +115,25 @@ def write_config(path: Path, data: Path, teacher: Path, parts: Path, **changes) 
     config = OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in values.items()])
     path.write_text(OmegaConf.to_yaml(config))
     return path
+
+
+def make_toys(folder: Path, **changes) -> Path:
+    """`parts/`, `teacher/` and the shards `data/train` in a folder, and `toy.yaml` of a run over them."""
+    make_parts(folder / "parts")
+    save_teacher(folder / "parts", folder / "teacher")
+    make_shards(folder / "data")
+    return write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts", **changes)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def become_rank(rank: int, port: int, world_size: int = 2) -> None:
+    """Make this forked process what a launcher starts several of; the imports are already done here."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
