@@ -77,6 +77,7 @@ def compare(seconds: dict[str, float], peaks: dict[str, float]) -> dict[str, flo
         ratios["memory_over_best_peer"] = peaks["ours"] / min(peaks[name] for name in peers)
     if "trl_gkd" in seconds:
         ratios["times_faster_than_trl_gkd"] = seconds["trl_gkd"] / seconds["ours"]
+        ratios["times_faster_than_trl_gkd_with_teacher_head"] = seconds["trl_gkd_with_teacher_head"] / seconds["ours"]
         ratios["memory_over_trl_gkd"] = peaks["ours"] / peaks["trl_gkd"]
     return ratios
 

@@ -106,6 +106,13 @@ def trl_gkd(x: Inputs) -> None:
     _gkd_loss(x.hidden_PD @ x.weight_VD.T, x.teacher_logits_PV, labels=x.labels_P).backward()
 
 
+def trl_gkd_with_teacher_head(x: Inputs) -> None:
+    """The same with the teacher's logits computed, as its trainer, which has no cache, does at every step."""
+    with torch.no_grad():
+        teacher_logits_PV = x.teacher_hidden_PD @ x.teacher_weight_VD.T
+    _gkd_loss(x.hidden_PD @ x.weight_VD.T, teacher_logits_PV, labels=x.labels_P).backward()
+
+
 def _trl_chunked(x: Inputs, hidden: Tensor, teacher_hidden: Tensor, weight: Tensor) -> None:
     function = _trl_module("kernels.chunked_divergence").ChunkedDivergenceFunction
     kl, _ = function.apply(hidden, x.weight_VD, None, teacher_hidden, x.teacher_weight_VD, None, 0.0)
@@ -156,6 +163,7 @@ METHODS: dict[str, Callable[[Inputs], None]] = {
     "torch_supervised_rows": torch_supervised_rows,
     "torch_all_rows": torch_all_rows,
     "trl_gkd": trl_gkd,
+    "trl_gkd_with_teacher_head": trl_gkd_with_teacher_head,
     "trl_chunked_supervised_rows": trl_chunked_supervised_rows,
     "trl_chunked_and_ce_supervised_rows": trl_chunked_and_ce_supervised_rows,
     "trl_chunked_all_rows": trl_chunked_all_rows,
