@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +113,17 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:06d}"
 
 
-def find_resumable(run_folder: Path, resume: str, identity: dict, say) -> Saved | None:
+def find_resumable(
+    run_folder: Path, resume: str, identity: dict, say, allow_change: Collection[str] = ()
+) -> Saved | None:
     """The checkpoint that a run goes on from; None where it starts anew.
 
     Args:
         run_folder: of the run; its checkpoints are in `checkpoints`.
         resume: "auto", "must" (refuse where there is none) or "never" (refuse where there is one).
         identity: what must be as it was, as plain data.
-        say: is told of damaged checkpoints that are passed over, and of a start anew.
+        say: is told of damaged checkpoints that are passed over, of a start anew and of allowed changes.
+        allow_change: fields of the identity that may differ, by name.
 
     Raises:
         FileNotFoundError, FileExistsError: `resume` forbids it.
@@ -139,24 +142,27 @@ def find_resumable(run_folder: Path, resume: str, identity: dict, say) -> Saved 
         raise FileExistsError(
             f"train.resume is 'never', but {saved.folder} is a checkpoint; choose another name= or remove it."
         )
-    changes = list(compare(saved.state["identity"], json.loads(json.dumps(identity))))
-    if changes:
+    changes = dict(compare(saved.state["identity"], json.loads(json.dumps(identity))))
+    refused = [f"{name}: {values}" for name, values in changes.items() if name not in allow_change]
+    if refused:
         raise ValueError(
-            f"{saved.folder} is of a run with other settings ({'; '.join(changes)}), but a run goes on as it began; "
-            f"choose another name= for a new run, or put them back."
+            f"{saved.folder} is of a run with other settings ({'; '.join(refused)}), but a run goes on as it began; "
+            f"choose another name= for a new run, put them back, or name them in train.allow_change."
         )
+    for name, values in changes.items():
+        say(f"{run_folder} goes on with another {name}, as train.allow_change says: {values}")
     return saved
 
 
-def compare(there: dict, here: dict, prefix: str = "") -> Iterator[str]:
-    """Each field of plain data that differs: `loss.kl: 1.0 there, 0.25 here`."""
+def compare(there: dict, here: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each field of plain data that differs, and how: `loss.kl`, `1.0 there, 0.25 here`."""
     for name in [*there, *(name for name in here if name not in there)]:
         values = [side.get(name, "nothing") for side in (there, here)]
         if all(isinstance(value, dict) for value in values):
             yield from compare(*values, f"{prefix}{name}.")
         elif values[0] != values[1]:
             old, new = (REST_OF_HASH.sub("", str(value)) for value in values)
-            yield f"{prefix}{name}: {old} there, {new} here"
+            yield f"{prefix}{name}", f"{old} there, {new} here"
 
 
 def find_checkpoint(folder: Path, say) -> Saved | None:

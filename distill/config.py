@@ -161,6 +161,7 @@ class TrainConfig:
     hang_minutes: float = 30.0  # a step that takes so long ends the run with every thread's stack; 0: never
     max_bad_steps: int = 3  # non-finite steps in a row after which the run stops
     resume: str = "auto"  # "auto": go on if there is a checkpoint; "must": refuse if none; "never": refuse if one
+    allow_change: list[str] = field(default_factory=list)  # fields that a resumed run may change, [loss.kl] say
 
 
 @dataclass(frozen=True)

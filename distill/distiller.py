@@ -114,7 +114,11 @@ class Distiller:
         if self.accelerator.is_main_process:
             ckpt.make_run_folder(self.run_folder)
         self.saved = ckpt.find_resumable(
-            self.run_folder, self.options.resume, self.identity, lambda text: say(self.accelerator, text)
+            self.run_folder,
+            self.options.resume,
+            self.identity,
+            lambda text: say(self.accelerator, text),
+            self.options.allow_change,
         )
         if self.saved is not None:
             self.stream.load_state_dict(self.saved.state["stream"])

@@ -248,6 +248,19 @@ def test_a_run_whose_loss_or_teacher_changed_does_not_resume_and_says_field_by_f
         run(load_config(toys / "toy.yaml", [*words, f"teacher.path={tmp_path}/teacher"]))
 
 
+def test_a_change_that_is_allowed_by_name_is_said_and_made_and_no_other(toys, tmp_path, capsys):
+    words = [f"runs={tmp_path}", "name=own", "train.steps=2", "train.allow_change=[loss.kl]"]
+    run(load_config(toys / "toy.yaml", [*words, "train.stop_after=1"]))
+    with pytest.raises(ValueError, match=r"\(loss\.ce: 1\.0 there, 0\.5 here\)"):
+        run(load_config(toys / "toy.yaml", [*words, "loss.kl=0.25", "loss.ce=0.5"]))
+    capsys.readouterr()
+    assert run(load_config(toys / "toy.yaml", [*words, "loss.kl=0.25"])) == 0
+    said = capsys.readouterr().err
+    assert "own goes on with another loss.kl, as train.allow_change says: 1.0 there, 0.25 here" in said
+    first, second = (json.loads(line)["kl"] for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines())
+    assert second < 0.5 * first  # a term is logged with its weight
+
+
 def test_a_teacher_that_was_moved_is_the_same_teacher(toys, tmp_path):
     words = [f"runs={tmp_path}", "name=own", "teacher.online=true", f"teacher.path={tmp_path}/teacher"]
     shutil.copytree(toys / "teacher", tmp_path / "teacher")

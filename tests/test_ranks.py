@@ -89,9 +89,12 @@ def test_a_launchers_report_of_a_run_that_stopped_in_order_says_how_to_go_on(toy
     assert last.endswith("exit code 143: see the message above; the same command goes on from what is finished")
 
 
-def test_two_zero2_ranks_repeat_the_losses_of_one_process(toys, alone):
-    launch(toys, "zero2", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml")
-    assert losses(toys, "zero2") == pytest.approx(alone, abs=1e-5)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_whose_optimizer_is_in_parts_repeat_the_losses_of_one_process(toys, alone, tmp_path, stage):
+    text = (LAUNCH / "two_cpus_zero2.yaml").read_text()
+    (tmp_path / "launch.yaml").write_text(text.replace("zero_stage: 2", f"zero_stage: {stage}"))
+    launch(toys, f"zero{stage}", "train.micro_batch_size=1", launch_file=str(tmp_path / "launch.yaml"))
+    assert losses(toys, f"zero{stage}") == pytest.approx(alone, abs=1e-5)
 
 
 def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors(toys, alone):
