@@ -31,7 +31,8 @@ def run(config: Config) -> int:
     """Distil the config's teacher into its student; returns the exit code."""
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
-    model = load_teacher(config)
+    needs_llm = config.teacher.online or config.cache.codec == "hidden"  # whose cache is known by the teacher's head
+    model = load_teacher(config, llm_weights=needs_llm)
     if config.teacher.online:
         model.to(accelerator.device)
     student = make_student(config, model, resolve_precision(config.precision), lambda text: say(accelerator, text))

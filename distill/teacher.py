@@ -25,8 +25,13 @@ def teacher_path(config: Config) -> Path:
     raise ValueError("teacher.path is empty, but a teacher is needed; give a saved folder or a SALMONN checkpoint.")
 
 
-def load_teacher(config: Config) -> Salmonn:
+def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
     """The frozen teacher, in evaluation mode, on the CPU.
+
+    Args:
+        config: of the run.
+        llm_weights: False leaves the LLM on the meta device: of a teacher whose targets are cached, ears, connector and
+            names are all that a run needs. A Qwen2-Audio comes whole.
 
     Raises:
         FileNotFoundError: there is nothing at its path.
@@ -43,7 +48,7 @@ def load_teacher(config: Config) -> Salmonn:
         return load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
     if path.is_dir():
         check_settings(parts, read_config(path)["model"], path)
-        return load_salmonn(path, dtype=dtype)
+        return load_salmonn(path, dtype=dtype, llm_weights=llm_weights)
     for name in ("llm", "whisper"):
         if not getattr(parts, name):
             raise ValueError(
@@ -60,6 +65,7 @@ def load_teacher(config: Config) -> Salmonn:
         second=parts.second,
         second_kind=parts.second_kind,
         dtype=dtype,
+        llm_weights=llm_weights,
         **settings,
     )
     print(f"teacher {path}: {report}", file=sys.stderr)

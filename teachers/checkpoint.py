@@ -16,7 +16,7 @@ from teachers.loading import build_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import write_atomically
-from teachers.weights import read_torch_file
+from teachers.weights import put_, read_torch_file
 
 LORA = re.compile(r"llama_model\.(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight$")
 # Saved beside the trainable tensors though they are not: buffers, and second names of shared or tied frozen tensors
@@ -76,7 +76,7 @@ def our_name(key: str) -> str | None:
 
 
 def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "", second_kind: str = "",
-                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32,
+                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32, llm_weights: bool = True,
                     **settings) -> tuple[Salmonn, KeyReport]:  # fmt: skip
     """A released SALMONN as a frozen teacher, and the report of its keys.
 
@@ -85,6 +85,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
         llm, whisper, second, second_kind: the frozen parts it was trained on, as in `SalmonnConfig`.
         lora_alpha: of LoRA, which no tensor's shape tells; None: the file's own config, or SALMONN's 32.
         dtype: of the LLM's weights.
+        llm_weights: False leaves the LLM on the meta device, all but what the file itself holds of it.
         settings: further fields of `SalmonnConfig`. What neither they nor the tensors' shapes tell is taken from the
             config that SALMONN's trainer saves in the file: windows, template and end token.
 
@@ -97,7 +98,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     )
     state = content["model"]
     names = _translate(state, path)
-    model = build_salmonn(config, lora=lora, dtype=dtype)
+    model = build_salmonn(config, lora=lora, dtype=dtype, llm_weights=llm_weights)
     _check_mels(model, _read_config(content), path)
     own = {name: state[key] for key, name in names.items() if name is not None}
     _load_strictly_(model, own, path)
@@ -237,4 +238,4 @@ def _load_strictly_(model: Salmonn, own: dict[str, Tensor], path) -> None:
             raise ValueError(
                 f"{path} holds {found} for {name}, but these parts need {wanted}; check llm, whisper and second."
             )
-        parameters[name].data.copy_(own[name])
+        put_(model, name, own[name])

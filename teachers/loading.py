@@ -15,21 +15,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from teachers.encoders import load_encoder
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import staged
-from teachers.weights import open_safetensors, read_json
+from teachers.weights import open_safetensors, put_, read_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 
 
 def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32,
                   transform_llm_=None, tokenizer_path: str | Path | None = None,
-                  ears: tuple[nn.Module, nn.Module | None] | None = None) -> Salmonn:  # fmt: skip
+                  ears: tuple[nn.Module, nn.Module | None] | None = None,
+                  llm_weights: bool = True) -> Salmonn:  # fmt: skip
     """Put a model together from pre-trained parts; Q-Former and projection are new. Ears and LLM are frozen.
 
     Args:
@@ -39,8 +40,9 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
         transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
         tokenizer_path: where the tokenizer lies when not with the LLM.
         ears: encoders to share instead of loading them by name.
+        llm_weights: False leaves the LLM on the meta device, for a teacher whose targets are cached.
     """
-    llm = load_llm(config.llm, dtype)
+    llm = load_llm(config.llm, dtype, weights=llm_weights)
     if transform_llm_ is not None:
         transform_llm_(llm)
     llm.requires_grad_(False)
@@ -62,8 +64,13 @@ def load_ear(kind: str, path: str, dtype: torch.dtype) -> nn.Module:
     return load_encoder(kind, path, dtype=dtype).requires_grad_(False).eval()
 
 
-def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
+def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Module:
     """A causal LM from a local folder or hub id; its code is transformers' own, never the repository's.
+
+    Args:
+        path: folder or hub id.
+        dtype: of the weights.
+        weights: False gives the LLM on the meta device.
 
     Raises:
         FileNotFoundError: `path` is no folder here and cannot be had from the hub.
@@ -71,7 +78,10 @@ def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
         ValueError: its weights are damaged.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        if weights:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
     except SafetensorError as error:
         raise ValueError(f"llm is {path}, but its weights are damaged ({error}); download it again.") from error
     except OSError as error:
@@ -132,8 +142,9 @@ def read_config(folder: str | Path) -> dict:
     return {"model": parts, "settings": settings, "frozen": frozen}
 
 
-def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None) -> Salmonn:
-    """Load a folder that `save_salmonn` wrote, in evaluation mode and frozen.
+def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None,
+                 llm_weights: bool = True) -> Salmonn:  # fmt: skip
+    """Load a folder that `save_salmonn` wrote, in evaluation mode and frozen; arguments as `build_salmonn` takes them.
 
     Raises:
         FileNotFoundError: no model there, or one of its parts is gone.
@@ -141,7 +152,7 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
     """
     config = read_config(folder)
     model = build_salmonn(config["model"], lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,
-                          tokenizer_path=Path(folder) / TOKENIZER)  # fmt: skip
+                          tokenizer_path=Path(folder) / TOKENIZER, llm_weights=llm_weights)  # fmt: skip
     load_own_tensors_(model, Path(folder) / WEIGHTS)
     model.own_names = frozenset(read_names(Path(folder) / WEIGHTS))
     for part, found in hash_frozen_parts(model).items():
@@ -194,7 +205,7 @@ def load_own_tensors_(model: nn.Module, path: Path) -> None:
                     f"tensor {name} of {path} has shape {tuple(tensor.shape)}, but the model has {found}; "
                     f"the file belongs to a model of another config."
                 )
-            parameters[name].data.copy_(tensor)
+            put_(model, name, tensor)
 
 
 def hash_frozen_parts(model: Salmonn, names: Sequence[str] = ("llm", "whisper", "second")) -> dict[str, str]:

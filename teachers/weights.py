@@ -165,3 +165,14 @@ def load_strictly_(module: nn.Module, weights: dict[str, Tensor], path: str | Pa
             f"or shapes: {report}; use the weights and the config of one model of this architecture."
         )
     module.load_state_dict(weights, assign=True)
+
+
+def put_(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give one parameter its value, in place, in its own precision; one on the meta device gets memory."""
+    parameter = model.get_parameter(name)
+    if not parameter.is_meta:
+        parameter.data.copy_(tensor)
+        return
+    module, _, last = name.rpartition(".")
+    value = tensor.to(parameter.dtype, copy=True)
+    setattr(model.get_submodule(module), last, nn.Parameter(value, requires_grad=parameter.requires_grad))

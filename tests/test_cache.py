@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 from distill import cache as cache_module
-from distill.cache import cache
+from distill.cache import cache, describe_teacher
 from distill.config import Config, LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
-from distill.run import wrap_teacher
+from distill.run import run, wrap_teacher
+from distill.teacher import load_teacher
 from shards.archive import ShardError
 from shards.augmentation import Augmentation
 from shards.cache import TargetReader
@@ -30,6 +32,7 @@ from shards.stream import ShardStream
 from shards.tarwriter import TarWriter
 from students.student import build_student
 from teachers.cacheparts import FOLDER, HEAD, PROMPTS
+from teachers.checkpoint import save_checkpoint
 from teachers.loading import load_salmonn
 from teachers.lora import Lora
 from teachers.targets import CachedTeacher, OnlineTeacher, identify_row
@@ -449,3 +452,31 @@ def test_a_cache_with_other_settings_is_refused_by_name(toys, tmp_path):
         config = load_config(toys / "toy.yaml", [f"cache.folder={tmp_path}", word])
         with pytest.raises(ValueError, match=rf"(?s)was cached as .* {field}: cached .*, this run"):
             wrap_teacher(config, model)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("path", ["teacher", "salmonn.pth"])
+def test_a_teacher_without_its_llms_weights_is_the_same_teacher_to_a_cache(toys, tmp_path, path, precision):
+    words = [f"precision={precision}"]
+    if path == "salmonn.pth":
+        save_checkpoint(tiny.make_teacher(toys / "parts", lora=True), tmp_path / path)
+        words += [f"teacher.{name}={toys / 'parts' / name}" for name in ("llm", "whisper")]
+        words += [f"teacher.path={tmp_path / path}"]
+    config = load_config(toys / "toy.yaml", words)
+    whole, light = load_teacher(config), load_teacher(config, llm_weights=False)
+    assert describe_teacher(light, config).identity == describe_teacher(whole, config).identity
+    frozen = [p for name, p in light.llm.named_parameters() if "lora_" not in name]
+    assert frozen and all(p.is_meta for p in frozen)
+    for name, parameter in light.named_parameters():
+        assert parameter.is_meta or torch.equal(parameter, whole.get_parameter(name)), name
+
+
+def test_a_run_from_the_cache_never_loads_the_teachers_llm(toys, tmp_path, monkeypatch):
+    config = make_cache(toys, tmp_path / "cache", f"runs={tmp_path}", "train.steps=1")
+    loaded = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda path, **k: loaded.append(path) or load(path, **k)
+    )
+    assert run(config) == 0
+    assert loaded == [config.student.llm]
