@@ -6,7 +6,6 @@ made before are used again.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
 from record import write_result
 from transformers import AutoTokenizer
 
 from distill.config import Config, load_config
-from distill.evaluate import count_parameters, evaluate
+from distill.evaluate import count_parameters
 from distill.pipeline import launch_stage
 from distill.teach import build_whisper, pretrain_ears_
-from students.student import load_student
 from teachers.whisper import WhisperEar
 
-CONFIG = "configs/fsdd.yaml"
-SEEDS = (0, 1, 2)
 WIDTH, LAYERS = 64, 2
 VARIANTS = {  # title, whether the ears are its own, words
     "shared": ("the teacher's ears", False, ["loss.feature=0"]),
@@ -56,8 +53,8 @@ def train_and_score(variant: str, seed: int, ears: Path, common: list[str]) -> t
     overrides = [f"name=fsdd-ears-{variant}-{seed}", f"seed={seed}", *own, *words, *common]
     config = load_config(CONFIG, overrides)
     subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
-    student = load_student(config.run_folder / "student")
-    return evaluate(student, config.shards("test"), config.eval)["asr"].value, count_parameters(student.whisper)
+    student = load_trained(config)
+    return score_wer(student, config), count_parameters(student.whisper)
 
 
 def main() -> None:
@@ -84,10 +81,8 @@ def make_table(figures: dict) -> str:
     """Markdown: mean and standard deviation over the seeds."""
     lines = ["| student | parameters of its ears | WER % (mean ± sd, 3 seeds) | each |", "|---|---:|---:|---|"]
     for variant, found in figures.items():
-        wers = [100 * wer for wer in found["wer"]]
-        mean, deviation = statistics.mean(wers), statistics.stdev(wers)
-        size, each = found["parameters of the ears"], ", ".join(f"{wer:.1f}" for wer in wers)
-        lines.append(f"| {VARIANTS[variant][0]} | {size:,} | {mean:.1f} ± {deviation:.1f} | {each} |")
+        size = found["parameters of the ears"]
+        lines.append(f"| {VARIANTS[variant][0]} | {size:,} | {describe_percents(found['wer'], digits=1)} |")
     return "\n".join(lines)
 
 

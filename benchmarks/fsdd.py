@@ -12,16 +12,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
 from record import write_result
 
 from distill.config import load_config
-from distill.evaluate import evaluate
 from distill.pipeline import launch_stage, make_shards
 from distill.teacher import load_teacher
-from students.student import load_student
 
-CONFIG = "configs/fsdd.yaml"
-SEEDS = (0, 1, 2)
 MAIN = ("ce", "ce_pseudo", "ce_kl", "ce_kl_feature")
 VARIANTS = {
     "ce": ("CE on the labelled clips", ["loss.kl=0", "loss.feature=0", "data.labelled_only=true"]),
@@ -54,7 +51,7 @@ def train_and_score(variant: str, seed: int, words: list[str]) -> float:
                  f"student.llm={scratch}/student-llm", *VARIANTS[variant][1], *words]  # fmt: skip
     config = load_config(CONFIG, overrides)
     subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
-    return evaluate(load_student(config.run_folder / "student"), config.shards("test"), config.eval)["asr"].value
+    return score_wer(load_trained(config), config)
 
 
 def main() -> None:
@@ -68,7 +65,7 @@ def main() -> None:
     make_shards(config)
     launch_stage("distill.teach", CONFIG, words, None)
     launch_stage("distill.cache", CONFIG, words, None)
-    teacher = evaluate(load_teacher(config), config.shards("test"), config.eval)["asr"].value
+    teacher = score_wer(load_teacher(config), config)
     jobs = [(variant, seed) for seed in SEEDS for variant in variants]
     with ThreadPoolExecutor(2) as pool:
         wers = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, words), jobs)))
@@ -82,10 +79,7 @@ def main() -> None:
 def make_table(teacher: float, students: dict[str, list[float]], gap_closed: float) -> str:
     """Markdown: mean and standard deviation over the seeds."""
     lines = ["| model | WER % (mean ± sd, 3 seeds) | each |", "|---|---|---|", f"| teacher | {100 * teacher:.2f} | |"]
-    for variant, values in students.items():
-        mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
-        each = ", ".join(f"{100 * value:.2f}" for value in values)
-        lines.append(f"| student, {VARIANTS[variant][0]} | {mean:.2f} ± {deviation:.2f} | {each} |")
+    lines += [f"| student, {VARIANTS[variant][0]} | {describe_percents(wers)} |" for variant, wers in students.items()]
     closed = (
         f"The better of the two distilled students closes {gap_closed:.0%} of the gap between CE alone and teacher."
     )

@@ -5,23 +5,20 @@ students hear with the teacher's ears and see the text of 2 % of the clips. Run 
 teacher and cache are used: `python benchmarks/fsdd_cross.py [key=value …]`.
 """
 
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from fsdd import CONFIG, SEEDS
+from fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
 from record import write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill.config import Config, load_config
-from distill.evaluate import evaluate
 from distill.pipeline import launch_stage, make_shards
 from distill.teach import corpus_texts, pretrain_on_text_
 from distill.tokenizer import train_byte_tokenizer
-from students.student import load_student
 from teachers.prompts import load_prompts
 from teachers.salmonn import SalmonnConfig
 
@@ -74,7 +71,7 @@ def train_and_score(variant: str, seed: int, llm: Path, words: list[str]) -> flo
                  *SETTINGS, *VARIANTS[variant][1], *words]  # fmt: skip
     config = load_config(CONFIG, overrides)
     subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
-    return evaluate(load_student(config.run_folder / "student"), config.shards("test"), config.eval)["asr"].value
+    return score_wer(load_trained(config), config)
 
 
 def main() -> None:
@@ -95,10 +92,7 @@ def main() -> None:
 def make_table(students: dict[str, list[float]]) -> str:
     """Markdown: mean and standard deviation over the seeds."""
     lines = ["| student with its own tokenizer | WER % (mean ± sd, 3 seeds) | each |", "|---|---|---|"]
-    for variant, values in students.items():
-        mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
-        each = ", ".join(f"{100 * value:.2f}" for value in values)
-        lines.append(f"| {VARIANTS[variant][0]} | {mean:.2f} ± {deviation:.2f} | {each} |")
+    lines += [f"| {VARIANTS[variant][0]} | {describe_percents(wers)} |" for variant, wers in students.items()]
     return "\n".join(lines)
 
 

@@ -10,17 +10,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from fsdd import CONFIG, SEEDS
+from fsdd_students import CONFIG, LOADING, SEEDS, load_trained, score_wer
 from record import write_result
 
 from distill.answers import Answerer
 from distill.capture import Capturer
 from distill.config import Config, load_config
-from distill.evaluate import evaluate
 from distill.pipeline import launch_stage
 from distill.teacher import load_teacher, teach_online
 from shards.stream import ShardStream
-from students.student import load_student
 from teachers.salmonn import Salmonn
 
 SETTINGS = ["loss.feature=0", "train.steps=200", "train.learning_rate=1e-3", "on_policy.max_new_tokens=12",
@@ -50,14 +48,15 @@ def train_and_score(variant: str, seed: int, words: list[str]) -> tuple[float, f
     if variant != "start":
         started = f"student.start={config.runs}/{start}/student"
         launch_stage("distill.run", CONFIG, [*common, f"name={name}", started, *VARIANTS[variant][1]], None)
-    student = load_student(config.run_folder / "student")
-    return evaluate(student, config.shards("test"), config.eval)["asr"].value, own_answers_kl(student, config)
+    student = load_trained(config)
+    return score_wer(student, config), own_answers_kl(student, config)
 
 
 @torch.no_grad()
 def own_answers_kl(student: Salmonn, config: Config) -> float:
     """The KL of the teacher to a student on the answers it draws to the test split, nats a token."""
-    teacher = load_teacher(config)
+    with LOADING:
+        teacher = load_teacher(config)
     ask = Answerer(student, Capturer(teach_online(config, teacher), config), config)
     total, count = 0.0, 0
     for samples in ShardStream(config.shards("test"), batch_size=32, shuffle=False, epochs=1):

@@ -1,0 +1,32 @@
+"""What the benchmarks on real spoken digits share: their config and seeds, and how a trained student is scored."""
+
+import statistics
+from collections.abc import Sequence
+from threading import Lock
+
+from distill.config import Config
+from distill.evaluate import evaluate
+from students.student import load_student
+from teachers.salmonn import Salmonn
+
+CONFIG = "configs/fsdd.yaml"
+SEEDS = (0, 1, 2)
+LOADING = Lock()  # transformers builds one model at a time, on a device that it sets for every thread
+
+
+def load_trained(config: Config) -> Salmonn:
+    """The student of a finished run."""
+    with LOADING:
+        return load_student(config.run_folder / "student")
+
+
+def score_wer(model: Salmonn, config: Config) -> float:
+    """Its WER on the test split."""
+    return evaluate(model, config.shards("test"), config.eval)["asr"].value
+
+
+def describe_percents(values: Sequence[float], digits: int = 2) -> str:
+    """Two cells of a table: mean ± standard deviation in percent, and each value."""
+    mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
+    each = ", ".join(f"{100 * value:.{digits}f}" for value in values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} | {each}"
