@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -140,6 +141,11 @@ def describe_cost(cost: Cost) -> dict[str, float]:
             "next token ms": cost.next_token_ms}  # fmt: skip
 
 
+def show(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def measure_teacher(config: Config) -> dict[str, float]:
     """The teacher alone: loading, its ears, a batch's targets, and what an answer costs."""
     began = time.perf_counter()
@@ -203,11 +209,11 @@ def measure_stage(name: str, config: Config) -> dict[str, float]:
 def make_table(stages: dict[str, dict[str, float]]) -> str:
     """Markdown: one row a figure."""
     lines = [f"{CLIPS} clips of {SECONDS:g} s, {BATCH} a batch; random weights of the real sizes.\n"]
-    lines += ["| stage | figure | value |", "|---|---|---|"]
-    for name, figures in stages.items():
-        lines += [f"| {name} | {figure} | {value:.4g} |" for figure, value in figures.items()]
-    ratio = {key: stages["student"][key] / stages["teacher"][key] for key in ("weights GB", "next token ms")}
-    lines.append("\nStudent ÷ teacher: " + ", ".join(f"{key} {value:.2f}×" for key, value in ratio.items()) + ".")
+    columns = list(dict.fromkeys(figure for figures in stages.values() for figure in figures))
+    lines += ["| | " + " | ".join(stages) + " |", "|---" * (1 + len(stages)) + "|"]
+    for column in columns:
+        cells = [show(figures[column]) if column in figures else "" for figures in stages.values()]
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -225,6 +231,8 @@ def main() -> None:
         return
     make_weights(folder)
     make_shards(folder)
+    for made in (config.cache_folder, config.run_folder):  # by a run of this script before
+        shutil.rmtree(made, ignore_errors=True)
     stages = {}
     for name in STAGES:
         command = [sys.executable, __file__, "--folder", folder, "--stage", name, *arguments.words]
