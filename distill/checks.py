@@ -23,6 +23,7 @@ from distill.weighing import TERMS, Counts, weigh
 from shards.sample import Sample
 from students.student import CONNECTOR
 from teachers.salmonn import Salmonn
+from teachers.targets import OnlineTeacher
 
 VALUE, GRADIENT = 1e-3, 1e-2  # relative differences that float32 explains
 
@@ -31,9 +32,9 @@ class Fault(Exception):
     """What is wrong, and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
-    """A few samples of a run, its student with the objective, and the teacher."""
+    """A few samples of a run, its student with the objective, and the teacher for as long as a check asks it."""
 
     objective: Objective
     collate: Collator
@@ -65,6 +66,11 @@ class Case:
             return batch.labels_S
         rows = [self.collate.teacher.rows.row(s, with_answer=True, first_prompt=False) for s in batch.samples]
         return torch.tensor([token for row in rows for token in row.answer], device=batch.labels_S.device)
+
+    def forget_teacher(self) -> None:
+        """Free the memory of a teacher whose targets are cached; the ears that it shares stay with the student."""
+        if not isinstance(getattr(self.collate.teacher, "teacher", self.collate.teacher), OnlineTeacher):
+            self.teacher = None
 
     @property
     def student(self) -> Salmonn:

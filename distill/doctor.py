@@ -76,6 +76,8 @@ def examine(case: Case, names: Iterable[str] = tuple(CHECKS)) -> Iterator[tuple[
         except (Fault, ValueError, RuntimeError, IndexError) as error:
             # a broken objective can also fall over; the other checks still say where
             yield name, False, str(error).splitlines()[0]
+        if name == "cache":
+            case.forget_teacher()  # no check after this one asks it
 
 
 def build_case(config: Config) -> Case:

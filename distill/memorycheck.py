@@ -1,7 +1,7 @@
 """The last check of `distill doctor`: what one of the run's own micro-batches takes at its peak.
 
 Unlike the others it runs in the precision of the run, and it changes the case: the frozen weights of the student's LLM
-are cast to that precision, and a teacher that training does without leaves the device.
+are cast to that precision, and a teacher that training does without is freed.
 """
 
 import os
@@ -15,7 +15,6 @@ import torch
 
 from distill.checks import Case, Fault
 from shards.sample import Sample
-from teachers.targets import OnlineTeacher
 
 FEW = 4  # clips that say how long a whole micro-batch takes
 MOST_SECONDS = 20.0  # that it may take on a CPU; beyond, its memory is extrapolated from that of a few
@@ -23,7 +22,7 @@ MOST_SECONDS = 20.0  # that it may take on a CPU; beyond, its memory is extrapol
 
 def check_memory(case: Case) -> str:
     """The peak of the largest micro-batch at hand, with the optimizer's states, fits the device."""
-    unused = make_as_in_training_(case)
+    make_as_in_training_(case)
     states = 8 * sum(p.numel() for p in case.trainable.values())  # AdamW's two moments, float32
     samples = sorted(case.micro_batch, key=lambda sample: -len(sample.waveform_N))
     few, note = samples[:FEW], ""
@@ -40,7 +39,7 @@ def check_memory(case: Case) -> str:
             f"memory does not hold {len(samples)} clips a micro-batch ({str(error).splitlines()[0]}), but it must; "
             f"lower train.micro_batch_size, the step stays the same."
         ) from error
-    total, peak = device_bytes(case), peak - unused + states
+    total, peak = device_bytes(case), peak + states
     precision = str(case.dtype).removeprefix("torch.")
     text = f"{peak / 1e9:.2f} GB at {len(samples)} clips a micro-batch in {precision}{note}, of {total / 1e9:.1f} GB"
     if peak > 0.95 * total:
@@ -58,12 +57,8 @@ def measure(case: Case, samples: Sequence[Sample]) -> tuple[int, int, float]:
     return base, peak, time.monotonic() - began
 
 
-def make_as_in_training_(case: Case) -> int:
-    """Give student and products the precision of the run, in place, and take an idle teacher off the device.
-
-    Returns:
-        bytes of memory that a teacher holds here and not in training: on a CPU it cannot go elsewhere.
-    """
+def make_as_in_training_(case: Case) -> None:
+    """Give student and products the precision of the run, in place, and free an idle teacher."""
     case.objective.dtype = case.collate.dtype = case.dtype
     for module in case.student.llm.modules():
         if hasattr(module, "compute_dtype"):  # a 4-bit layer's
@@ -71,16 +66,7 @@ def make_as_in_training_(case: Case) -> int:
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(case.dtype)
-    teacher = getattr(case.collate.teacher, "teacher", case.collate.teacher)
-    if case.teacher is None or isinstance(teacher, OnlineTeacher):
-        return 0
-    shared = {id(parameter) for parameter in case.student.parameters()}
-    idle = [parameter for parameter in case.teacher.parameters() if id(parameter) not in shared]
-    if not is_on_gpu(case):
-        return sum(parameter.nbytes for parameter in idle)
-    for parameter in idle:
-        parameter.data = parameter.data.cpu()
-    return 0
+    case.forget_teacher()
 
 
 def is_on_gpu(case: Case) -> bool:

@@ -5,7 +5,7 @@ Right by construction where SALMONN's trainer is not: nothing stands between pro
 there and always learned, and padding is at the end for training and at the start for generation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -74,14 +74,11 @@ class RowTokenizer:
         tokenizer: the LLM's tokenizer.
         prompts: the prompts by task.
         end_token: text of the end token; empty takes the tokenizer's own.
-        num_audio_tokens: how many audio tokens a clip of so many samples gives.
         max_answer_tokens: longer answers are cut, and the end token still follows.
     """
 
-    def __init__(self, tokenizer, prompts: Prompts, end_token: str, num_audio_tokens: Callable[[int], int],
-                 max_answer_tokens: int):  # fmt: skip
-        self.tokenizer, self.prompts, self.num_audio_tokens = tokenizer, prompts, num_audio_tokens
-        self.max_answer_tokens = max_answer_tokens
+    def __init__(self, tokenizer, prompts: Prompts, end_token: str, max_answer_tokens: int):
+        self.tokenizer, self.prompts, self.max_answer_tokens = tokenizer, prompts, max_answer_tokens
         self.end_ids = self.encode(end_token) if end_token else [self._own_end_id()]
         self.bos_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[-1]
@@ -100,8 +97,14 @@ class RowTokenizer:
         """The answer's ids with the end token."""
         return self.encode(text)[: self.max_answer_tokens] + self.end_ids
 
-    def row(self, sample: Sample, *, with_answer: bool, first_prompt: bool) -> Row:
+    def row(self, sample: Sample, *, with_answer: bool, first_prompt: bool, num_audio_tokens: int = 0) -> Row:
         """One sample's row; an unlabelled sample has no row with an answer.
+
+        Args:
+            sample: the clip.
+            with_answer: for training; else for `generate`.
+            first_prompt: of its task's; else one that the key chooses.
+            num_audio_tokens: of the clip, where the row is to be heard and not only named.
 
         Raises:
             ValueError: the task is unknown, or the sample has no text and an answer is asked for.
@@ -112,7 +115,6 @@ class RowTokenizer:
                 f"text of sample {sample.key} is None, but training needs an answer; cache the teacher's targets "
                 f"(they bring its own answer) or set data.labelled_only=true."
             )
-        num_audio_tokens = self.num_audio_tokens(len(sample.waveform_N))
         answer = self._answer(sample) if with_answer else []
         return Row(self.bos_ids + self.encode(before), num_audio_tokens, self.encode(after), answer)
 

@@ -129,8 +129,4 @@ def load_rows(cache: Path, header: CacheHeader) -> RowTokenizer:
             f"{header.identity['prompts'][:16]}; restore it or cache again."
         )
     tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
-    return RowTokenizer(tokenizer, prompts, settings["end_token"], _no_audio, settings["max_answer_tokens"])
-
-
-def _no_audio(num_samples: int) -> int:
-    return 0
+    return RowTokenizer(tokenizer, prompts, settings["end_token"], settings["max_answer_tokens"])

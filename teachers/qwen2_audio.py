@@ -56,10 +56,8 @@ class Qwen2Audio(Salmonn):
         self.qformer = self.ln_speech = self.ln_audio = None
         prompts = load_prompts(config.prompts or None, config.template)
         by_task = {t: tuple(p.replace(SALMONN_PLACE, PLACE) for p in own) for t, own in prompts.by_task.items()}
-        self.rows = RowTokenizer(
-            tokenizer, Prompts(by_task, config.template), config.end_token, self.num_audio_tokens,
-            config.max_answer_tokens,
-        )  # fmt: skip
+        own_prompts = Prompts(by_task, config.template)
+        self.rows = RowTokenizer(tokenizer, own_prompts, config.end_token, config.max_answer_tokens)
         self.eval().requires_grad_(False)
 
     def num_frames(self, num_samples: int) -> int:

@@ -117,7 +117,6 @@ class Salmonn(nn.Module):
             tokenizer,
             load_prompts(config.prompts or None, config.template),
             config.end_token,
-            self.num_audio_tokens,
             config.max_answer_tokens,
         )
 
@@ -189,7 +188,11 @@ class Salmonn(nn.Module):
                     f"{self.min_samples / SAMPLE_RATE:g} to {self.max_samples / SAMPLE_RATE:g} s; cut it or leave it "
                     f"out with `distill audit`."
                 )
-        rows = [self.rows.row(s, with_answer=with_answer, first_prompt=first_prompt) for s in samples]
+        rows = [
+            self.rows.row(s, with_answer=with_answer, first_prompt=first_prompt,
+                          num_audio_tokens=self.num_audio_tokens(len(s.waveform_N)))
+            for s in samples
+        ]  # fmt: skip
         return collate(samples, rows, self.rows.pad_id)
 
     # Hearing

@@ -1,6 +1,7 @@
 """Doctor passes on sound runs, and finds each fault that trains silently."""
 
 import dataclasses
+import weakref
 
 import pytest
 import tiny
@@ -61,6 +62,15 @@ def test_a_sound_run_on_cached_frames_passes(toys, tmp_path, kind, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert code == 0, lines
     assert all(line.startswith("pass") for line in lines[-13:])
+
+
+def test_a_cached_teacher_is_freed_when_it_has_been_asked_and_an_online_one_is_not(toys):
+    case = build_case(load_config(toys / "toy.yaml"))
+    teacher = weakref.ref(case.teacher.llm)
+    assert [passed for _, passed, _ in examine(case)] == [True] * 12
+    assert teacher() is None
+    case = build_case(load_config(toys / "toy.yaml", ["teacher.online=true"]))
+    assert all(passed for _, passed, _ in examine(case)) and case.teacher is not None
 
 
 @pytest.mark.parametrize("words", [[], ["teacher.online=true"]])

@@ -52,7 +52,8 @@ def teacher(folder):
 
 def original_inputs(folder, teacher, sample, *, with_answer=True):
     """What transformers' own processor gives: expanded audio tokens, features and their mask."""
-    row = teacher.rows.row(sample, with_answer=with_answer, first_prompt=True)
+    num_tokens = teacher.num_audio_tokens(len(sample.waveform_N))
+    row = teacher.rows.row(sample, with_answer=with_answer, first_prompt=True, num_audio_tokens=num_tokens)
     audio_id = teacher.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     ids = [*row.before, *[audio_id] * row.num_audio_tokens, *row.after, *row.answer]
     extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=2)
