@@ -26,6 +26,7 @@ from teachers.prompts import load_prompts
 
 FILES = ("teacher.path", "teacher.prompts", "teacher.second", "student.start")  # that are never a hub id
 CUT = "cut.json"  # beside the manifests that were cut: what from
+CORPUS = "corpus.json"  # beside those of the embedded corpus: its size
 POLL_SECONDS = 0.1  # between looks at whether the processes of a stopped stage are gone
 
 
@@ -121,20 +122,33 @@ def cut_manifest(config: Config) -> None:
 
 
 def make_corpus(config: Config) -> None:
-    """Write the embedded corpus unless it is there."""
+    """Write the embedded corpus unless it is there, of whatever seed: another seed trains again on the same clips.
+
+    Raises:
+        ValueError: it is of another size; what is packed, cached and trained is of it too.
+    """
     from shards.synth import SIZES, write_corpus
 
     folder = config.manifest("test").parent
-    if config.manifest("test").exists():
+    record, num_train = folder / CORPUS, config.corpus.num_train
+    if record.exists():
+        there = json.loads(record.read_text())["num_train"]
+        if there != num_train:
+            raise ValueError(
+                f"corpus.num_train is {num_train}, but the corpus in {folder} was made with {there}; choose another "
+                f"data.folder=, or remove {config.data.folder} to begin anew."
+            )
         print(f"corpus: {folder} exists, used again", file=sys.stderr)
         return
     write_corpus(
         folder,
         seed=config.seed,
-        sizes={**SIZES, "train": config.corpus.num_train},
+        sizes={**SIZES, "train": num_train},
         unlabelled_share=0,
         show_progress=True,
     )
+    with open_atomically(record) as file:  # last: without it the corpus is written again
+        json.dump({"num_train": num_train}, file)
 
 
 def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str | None) -> None:

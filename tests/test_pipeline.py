@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import tiny
 
+import shards.synth
 from distill.cli import main
 from distill.config import Config, load_config
 from distill.pipeline import make_shards, run_pipeline
@@ -54,6 +55,21 @@ def test_a_cut_that_was_interrupted_is_made_again(tmp_path):
         config.manifest(name).write_text('{"annotation": []}')
     make_shards(config)
     assert len(list(read_manifest(config.manifest("train")))) == 6
+
+
+def test_an_embedded_corpus_of_another_size_is_not_used_again_and_one_of_another_seed_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards.synth, "SIZES", {"train": 4, "valid": 2, "test": 2})
+    (tmp_path / "own.yaml").write_text(f"{{data: {{folder: {tmp_path}/data}}, corpus: {{kind: synth}}}}")
+    make_shards(load_config(tmp_path / "own.yaml", ["corpus.num_train=4"]))
+    manifest = tmp_path / "data" / "corpus" / "train.json"
+    before = manifest.read_bytes()
+    make_shards(load_config(tmp_path / "own.yaml", ["corpus.num_train=4", "seed=1"]))
+    assert "exists, used again" in capsys.readouterr().err and manifest.read_bytes() == before
+    with pytest.raises(ValueError, match=r"corpus\.num_train is 6, but the corpus in .*corpus was made with 4; choose"):
+        make_shards(load_config(tmp_path / "own.yaml", ["corpus.num_train=6"]))
+    (tmp_path / "data" / "corpus" / "corpus.json").unlink()  # as when it was interrupted
+    make_shards(load_config(tmp_path / "own.yaml", ["corpus.num_train=4"]))
+    assert manifest.read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["pack", "audit"])
