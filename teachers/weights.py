@@ -168,11 +168,13 @@ def load_strictly_(module: nn.Module, weights: dict[str, Tensor], path: str | Pa
 
 
 def put_(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give one parameter its value, in place, in its own precision; one on the meta device gets memory."""
+    """Give one parameter its value, in place, in its own precision; one on the meta device gets memory, tied or not."""
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
         parameter.data.copy_(tensor)
         return
-    module, _, last = name.rpartition(".")
-    value = tensor.to(parameter.dtype, copy=True)
-    setattr(model.get_submodule(module), last, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    real = nn.Parameter(tensor.to(parameter.dtype, copy=True), requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for key, held in list(module.named_parameters(recurse=False)):
+            if held is parameter:
+                setattr(module, key, real)

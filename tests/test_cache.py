@@ -33,7 +33,7 @@ from shards.tarwriter import TarWriter
 from students.student import build_student
 from teachers.cacheparts import FOLDER, HEAD, PROMPTS
 from teachers.checkpoint import save_checkpoint
-from teachers.loading import load_salmonn
+from teachers.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora
 from teachers.targets import CachedTeacher, OnlineTeacher, identify_row
 
@@ -455,18 +455,25 @@ def test_a_cache_with_other_settings_is_refused_by_name(toys, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("path", ["teacher", "salmonn.pth"])
+@pytest.mark.parametrize("path", ["teacher", "salmonn.pth", "trained"])
 def test_a_teacher_without_its_llms_weights_is_the_same_teacher_to_a_cache(toys, tmp_path, path, precision):
     words = [f"precision={precision}"]
     if path == "salmonn.pth":
         save_checkpoint(tiny.make_teacher(toys / "parts", lora=True), tmp_path / path)
         words += [f"teacher.{name}={toys / 'parts' / name}" for name in ("llm", "whisper")]
         words += [f"teacher.path={tmp_path / path}"]
+    if path == "trained":  # its LLM is its own, the head tied to the embeddings
+        teacher = tiny.make_teacher(toys / "parts")
+        teacher.llm.requires_grad_(True)
+        assert teacher.llm.config.tie_word_embeddings
+        save_salmonn(teacher, tmp_path / path)
+        words += [f"teacher.path={tmp_path / path}"]
     config = load_config(toys / "toy.yaml", words)
     whole, light = load_teacher(config), load_teacher(config, llm_weights=False)
     assert describe_teacher(light, config).identity == describe_teacher(whole, config).identity
+    assert light.llm.get_output_embeddings().weight is light.llm.get_input_embeddings().weight
     frozen = [p for name, p in light.llm.named_parameters() if "lora_" not in name]
-    assert frozen and all(p.is_meta for p in frozen)
+    assert frozen and all(p.is_meta == (path != "trained") for p in frozen)
     for name, parameter in light.named_parameters():
         assert parameter.is_meta or torch.equal(parameter, whole.get_parameter(name)), name
 
