@@ -152,3 +152,22 @@ def test_what_a_later_stage_would_miss_is_refused_before_anything_is_packed(tmp_
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_pipeline(str(config), [word], None)
     assert not (tmp_path / "data").exists()
+
+
+def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(shards.synth, "SIZES", {"train": 24, "valid": 8, "test": 8})
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the pipeline sets it for its process
+    words = [f"runs={tmp_path}/runs", f"data.folder={tmp_path}/data", "corpus.num_train=24", "data.workers=0"]
+    words += ["scratch.steps=2", "scratch.ear_steps=2", "scratch.text_steps=2", "train.steps=2", "train.batch_size=8"]
+    words += ["train.warmup_steps=1", "eval.max_new_tokens=4"]
+    demo = str(Path(__file__).resolve().parents[1] / "configs" / "demo.yaml")
+    run_pipeline(demo, words, None)
+    card = json.loads((tmp_path / "runs" / "demo" / "scorecard.json").read_text())
+    assert card["training"]["steps"] == 2
+    capfd.readouterr()
+    run_pipeline(demo, words, None)
+    said = capfd.readouterr().err
+    for stage in ("corpus: ", "teacher: ", "cache: "):
+        assert any(line.startswith(stage) and line.endswith("used again") for line in said.splitlines()), stage
+    assert "demo is trained, used again: after step 2" in said
+    assert json.loads((tmp_path / "runs" / "demo" / "scorecard.json").read_text())["retained"] == card["retained"]
