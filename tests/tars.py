@@ -1,6 +1,7 @@
 """Tiny shards for tests: real FLAC, real JSON, a few milliseconds a sample to write."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from shards.sample import SAMPLE_RATE
 from shards.tarwriter import TarWriter
 
 TASKS = ("asr", "audiocaption", "QA")
+SIZES = [5, 1, 9, 3, 7]  # of the shards of a folder: 25 samples
 
 
 def make_waveform(number: int, seconds: float = 0.12) -> np.ndarray:
@@ -68,3 +70,8 @@ def write_catalog(folder: Path) -> None:
         digest = hashlib.sha256(data).hexdigest()
         shards.append({"name": path.name, "samples": len(index), "bytes": len(data), "sha256": digest})
     (folder / "index.json").write_text(json.dumps({"shards": shards}))
+
+
+def keys_of(stream, num_batches=None):
+    """(key, epoch) of every sample, batch by batch."""
+    return [[(s.key, s.epoch) for s in batch] for batch in itertools.islice(stream, num_batches)]
