@@ -23,7 +23,7 @@ from distill.weighing import TERMS, Counts, weigh
 from shards.sample import Sample
 from students.student import CONNECTOR
 from teachers.salmonn import Salmonn
-from teachers.targets import OnlineTeacher
+from teachers.targets import CachedTeacher, OnlineTeacher
 
 VALUE, GRADIENT = 1e-3, 1e-2  # relative differences that float32 explains
 
@@ -46,9 +46,14 @@ class Case:
     dtype: torch.dtype  # of the run's products; the checks' own are in float32
 
     @property
+    def source(self) -> OnlineTeacher | CachedTeacher:
+        """Where the targets come from, before another tokenizer's are met."""
+        return getattr(self.collate.teacher, "teacher", self.collate.teacher)
+
+    @property
     def is_sampled(self) -> bool:
         """Whether the targets are draws, which are right on average only."""
-        header = getattr(getattr(self.collate.teacher, "teacher", self.collate.teacher), "header", None)
+        header = getattr(self.source, "header", None)
         return header is not None and header.identity["codec"]["name"] == "sampled"
 
     def sparse(self) -> tuple[Tensor, Tensor]:
@@ -69,7 +74,7 @@ class Case:
 
     def forget_teacher(self) -> None:
         """Free the memory of a teacher whose targets are cached; the ears that it shares stay with the student."""
-        if not isinstance(getattr(self.collate.teacher, "teacher", self.collate.teacher), OnlineTeacher):
+        if not isinstance(self.source, OnlineTeacher):
             self.teacher = None
 
     @property
