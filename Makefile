@@ -10,8 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/distill pipeline configs/demo.yaml --launch configs/accelerate/two_cpus_zero2.yaml
 
+# a process a core, at most four: each takes up to 2 GB, and a file's tests stay together for their fixtures
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
