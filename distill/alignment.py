@@ -40,8 +40,13 @@ def token_bytes(tokenizer) -> list[bytes]:
             fallback (Llama 2, Gemma). An added token stands for its own text.
 
     Raises:
-        ValueError: its decoder is of another kind, so that tokens do not concatenate to the text.
+        ValueError: it is no fast one, or its decoder is of another kind, so that tokens do not concatenate to the text.
     """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer of {tokenizer.name_or_path} is a {type(tokenizer).__name__}, but bytes are known of fast "
+            f"tokenizers only; save it with a tokenizer.json."
+        )
     types = _decoder_types(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
     if "ByteLevel" in types:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from distill.alignment import NO_CHUNK, Alignment
 from distill.crosstokenizer import CrossTargets, Translator
-from distill.vocabulary import shared_vocab_size
+from distill.vocabulary import cut_alike, shared_vocab_size
 from shards.sample import Sample
-from teachers.batch import Batch
+from teachers.batch import Batch, RowTokenizer
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets, Vocabulary, check_vocabularies
 
@@ -89,7 +89,9 @@ def meet(teacher, student: Salmonn, cross_tokenizer: str, temperature: float) ->
     """The teacher as this student can learn from it, and how many leading ids take part in the losses.
 
     Ids that mean the same tokens are compared as they are; a padded head, or tokens that only one side has added
-    behind the others, take no part. Where they mean other tokens, the teacher is translated if that is asked for.
+    behind the others, take no part. Where they mean other tokens, or the same tokens are cut in another way, the
+    teacher is translated if that is asked for. If it is not, tables that differ are refused here, and answers that are
+    cut in another way when they come, each by its key (`teachers.targets.check_answer_ids`).
 
     Args:
         teacher: `OnlineTeacher`, `CachedTeacher`, or None.
@@ -97,21 +99,31 @@ def meet(teacher, student: Salmonn, cross_tokenizer: str, temperature: float) ->
         temperature: of the divergence.
 
     Raises:
-        ValueError: the ids mean other tokens and `cross_tokenizer` is "refuse", or the teacher's tokenizer is unknown.
+        ValueError: the ids mean other tokens and `cross_tokenizer` is "refuse".
     """
     own_ids = student.tokenizer.get_vocab()
     num_rows = student.llm.config.get_text_config().vocab_size
     own_size = min(shared_vocab_size(own_ids, own_ids), num_rows)
-    if teacher is None or Vocabulary.of(student.tokenizer).sha256 == teacher.vocab.sha256:
-        return teacher, own_size
-    if teacher.rows is None:
+    if teacher is None:
+        return None, own_size
+    is_same = Vocabulary.of(student.tokenizer).sha256 == teacher.vocab.sha256
+    shared = own_size if is_same else _count_shared(teacher.rows.tokenizer.get_vocab(), own_ids, num_rows)
+    means_the_same = is_same or max(student.rows.end_ids) < shared
+    if cross_tokenizer == "chunk" and not (means_the_same and _reads_alike(teacher.rows, student.rows, shared)):
+        return CrossTeacher(teacher, student, temperature), own_size
+    if not means_the_same:
         check_vocabularies(teacher.vocab, student.tokenizer)
+    return teacher, shared
+
+
+def _count_shared(teacher_ids, own_ids, num_rows: int) -> int:
+    """Leading ids that mean the same to both and have a row in the student's head; 0 where one of them differs."""
     try:
-        shared = min(shared_vocab_size(teacher.rows.tokenizer.get_vocab(), own_ids), num_rows)
+        return min(shared_vocab_size(teacher_ids, own_ids), num_rows)
     except ValueError:
-        shared = 0
-    if max(student.rows.end_ids) < shared:
-        return teacher, shared
-    if cross_tokenizer == "refuse":
-        check_vocabularies(teacher.vocab, student.tokenizer)
-    return CrossTeacher(teacher, student, temperature), own_size
+        return 0
+
+
+def _reads_alike(teacher: RowTokenizer, student: RowTokenizer, shared: int) -> bool:
+    """Whether both make the same ids of every answer, where these mean the same."""
+    return teacher.end_ids == student.end_ids and cut_alike(teacher.tokenizer, student.tokenizer, shared)

@@ -30,6 +30,7 @@ from teachers.salmonn import Salmonn
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
 FRAMES = "frames_"  # beginning of the names of the encoders' frames
 HEAD_INPUT = -1  # number of the layer that enters the head
+NUM_IDS_SHOWN = 6  # of an answer's ids in a message
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,14 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch, frames: list[Tensor] | None = None) -> Targets:
-        """Run the teacher on the batch's samples; `frames` of shared ears are taken over when given."""
+        """Run the teacher on the batch's samples; `frames` of shared ears are taken over when given.
+
+        Raises:
+            ValueError: the batch's rows hold other ids of an answer than the teacher's own tokenizer gives.
+        """
         own = self.model.collate([sample.as_the_teacher_hears_it for sample in batch.samples]).to(self.model.device)
+        for sample, theirs, students in zip(batch.samples, own.rows, batch.rows):
+            check_answer_ids(sample, theirs.answer, students.answer, self.model.tokenizer)
         heard = self.model.hear(own, frames)
         with record_blocks(self.model, self.hidden_layers) as outputs:
             hidden_SD = self.model.answer_states(own, heard)
@@ -157,6 +164,8 @@ class CachedTeacher:
         """
         records = [self._record(sample) for sample in batch.samples]
         for record, sample, row in zip(records, batch.samples, batch.rows):
+            if record.answer == sample.text and not np.array_equal(record.answer_ids_S, row.answer):
+                check_answer_ids(sample, record.answer_ids_S.tolist(), row.answer, self.rows.tokenizer)
             record.check(identify_row(sample, row), f"{self.cache_folder}: {sample.key}")
         device = batch.labels_S.device
         distribution = decode(*(record.payload for record in records)).to(device)
@@ -282,6 +291,39 @@ def pad_rows(rows: Sequence[np.ndarray]) -> Tensor:
 def identify_row(sample: Sample, row: Row) -> str:
     """What targets of a sample belong to: its audio, its prompt's ids and its answer's ids."""
     return identify_sample(sample.sha256, row.before + row.after, row.answer)
+
+
+def check_answer_ids(sample: Sample, teacher_ids: Sequence[int], student_ids: Sequence[int], tokenizer) -> None:
+    """Refuse an answer that teacher and student cut into other ids: one table of tokens can be cut in several ways.
+
+    Args:
+        sample: whose answer it is.
+        teacher_ids: with the end token.
+        student_ids: with the student's.
+        tokenizer: the teacher's, which names the ids of both.
+
+    Raises:
+        ValueError: naming the sample and both sides' ids from the first that differs.
+    """
+    theirs, own = list(teacher_ids), list(student_ids)
+    if theirs == own:
+        return
+    start = next((i for i, (a, b) in enumerate(zip(theirs, own)) if a != b), min(len(theirs), len(own)))
+    shown = [_show_ids(ids, start, tokenizer) for ids in (own, theirs)]
+    raise ValueError(
+        f"answer of sample {sample.key} is {sample.text!r}, which the student reads as {shown[0]}, but the teacher as "
+        f"{shown[1]} (from id {start} on), and a KL compares id by id; give both the same tokenizer files, end token "
+        f"and max_answer_tokens, or set loss.cross_tokenizer=chunk."
+    )
+
+
+def _show_ids(ids: Sequence[int], start: int, tokenizer) -> str:
+    """The ids from a place on, the first few, with their tokens."""
+    part = list(ids[start : start + NUM_IDS_SHOWN])
+    known = range(len(tokenizer))
+    tokens = [tokenizer.convert_ids_to_tokens(i) if i in known else "(unknown)" for i in part]
+    more = " …" if len(ids) > start + NUM_IDS_SHOWN else ""
+    return f"{part}{more} {' '.join(map(str, tokens))}{more} of {len(ids)} ids"
 
 
 def check_vocabularies(teacher: Vocabulary, student_tokenizer) -> None:

@@ -1,10 +1,12 @@
 """A student with its own tokenizer learns from the cache of a teacher with another."""
 
+import copy
 import dataclasses
 
 import pytest
 import tiny
 import torch
+from tokenizers import normalizers, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill.cache import cache
@@ -109,6 +111,68 @@ def test_equal_ids_are_compared_as_they_are_even_when_chunks_are_allowed(toys):
     student = make_student(toys, "parts/student-llm")
     teacher, size = meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)
     assert isinstance(teacher, CachedTeacher) and size == len(student.tokenizer)
+
+
+# One table of tokens, cut in other ways, as files of one LLM differ between releases of transformers (`legacy` and
+# `add_prefix_space` of Llama's are prepend_scheme always, first and never), and a text that each cuts otherwise.
+OTHER_CUTS = {
+    "legacy": ("one two", {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always", split=False)}),
+    "add_prefix_space": ("one two", {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first", split=False)}),
+    "letters apart": ("one two", {"pre_tokenizer": pre_tokenizers.Sequence([
+        pre_tokenizers.Split("n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never", split=False)])}),
+    "lower case": ("One two", {"normalizer": normalizers.Lowercase()}),
+    "spaces lost": ("one two ", {"normalizer": normalizers.Strip()}),
+}  # fmt: skip
+
+
+def recut(tokenizer, **parts):
+    """The tokenizer with other parts of its pipeline, and the same table."""
+    recut = copy.deepcopy(tokenizer)
+    for name, part in parts.items():
+        setattr(recut.backend_tokenizer, name, part)
+    return recut
+
+
+@pytest.mark.filterwarnings("ignore:.*learned by cross-entropy alone")  # a normaliser changes the text
+@pytest.mark.parametrize("cut", OTHER_CUTS)
+def test_the_same_tokens_cut_in_another_way_are_refused_by_sample_or_aligned(toys, cut):
+    text, parts = OTHER_CUTS[cut]
+    student, teacher = make_student(toys, "parts/student-llm"), OnlineTeacher(load_salmonn(toys / "teacher"), k=8)
+    student.tokenizer = student.rows.tokenizer = recut(student.tokenizer, **parts)
+    batch = student.collate([tiny.make_sample(2, text=text)])
+    met, _ = meet(teacher, student, "refuse", 1.0)
+    with pytest.raises(ValueError, match=rf"answer of sample k002 is {text!r}, which the student reads as \[.* but the "
+                                         r"teacher as \[.*set loss\.cross_tokenizer=chunk"):  # fmt: skip
+        met.targets(batch)
+    crossed, _ = meet(teacher, student, "chunk", 1.0)
+    assert len(crossed.targets(batch).cross.is_matched_S) == batch.num_supervised
+
+
+def test_a_cache_of_the_same_tokens_cut_in_another_way_names_the_tokenizer_and_crosses(toys):
+    student, teacher = make_student(toys, "parts/student-llm"), CachedTeacher(toys / "data" / "cache")
+    student.tokenizer = student.rows.tokenizer = recut(student.tokenizer, **OTHER_CUTS["legacy"][1])
+    samples = [sample for sample in next(iter(open_stream(toys))) if sample.text is not None]
+    batch = student.collate(samples)
+    with pytest.raises(ValueError, match=rf"answer of sample {samples[0].key} is .*set loss\.cross_tokenizer=chunk"):
+        meet(teacher, student, "refuse", 1.0)[0].targets(batch)
+    assert len(meet(teacher, student, "chunk", 1.0)[0].targets(batch).cross.is_matched_S) == batch.num_supervised
+
+
+def test_an_answer_that_only_ends_in_another_way_is_refused_and_its_ends_are_named(toys):
+    model, student = load_salmonn(toys / "teacher"), make_student(toys, "parts/student-llm")
+    student.rows.end_ids = [student.tokenizer.convert_tokens_to_ids("<unk>")]
+    met, _ = meet(OnlineTeacher(model, k=8), student, "refuse", 1.0)
+    with pytest.raises(ValueError, match=r"\[0\] <unk> of \d+ ids, but the teacher as \[2\] </s> of \d+ ids"):
+        met.targets(student.collate([tiny.make_sample(1)]))
+    assert isinstance(meet(OnlineTeacher(model), student, "chunk", 1.0)[0], CrossTeacher)
+
+
+def test_other_prompts_of_the_student_are_no_other_answer(toys):
+    model, student = load_salmonn(toys / "teacher"), make_student(toys, "parts/student-llm")
+    student.rows.prompts = load_prompts(None, "ASK {} ANSWER ")
+    met, _ = meet(OnlineTeacher(model, k=8), student, "refuse", 1.0)
+    batch = student.collate([tiny.make_sample(1)])
+    assert len(met.targets(batch).label_logprobs_S) == batch.num_supervised
 
 
 def test_a_token_that_only_the_student_added_behind_the_others_takes_no_part(toys, tmp_path):
