@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.ranks import is_deepspeed
+from shards.jsonfile import ShapeError, is_a, read_object, show
 from shards.manifest import temporary_path
 from teachers.saving import as_system_errors
 
 PREFIX, STATE, WEIGHTS, MOMENTS, MANIFEST = (
     "step-", "state.json", "trainable.safetensors", "moments.safetensors", "manifest.json",
 )  # fmt: skip
+FILES = (STATE, WEIGHTS, MOMENTS)  # that a manifest names, all of them
+STATE_FIELDS = {"step": int, "identity": dict, "stream": dict, "best": dict}
+OUR_NAME = re.compile(rf"{PREFIX}(\d{{6,}})")
 KINDS = ("exp_avg", "exp_avg_sq")
 REST_OF_HASH = re.compile(r"(?<=\b[0-9a-f]{16})[0-9a-f]{48}\b")  # what an error need not show
 
@@ -37,36 +40,6 @@ class Saved:
     folder: Path
     step: int
     state: dict
-
-
-def maybe_crash(point: str) -> None:
-    """End the process at a named point when the tests' environment asks for it."""
-    if os.environ.get("DISTILL_CRASH_AT") == point:
-        os._exit(86)
-
-
-def make_run_folder(folder: Path) -> None:
-    """Make a run's folder, and prove that files can be written and renamed there before hours are spent.
-
-    Raises:
-        OSError: they cannot.
-    """
-    probe = temporary_path(folder / "probe")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(b"probe")
-            os.fsync(file.fileno())
-        renamed = temporary_path(folder / "probe")
-        os.replace(probe, renamed)
-        renamed.unlink()
-    except OSError as error:
-        with suppress(OSError):
-            probe.unlink()
-        raise OSError(
-            f"run folder is {folder}, but nothing can be written there ({error.strerror or error}); change runs= or "
-            f"its permissions, or free space."
-        ) from error
 
 
 def save_checkpoint(
@@ -86,15 +59,12 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         with as_system_errors():
             save_file(weights, temporary / WEIGHTS)
-            maybe_crash("checkpoint:weights")
             save_file(moments, temporary / MOMENTS)
-            maybe_crash("checkpoint:moments")
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
         manifest = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in temporary.iterdir():
             _sync(file)
-        maybe_crash("checkpoint:rename")
         shutil.rmtree(final, ignore_errors=True)  # it is damaged, if it is there at all
         os.replace(temporary, final)
         _sync(folder)
@@ -167,34 +137,70 @@ def compare(there: dict, here: dict, prefix: str = "") -> Iterator[tuple[str, st
 
 def find_checkpoint(folder: Path, say) -> Saved | None:
     """The newest whole checkpoint; those that are damaged are named through `say` and passed over."""
-    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+    for step, path in reversed(list_checkpoints(folder)):
         problem = damage(path)
         if problem is None:
-            state = json.loads((path / STATE).read_text())
-            return Saved(path, state["step"], state)
+            return Saved(path, step, read_object(path / STATE, STATE_FIELDS))
         say(f"{path} is passed over: {problem}")
     return None
 
 
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of a run's checkpoints, whole or not, in the order of the steps; what others put there is not.
+
+    Names of up to six digits sort as text, but step 1,000,000 does not.
+    """
+    found = []
+    for path in folder.glob(f"{PREFIX}*"):
+        match = OUR_NAME.fullmatch(path.name)
+        if match is not None and path == checkpoint_folder(folder, int(match[1])) and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None: all files are there, all hashes are right, the state is of its step."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, (size, sha256) in manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is not there with {size} bytes"
-        if _sha256(file) != sha256:
-            return f"{name} has another sha256 than {sha256[:16]}"
+        manifest = _read(path / MANIFEST, dict.fromkeys(FILES, list))
+        for name in FILES:
+            problem = _file_damage(path / name, manifest[name])
+            if problem is not None:
+                return problem
+        step = _read(path / STATE, STATE_FIELDS)["step"]
+    except ShapeError as error:
+        return str(error)
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
+    return None if path.name == checkpoint_folder(path.parent, step).name else f"{STATE} is of step {step}"
+
+
+def _read(file: Path, fields: dict[str, type]) -> dict:
+    try:
+        return read_object(file, fields)
+    except ShapeError as error:
+        raise ShapeError(f"{file.name} {error}") from error
+
+
+def _file_damage(file: Path, entry: list) -> str | None:
+    """What is wrong with a file that the manifest lists as `[bytes, sha256]`."""
+    if len(entry) != 2 or not is_a(entry[0], int) or not is_a(entry[1], str):
+        return f"{MANIFEST} has {show(entry)} for {file.name}, but must have its bytes and its sha256"
+    size, sha256 = entry
+    if not file.is_file() or file.stat().st_size != size:
+        return f"{file.name} is not there with {size} bytes"
+    if _sha256(file) != sha256:
+        return f"{file.name} has another sha256 than {sha256[:16]}"
     return None
 
 
-def prune(folder: Path, keep: int, best_step: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the one of the best step."""
-    for path in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
-        if path != checkpoint_folder(folder, best_step):
+def prune(folder: Path, step: int, keep: int, best_step: int) -> None:
+    """Remove the checkpoints before a step that was just saved, but for the newest `keep` and that of the best step.
+
+    Those of later steps were passed over as damaged, so they neither count nor go, and links lead elsewhere.
+    """
+    older = [(number, path) for number, path in list_checkpoints(folder) if number <= step]
+    for number, path in older[:-keep]:
+        if number != best_step and not path.is_symlink():
             shutil.rmtree(path)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from distill import checkpoint
 from distill.cache import cache
-from distill.checkpoint import find_checkpoint, save_checkpoint
+from distill.checkpoint import find_checkpoint, prune, save_checkpoint
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import run, wrap_teacher
@@ -34,6 +34,7 @@ OPTIONS = TrainConfig(
     min_learning_rate=1e-4,
 )
 LORA = Lora(rank=4)
+STATE = {"identity": {}, "stream": {}, "best": {}}  # beside a checkpoint's tensors
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +124,27 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(toys, tmp_path, 
     assert "step-000003 is passed over: trainable.safetensors has another sha256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("point", ["checkpoint:weights", "checkpoint:moments", "checkpoint:rename"])
-def test_a_crash_while_a_checkpoint_is_written_costs_only_that_checkpoint(tmp_path, monkeypatch, point):
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_crash_while_a_checkpoint_is_written_costs_only_that_checkpoint(tmp_path, call):
     tensors = {"a": torch.arange(4.0)}
-    save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
-    monkeypatch.setenv("DISTILL_CRASH_AT", point)
+    save_checkpoint(tmp_path, 1, STATE, tensors, tensors)
     child = os.fork()
     if child == 0:
-        save_checkpoint(tmp_path, 2, {"stream": {}}, tensors, tensors)
+        left = [call]
+
+        def fatal(function):
+            def wrapper(*arguments):
+                left[0] -= 1
+                return os._exit(86) if left[0] == 0 else function(*arguments)
+
+            return wrapper
+
+        checkpoint.save_file = fatal(checkpoint.save_file)
+        os.fsync, os.replace = fatal(os.fsync), fatal(os.replace)
+        save_checkpoint(tmp_path, 2, STATE, tensors, tensors)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 86
-    assert find_checkpoint(tmp_path, print).step == 1
+    assert find_checkpoint(tmp_path, print).step == (2 if call == 8 else 1)  # it has its name before the last sync
 
 
 def test_a_stop_on_a_saving_step_writes_one_checkpoint(toys, tmp_path, monkeypatch):
@@ -145,12 +156,55 @@ def test_a_stop_on_a_saving_step_writes_one_checkpoint(toys, tmp_path, monkeypat
 
 def test_a_whole_checkpoint_is_never_taken_away_and_a_damaged_one_is_replaced(tmp_path):
     tensors = {"a": torch.arange(4.0)}
-    first = save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    first = save_checkpoint(tmp_path, 1, STATE, tensors, tensors)
     number = first.stat().st_ino
-    assert save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors).stat().st_ino == number
+    assert save_checkpoint(tmp_path, 1, STATE, tensors, tensors).stat().st_ino == number
     (first / "trainable.safetensors").write_bytes(b"")
-    save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    save_checkpoint(tmp_path, 1, STATE, tensors, tensors)
     assert checkpoint.damage(first) is None
+
+
+def test_checkpoints_are_ours_by_name_and_in_order_by_number(tmp_path):
+    tensors, told = {"a": torch.arange(4.0)}, []
+    for name in ("step-best", "step-000999-backup", "step-12", "step-0000020"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000998").write_text("a stray file")
+    kept = {path.name for path in tmp_path.iterdir()}
+    for step in (20, 999_999, 1_000_000, 1_000_100):
+        save_checkpoint(tmp_path, step, STATE, tensors, tensors)
+        prune(tmp_path, step, keep=2, best_step=20)
+    ours = {"step-000020", "step-1000000", "step-1000100"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | ours
+    assert find_checkpoint(tmp_path, told.append).step == 1_000_100 and not told
+
+
+def test_a_damaged_later_checkpoint_takes_no_whole_ones_place(tmp_path):
+    tensors = {"a": torch.arange(4.0)}
+    for step in (1, 5):
+        save_checkpoint(tmp_path, step, STATE, tensors, tensors)
+    (tmp_path / "step-000005" / "moments.safetensors").unlink()
+    save_checkpoint(tmp_path, 2, STATE, tensors, tensors)
+    prune(tmp_path, 2, keep=1, best_step=0)
+    assert find_checkpoint(tmp_path, print).step == 2
+
+
+@pytest.mark.parametrize("damage", ["file of none", "state of another", "copied", "unlisted"])
+def test_a_checkpoint_is_whole_with_all_its_files_and_its_own_step_alone(tmp_path, damage):
+    tensors, told = {"a": torch.arange(4.0)}, []
+    save_checkpoint(tmp_path, 1, STATE, tensors, tensors)
+    two = save_checkpoint(tmp_path, 2, STATE, tensors, tensors)
+    manifest = json.loads((two / "manifest.json").read_text())
+    if damage == "file of none":
+        (two / "moments.safetensors").unlink()
+    if damage == "unlisted":
+        del manifest["moments.safetensors"]
+    if damage == "state of another":
+        manifest["state.json"] = [4, "not the hash"]
+    if damage == "copied":
+        shutil.copytree(two, tmp_path / "step-000003")
+    (two / "manifest.json").write_text(json.dumps(manifest))
+    assert find_checkpoint(tmp_path, told.append).step == (2 if damage == "copied" else 1)
+    assert len(told) == 1 and "is passed over: " in told[0]
 
 
 def test_cached_targets_give_the_losses_of_online_targets(toys, tmp_path, uninterrupted):
@@ -310,11 +364,11 @@ def test_a_student_of_another_vocabulary_is_refused(toys, tmp_path):
 
 def test_a_checkpoint_that_a_full_disk_does_not_take_leaves_those_before_it_and_nothing_else(tmp_path):
     tensors = {"a": torch.arange(4000.0)}
-    save_checkpoint(tmp_path, 1, {"stream": {}}, tensors, tensors)
+    save_checkpoint(tmp_path, 1, STATE, tensors, tensors)
     (tmp_path / ".step-000002.0123.tmp").mkdir()  # of a process that was killed
     with (
         tiny.full_disk(3000),
         pytest.raises(OSError, match=r"step-000002 cannot be written \(File too large\), but .*; free space"),
     ):
-        save_checkpoint(tmp_path, 2, {"stream": {}}, tensors, tensors)
+        save_checkpoint(tmp_path, 2, STATE, tensors, tensors)
     assert find_checkpoint(tmp_path, print).step == 1 and [path.name for path in tmp_path.iterdir()] == ["step-000001"]
