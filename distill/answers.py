@@ -26,6 +26,7 @@ from distill.cli import add_config_arguments, run_stage
 from distill.config import Config, load_config
 from distill.crossteacher import CrossTeacher, meet
 from distill.ranks import build_accelerator, resolve_precision
+from distill.runlock import RunLock
 from distill.teacher import load_teacher, teach_online
 from shards.cache import TargetReader, TargetWriter, is_of_other_audio, read_done
 from shards.catalog import hash_shards
@@ -45,6 +46,12 @@ def answers(config: Config) -> int:
     """Let the run's student answer, and write the teacher's targets of its answers; returns the exit code."""
     folder = config.run_folder / "student"
     check_job(config, folder)
+    with RunLock(config.run_folder, shared=True):  # others may answer too, but nobody may train what answers
+        return answer_shards(config, folder)
+
+
+def answer_shards(config: Config, folder: Path) -> int:
+    """As `answers`, by the student in a folder that nobody writes into."""
     accelerator, dtype = build_accelerator(), resolve_precision(config.precision)
     teacher = teach_online(config, load_teacher(config).to(accelerator.device))
     header = describe_round(config, describe_teacher(teacher.model, config), folder)

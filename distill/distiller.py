@@ -24,6 +24,7 @@ from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.runlock import RunLock
 from distill.runlog import RunLog
 from distill.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
 from distill.validation import Best, check_split, validate
@@ -111,8 +112,7 @@ class Distiller:
         self.stop = StopRequest(self.options.max_minutes)
         self.hang_watch = HangWatch(self.options.hang_minutes)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
-        if self.accelerator.is_main_process:
-            ckpt.make_run_folder(self.run_folder)
+        self.lock = RunLock(self.run_folder).acquire()
         self.saved = ckpt.find_resumable(
             self.run_folder,
             self.options.resume,
@@ -138,6 +138,10 @@ class Distiller:
 
     def fit(self) -> FitResult:
         """Train until the last step, or until a signal asks to stop, from the checkpoint on if there is one."""
+        with self.lock:
+            return self._fit()
+
+    def _fit(self) -> FitResult:
         start = self._prepare()
         losses: list[float] = []
         with (
@@ -271,7 +275,7 @@ class Distiller:
             best = dataclasses.asdict(self.best)
             state = {"identity": self.identity, "stream": self.stream.state_dict(), "best": best}
             ckpt.save_checkpoint(folder, step, state, tensors, moments)
-            ckpt.prune(folder, self.options.keep, self.best.step)
+            ckpt.prune(folder, step, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
         warn_of_slow_save(time.perf_counter() - began, lambda text: say(self.accelerator, text))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
 from distill.rules import value_at
+from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
@@ -43,6 +44,12 @@ def run_pipeline(path: str, overrides: Sequence[str], launch: str | None) -> Non
     """
     config = load_config(path, overrides)
     check_files(config)
+    with RunLock(config.run_folder, pipeline=True):
+        run_stages(config, path, overrides, launch)
+
+
+def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str | None) -> None:
+    """As `run_pipeline`, in a folder that nobody else writes into."""
     began = time.monotonic()
     make_shards(config)
     if config.scratch.steps:  # nothing is downloaded, and loading bars of milliseconds are noise

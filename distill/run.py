@@ -13,6 +13,7 @@ from distill.config import Config, load_config, to_yaml
 from distill.distiller import Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
+from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.teacher import load_teacher, teach_online
 from shards.catalog import hash_shards
@@ -29,6 +30,12 @@ from teachers.targets import CachedTeacher, OnlineTeacher
 
 def run(config: Config) -> int:
     """Distil the config's teacher into its student; returns the exit code."""
+    with RunLock(config.run_folder):
+        return distil(config)
+
+
+def distil(config: Config) -> int:
+    """As `run`, in a folder that nobody else writes into."""
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
     needs_llm = config.teacher.online or config.cache.codec == "hidden"  # whose cache is known by the teacher's head

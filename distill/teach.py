@@ -22,6 +22,7 @@ from distill.distiller import Distiller, FitResult
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, say
+from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.tokenizer import train_tokenizer
 from shards.manifest import open_atomically, read_manifest
@@ -38,6 +39,12 @@ HEARD_IN_ORDER = ("asr", "audiocaption_v2", "audiocaption")  # tasks whose answe
 
 def teach(config: Config) -> int:
     """Make the teacher of `config.scratch`; what exists already is used again. Returns the exit code."""
+    with RunLock(config.run_folder):
+        return make_teacher(config)
+
+
+def make_teacher(config: Config) -> int:
+    """As `teach`, in a folder that nobody else writes into."""
     accelerator = build_accelerator()
     folder = config.run_folder / "scratch"
     mark = fingerprint([config.scratch, config.corpus, config.seed])

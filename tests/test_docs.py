@@ -21,7 +21,7 @@ def test_every_test_that_the_table_of_faults_names_exists(named):
 
 def test_every_fault_has_its_row_and_a_test():
     rows = {int(row[0]): row[1] for row in re.findall(r"^\| (\d+) \|(.*)$", FAULTS, re.MULTILINE)}
-    assert set(rows) == set(range(1, 46))
+    assert set(range(1, 46)) <= set(rows)
     assert all("::test_" in row for row in rows.values())
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from distill import stopping
+from distill import runlock, stopping
 from distill.cache import cache
-from distill.checkpoint import find_checkpoint, make_run_folder
+from distill.checkpoint import find_checkpoint
 from distill.config import Config, load_config
 from distill.run import run
+from distill.runlock import make_run_folder
 from distill.runlog import RunLog
 from distill.stopping import BadSteps, BadStepsError, StopRequest, warn_of_slow_save
 
@@ -59,7 +60,7 @@ def train(config: Config, lines) -> None:
     sys.exit(run(config))
 
 
-def interrupt(config: Config, number: int, after_step: int) -> int:
+def interrupt(config: Config, number: int, after_step: int, meanwhile=lambda: None) -> int:
     """Send a signal to a training process when it has done so many steps; returns its exit code."""
     context = multiprocessing.get_context("fork")
     lines, end = context.Pipe(duplex=False)
@@ -70,6 +71,7 @@ def interrupt(config: Config, number: int, after_step: int) -> int:
             assert lines.poll(60)
             if lines.recv() == after_step:
                 break
+        meanwhile()
         os.kill(process.pid, number)
         process.join(60)
         return process.exitcode
@@ -98,9 +100,15 @@ def test_sigterm_ends_training_with_a_checkpoint_that_the_same_command_goes_on_f
     assert losses(toys, "stopped") == losses(toys, "whole")
 
 
-def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(toys):
+def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(toys, monkeypatch):
     config = configure(toys, "killed", "train.save_every=3")
-    assert interrupt(config, signal.SIGKILL, after_step=5) == -signal.SIGKILL
+    monkeypatch.setattr(runlock, "PATIENCE_SECONDS", 0.0)
+
+    def start_another_job() -> None:
+        with pytest.raises(FileExistsError, match=r"runs/killed is in use by .* \(process \d+ on .*, since "):
+            run(configure(toys, "killed", "loss.kl=0.5"))
+
+    assert interrupt(config, signal.SIGKILL, after_step=5, meanwhile=start_another_job) == -signal.SIGKILL
     assert 3 <= find_checkpoint(config.run_folder / "checkpoints", print).step < NUM_STEPS
     assert run(configure(toys, "killed", "train.save_every=3", f"train.stop_after={NUM_STEPS}")) == 143
     assert losses(toys, "killed") == losses(toys, "whole")
