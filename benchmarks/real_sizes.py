@@ -38,7 +38,7 @@ from students.student import load_student
 from teachers.beats import FIXED_CFG, BeatsConfig, BeatsEar
 from teachers.checkpoint import save_checkpoint
 from teachers.loading import build_salmonn
-from teachers.lora import Lora
+from teachers.lora import SALMONN_LORA
 from teachers.prompts import load_prompts
 from teachers.salmonn import SalmonnConfig
 from teachers.weights import put_
@@ -70,7 +70,7 @@ def make_weights(folder: Path) -> None:
     WhisperForConditionalGeneration(whisper).half().save_pretrained(folder / "whisper")
     torch.save(make_beats(), folder / "BEATs.pt")
     config = SalmonnConfig(str(folder / "llm"), str(folder / "whisper"), str(folder / "BEATs.pt"), "beats")
-    teacher = build_salmonn(config, lora=Lora(), llm_weights=False)
+    teacher = build_salmonn(config, lora=SALMONN_LORA, llm_weights=False)
     for name, parameter in list(teacher.named_parameters()):
         if "lora_" in name:
             put_(teacher, name, 0.02 * torch.randn(parameter.shape))

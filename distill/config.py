@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.layers import read_files, read_words
-from distill.rules import check_config, refuse_secrets
+from distill.rules import check_config, check_section, refuse_secrets
 from shards.augmentation import Augmentation
+from teachers.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class CorpusConfig:
     test: str = ""  # manifest of the samples that are scored
     valid_share: float = 0.02  # of train, when valid is empty
     num_train: int = 2400  # samples of the embedded corpus
+
+    def __post_init__(self):
+        check_section("corpus", self)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class DataConfig:
     task_weights: dict[str, float] = field(default_factory=dict)  # how often an epoch a task's clips come; else 1
     weights: str = ""  # file of `distill filter`: what each clip counts; empty: all alike
 
+    def __post_init__(self):
+        check_section("data", self)
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
@@ -60,6 +67,9 @@ class TeacherConfig:
     front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
     online: bool = False  # compute targets in every step instead of reading the cache
 
+    def __post_init__(self):
+        check_section("teacher", self)
+
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -70,14 +80,17 @@ class StudentConfig:
     second: str = ""  # its own second encoder: BEATs or EAT file; empty: the teacher's, shared
     second_kind: str = ""  # "beats", "eat", or "none": it has no second encoder; empty: the teacher's
     quantization: str = "nf4"  # "nf4" (double quantisation) or "none"
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_rank: int = Lora.rank
+    lora_alpha: float = Lora.alpha
+    lora_dropout: float = Lora.dropout
+    lora_targets: tuple[str, ...] = Lora.targets
     start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
     connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
     qformer_dropout: float = 0.0
     windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
+
+    def __post_init__(self):
+        check_section("student", self)
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,9 @@ class CacheConfig:
     max_new_tokens: int = 60  # of the teacher's own answer
     num_beams: int = 1  # of it
     transcripts: bool = False  # keep the teacher's own answer to labelled clips too, with its error rate
+
+    def __post_init__(self):
+        check_section("cache", self)
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,9 @@ class LossConfig:
     schedules: dict[str, str] = field(default_factory=dict)  # by term: "linear END", "cosine END", … "warmup STEPS"
     task_weights: dict[str, float] = field(default_factory=dict)  # what a task's samples count; 1 where not named
 
+    def __post_init__(self):
+        check_section("loss", self)
+
     @property
     def layer_pairs(self) -> dict[int, int]:
         """Which of the teacher's layers each of the student's is compared with."""
@@ -138,6 +157,9 @@ class OnPolicyConfig:
     clips: float = 1.0  # share of the training clips that the student answers
     temperature: float = 0.0  # of its answers; 0: greedy
     max_new_tokens: int = 60  # of its answers
+
+    def __post_init__(self):
+        check_section("on_policy", self)
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,9 @@ class TrainConfig:
     resume: str = "auto"  # "auto": go on if there is a checkpoint; "must": refuse if none; "never": refuse if one
     allow_change: list[str] = field(default_factory=list)  # fields that a resumed run may change, [loss.kl] say
 
+    def __post_init__(self):
+        check_section("train", self)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -174,6 +199,9 @@ class EvalConfig:
     repetition_penalty: float = 1.0  # above 1: ids of the answer so far become less likely
     length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favours long answers
     normalise: bool = True  # Whisper's English text normaliser before WER
+
+    def __post_init__(self):
+        check_section("eval", self)
 
 
 @dataclass(frozen=True)
@@ -198,6 +226,9 @@ class ScratchConfig:
     window_seconds: float = 0.34
     num_queries: int = 1
 
+    def __post_init__(self):
+        check_section("scratch", self)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -218,6 +249,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+    def __post_init__(self):
+        check_section("", self)
+        check_config(self)
 
     @property
     def run_folder(self) -> Path:
@@ -267,7 +302,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             origin = str(file)
             refuse_secrets(OmegaConf.to_container(layer), origin)
             config = OmegaConf.merge(config, layer)
-        config = OmegaConf.to_object(config)
+        config = to_object(config, str(path))
     except (OmegaConfBaseException, TypeError) as error:
         key, problem = getattr(error, "full_key", None) or "?", str(error).splitlines()[0]
         if problem.startswith("Incompatible value 'None'"):
@@ -275,8 +310,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{origin}: {key} {problem}") from error
         raise ValueError(f"{origin}: {key}: {problem}; correct the file or the override.") from error
     refuse_secrets(dataclasses.asdict(config), str(path))  # again: ${oc.env:…} is a value only now
-    check_config(config, str(path))
     return config
+
+
+def to_object(config: DictConfig, origin: str) -> Config:
+    """The dataclasses of a merged tree; what their rules refuse is said with the file's name."""
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 def to_yaml(config: Config) -> str:

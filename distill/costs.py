@@ -31,7 +31,7 @@ from teachers.eat import EatConfig
 from teachers.encoders import build_encoder
 from teachers.frontend import count_frames
 from teachers.loading import lora_settings, read_config
-from teachers.lora import Lora, add_lora_
+from teachers.lora import SALMONN_LORA, Lora, add_lora_
 from teachers.qwen2_audio import MODEL_TYPE, Qwen2Audio, describe_qwen2_audio, is_qwen2_audio
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.weights import read_torch_file
@@ -88,7 +88,7 @@ def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedCon
     if path.is_file():
         salmonn, lora = describe_checkpoint(read_torch_file(path, device="meta"), path, **names)
         return Blueprint(salmonn, lora, dtype), {}
-    return Blueprint(SalmonnConfig(**names), Lora(), dtype), {}
+    return Blueprint(SalmonnConfig(**names), SALMONN_LORA, dtype), {}
 
 
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:

@@ -24,6 +24,7 @@ from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.rules import check_terms
 from distill.runlock import RunLock
 from distill.runlog import RunLog
 from distill.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
@@ -81,6 +82,7 @@ class Distiller:
         self.loss, self.options = loss or LossConfig(), options or TrainConfig()
         if teacher is None:
             self.loss = only_ce(self.loss)
+        check_terms(self.loss, self.options.steps)
         check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
         self.schedules = build_schedules(self.loss, self.options.steps)
         check_codec(getattr(teacher, "header", None), self.loss)

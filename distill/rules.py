@@ -1,6 +1,17 @@
-"""What a config may not say although every type is right, and no config may hold. Knows the fields, reads no file."""
+"""What a config may not say although every type is right, and no config may hold. Reads no file.
 
+`check_section` is each section's own gate, `check_config` holds what sections say of each other: a field that is wrong
+is refused in the same words whether a file, the command line or Python gave it.
+"""
+
+import dataclasses
+import math
 import re
+import sys
+from collections.abc import Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
 
 from distill.schedule import TERMS, parse_schedule
 
@@ -26,124 +37,203 @@ CHOICES = {
     "train.resume": ("auto", "must", "never"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "train.max_grad_norm",
-            "train.save_every", "train.keep", "student.lora_rank", "loss.temperature", "loss.chunk_temperature",
-            "cache.k", "cache.draws", "cache.exponent", "cache.batch_size", "cache.num_beams", "cache.max_new_tokens",
+            "train.save_every", "train.keep", "student.lora_rank", "student.lora_alpha", "loss.temperature",
+            "loss.chunk_temperature", "cache.k", "cache.draws", "cache.exponent", "cache.batch_size", "cache.num_beams",
+            "cache.max_new_tokens",
             "on_policy.clips", "on_policy.max_new_tokens", "eval.batch_size", "eval.num_beams", "eval.max_new_tokens",
-            "eval.repetition_penalty")  # fmt: skip
+            "eval.repetition_penalty", "data.max_member_mb", "corpus.num_train", "scratch.batch_size",
+            "scratch.learning_rate", "scratch.ear_steps", "scratch.text_steps", "scratch.vocab_size", "scratch.seconds",
+            "scratch.ear_width", "scratch.ear_layers", "scratch.llm_width", "scratch.llm_layers",
+            "scratch.student_width", "scratch.student_layers", "scratch.qformer_width", "scratch.qformer_layers",
+            "scratch.window_seconds", "scratch.num_queries")  # fmt: skip
 NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "cache.threshold", "train.warmup_steps",
                 "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.stop_after",
-                "on_policy.round", "on_policy.temperature")  # fmt: skip
+                "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
+                "on_policy.temperature", "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
+WEIGHTS = (*(f"loss.{term}" for term in TERMS), "loss.pseudo_ce")
+SHARES = ("data.labelled_share", "data.max_bad", "corpus.valid_share", "on_policy.share", "on_policy.clips")
+BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
+LONG = sys.maxsize  # steps of a run whose length is not known yet
 TAKES_PARAMETER = ("jsd", "skewed_kl", "skewed_reverse_kl")  # of loss.kl_kind
 HEAD_INPUT = -1  # among hidden layers
 
 
-def check_config(config, origin: str = "config") -> None:
-    """The one gate for values that are well-typed and still wrong."""
-    for key, choices in CHOICES.items():
-        if value_at(config, key) not in choices:
-            names = ", ".join(choice or "''" for choice in choices)
-            raise ValueError(f"{origin}: {key} is {value_at(config, key)!r}, but must be one of {names}; correct it.")
-    for key in POSITIVE:
-        if not value_at(config, key) > 0:
-            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but must be above 0; correct it.")
-    for key in NOT_NEGATIVE:
-        if not 0 <= value_at(config, key) < float("inf"):
-            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but must be 0 or more; correct it.")
-    for key in (*TERMS, "pseudo_ce"):
-        if not 0 <= getattr(config.loss, key) < float("inf"):
-            value = getattr(config.loss, key)
-            raise ValueError(f"{origin}: loss.{key} is {value}, but a weight is 0 or more; correct it.")
-    for key in ("data.labelled_share", "corpus.valid_share", "on_policy.share", "on_policy.clips"):
-        if not 0 <= value_at(config, key) <= 1:
-            raise ValueError(f"{origin}: {key} is {value_at(config, key)}, but is a share from 0 to 1; correct it.")
-    check_name(config, origin)
-    check_rates(config, origin)
-    check_terms(config, origin)
-    check_divergence(config, origin)
-    check_targets(config, origin)
-    check_augmentation(config, origin)
-    check_round(config, origin)
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def check_name(config, origin: str) -> None:
-    """Refuse a name that is none of a folder inside `runs`."""
-    if config.name in ("", ".", "..") or re.search(r"[/\\\0]", config.name):
-        raise ValueError(
-            f"{origin}: name is {config.name!r}, but the run's folder is runs/NAME; give a name without slashes, and "
-            f"set runs= for another place."
-        )
+def check_section(name: str, section) -> None:
+    """The gate of one section, called when it is made; numbers and lists take the field's own type, in place.
+
+    Args:
+        name: of the section, such as `train`; empty: the config itself.
+        section: a dataclass of `distill.config`.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    prefix = f"{name}." if name else ""
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        try:
+            object.__setattr__(section, field.name, convert(value, field.type))
+        except TypeError as error:
+            raise ValueError(f"{key} is {value!r}, but must be {error}; correct it.") from None
+        check_value(key, getattr(section, field.name))
+    if name in RULES:
+        RULES[name](section)
 
 
-def check_rates(config, origin: str) -> None:
+def convert(value, kind):
+    """A value as its field's type: 1 where 1.0 is meant, a list for a tuple, numpy's numbers as Python's.
+
+    Raises:
+        TypeError: it is of another type; the text says of which it must be.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else convert(value, next(k for k in inner if k is not NoneType))
+    if origin is dict and isinstance(value, Mapping):
+        return {convert(key, inner[0]): convert(one, inner[1]) for key, one in value.items()}
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(convert(one, inner[0]) for one in value)
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if (kind in (str, bool) or dataclasses.is_dataclass(kind)) and isinstance(value, kind):
+        return value
+    raise TypeError(describe_kind(kind))
+
+
+def describe_kind(kind) -> str:
+    """A type in words."""
+    if get_origin(kind) in (list, tuple):
+        return f"a list, of {describe_kind(get_args(kind)[0]).removeprefix('a ')} each"
+    if get_origin(kind) is dict:
+        return " to ".join(describe_kind(inner) for inner in get_args(kind)) + ", by name"
+    return f"a {kind.__name__}" if dataclasses.is_dataclass(kind) else KINDS[kind]
+
+
+def check_value(key: str, value) -> None:
+    """Refuse a value that its own field forbids, whatever the others are."""
+    if key in CHOICES and value not in CHOICES[key]:
+        names = ", ".join(choice or "''" for choice in CHOICES[key])
+        raise ValueError(f"{key} is {value!r}, but must be one of {names}; correct it.")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if key in NOT_NEGATIVE and not inner >= 0:
+                raise ValueError(f"{key}.{name} is {inner}, but must be 0 or more; correct it.")
+    elif key in POSITIVE and not value > 0:
+        raise ValueError(f"{key} is {value}, but must be above 0; correct it.")
+    elif key in NOT_NEGATIVE and not value >= 0:
+        raise ValueError(f"{key} is {value}, but must be 0 or more; correct it.")
+    elif key in WEIGHTS and not value >= 0:
+        raise ValueError(f"{key} is {value}, but a weight is 0 or more; correct it.")
+    elif key in SHARES and not 0 <= value <= 1:
+        raise ValueError(f"{key} is {value}, but is a share from 0 to 1; correct it.")
+    elif key in BELOW_ONE and not 0 <= value < 1:
+        raise ValueError(f"{key} is {value}, but must be 0 or more and below 1; correct it.")
+
+
+def check_rates(train) -> None:
     """Refuse a learning rate that climbs where it should fall."""
-    train = config.train
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(
-            f"{origin}: train.min_learning_rate is {train.min_learning_rate:g}, but train.learning_rate, the peak, is "
+            f"train.min_learning_rate is {train.min_learning_rate:g}, but train.learning_rate, the peak, is "
             f"{train.learning_rate:g}; lower it."
         )
 
 
-def check_terms(config, origin: str) -> None:
-    """Refuse an objective of no term, and schedules that cannot be."""
-    loss, ends = config.loss, {}
+def check_loss(loss) -> None:
+    """Refuse schedules that cannot be read, and a divergence without its parameter or with one it does not take."""
     for name, text in loss.schedules.items():
         if name not in TERMS:
-            raise ValueError(
-                f"{origin}: loss.schedules names {name}, but the terms are {', '.join(TERMS)}; correct the name."
-            )
-        schedule = parse_schedule(text, getattr(loss, name), config.train.steps, f"{origin}: loss.schedules.{name}")
-        ends[name] = 0.0 if schedule.kind == "constant" else schedule.end
-    terms = [name for name in TERMS if name != "chunk" or loss.cross_tokenizer == "chunk"]
-    if not any(getattr(loss, name) or (name in ends and ends[name]) for name in terms):
-        raise ValueError(
-            f"{origin}: the weights of {', '.join(f'loss.{name}' for name in terms)} are all 0, but a student learns "
-            f"from one at least; set one above 0."
-        )
-
-
-def check_divergence(config, origin: str) -> None:
-    """Refuse a parameter that the divergence does not take, and the lack of one that it does."""
-    kind, parameter = config.loss.kl_kind, config.loss.kl_parameter
+            raise ValueError(f"loss.schedules names {name}, but the terms are {', '.join(TERMS)}; correct the name.")
+        parse_schedule(text, getattr(loss, name), LONG, f"loss.schedules.{name}")
+    kind, parameter = loss.kl_kind, loss.kl_parameter
     if kind not in TAKES_PARAMETER and parameter is not None:
-        raise ValueError(f"{origin}: loss.kl_parameter is {parameter}, but {kind} takes none; leave it out.")
+        raise ValueError(f"loss.kl_parameter is {parameter}, but {kind} takes none; leave it out.")
     if kind in TAKES_PARAMETER and (parameter is None or not 0 < parameter < 1):
         raise ValueError(
-            f"{origin}: loss.kl_parameter is {parameter}, but {kind} takes one strictly between 0 and 1; set it, or "
-            f"use forward_kl or reverse_kl."
+            f"loss.kl_parameter is {parameter}, but {kind} takes one strictly between 0 and 1; set it, or use "
+            f"forward_kl or reverse_kl."
         )
 
 
-def check_targets(config, origin: str) -> None:
-    """Refuse an objective that the teacher's targets, as this config has them made, cannot serve."""
-    loss, cache, is_online = config.loss, config.cache, config.teacher.online
+def check_temperatures(cache) -> None:
+    """Refuse temperatures without 1, at which every cache can be read."""
     if not all(t > 0 for t in cache.temperatures) or 1.0 not in cache.temperatures:
         raise ValueError(
-            f"{origin}: cache.temperatures is {list(cache.temperatures)}, but all must be above 0 and 1.0 among them; "
-            f"correct it."
+            f"cache.temperatures is {list(cache.temperatures)}, but all must be above 0 and 1.0 among them; correct it."
         )
+
+
+RULES = {"train": check_rates, "loss": check_loss, "cache": check_temperatures}
+
+
+def check_config(config) -> None:
+    """The one gate for sections that contradict each other."""
+    check_name(config)
+    check_terms(config.loss, config.train.steps)
+    check_targets(config)
+    check_augmentation(config)
+    check_round(config)
+
+
+def check_name(config) -> None:
+    """Refuse a name that is none of a folder inside `runs`."""
+    if config.name in ("", ".", "..") or re.search(r"[/\\\0]", config.name):
+        raise ValueError(
+            f"name is {config.name!r}, but the run's folder is runs/NAME; give a name without slashes, and "
+            f"set runs= for another place."
+        )
+
+
+def check_terms(loss, num_steps: int, own: tuple[str, ...] = ()) -> None:
+    """Refuse an objective of no term, and schedules longer than the run.
+
+    Args:
+        loss: the objective.
+        num_steps: of the run.
+        own: names of loss terms of one's own, whose weight is above 0.
+    """
+    ends = {}
+    for name, text in loss.schedules.items():
+        schedule = parse_schedule(text, getattr(loss, name), num_steps, f"loss.schedules.{name}")
+        ends[name] = 0.0 if schedule.kind == "constant" else schedule.end
+    terms = [name for name in TERMS if name != "chunk" or loss.cross_tokenizer == "chunk"]
+    if not own and not any(getattr(loss, name) or (name in ends and ends[name]) for name in terms):
+        raise ValueError(
+            f"the weights of {', '.join(f'loss.{name}' for name in terms)} are all 0, but a student learns from one at "
+            f"least; set one above 0."
+        )
+
+
+def check_targets(config) -> None:
+    """Refuse an objective that the teacher's targets, as this config has them made, cannot serve."""
+    loss, cache, is_online = config.loss, config.cache, config.teacher.online
     uses_kl = bool(loss.kl or "kl" in loss.schedules)
     if uses_kl and cache.codec == "sampled" and not is_online and (loss.kl_kind, loss.temperature) != ("forward_kl", 1):
         raise ValueError(
-            f"{origin}: loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but draws of the "
+            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but draws of the "
             f"teacher (cache.codec=sampled) give forward_kl at temperature 1 alone; use that, or cache.codec=topk."
         )
     is_kept = cache.codec in ("hidden", "dense") or loss.temperature in cache.temperatures
     if (uses_kl or loss.cross_tokenizer == "chunk") and not is_kept:
         raise ValueError(
-            f"{origin}: loss.temperature is {loss.temperature:g}, but cache.temperatures is "
+            f"loss.temperature is {loss.temperature:g}, but cache.temperatures is "
             f"{list(cache.temperatures)} and {cache.codec} keeps no other; add it there, or change it."
         )
     kept = {*cache.hidden_layers, *([HEAD_INPUT] if is_online or cache.codec == "hidden" else [])}
     lost = sorted(set(loss.layer_pairs) - kept)
     if (loss.hidden or "hidden" in loss.schedules) and lost:
         raise ValueError(
-            f"{origin}: loss.hidden_layers names the teacher's {lost[0]}, but cache.hidden_layers is "
+            f"loss.hidden_layers names the teacher's {lost[0]}, but cache.hidden_layers is "
             f"{list(cache.hidden_layers)}; add it there, or set loss.hidden=0."
         )
 
 
-def check_round(config, origin: str) -> None:
+def check_round(config) -> None:
     """Refuse a round that cannot be.
 
     Raises:
@@ -153,17 +243,17 @@ def check_round(config, origin: str) -> None:
     for name, value in needs.items():
         if config.on_policy.share and not value:
             raise ValueError(
-                f"{origin}: on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
+                f"on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
                 f"`distill answers`, and as student.start the student that answered."
             )
     if config.on_policy.share and not (config.loss.kl or "kl" in config.loss.schedules):
         raise ValueError(
-            f"{origin}: on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
+            f"on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
             f"cross-entropy to learn from; set loss.kl above 0, or on_policy.share=0."
         )
 
 
-def check_augmentation(config, origin: str) -> None:
+def check_augmentation(config) -> None:
     """Refuse what would train on targets of another sound than the student hears: cached ones are of the clean clip.
 
     Raises:
@@ -174,17 +264,17 @@ def check_augmentation(config, origin: str) -> None:
         return
     if augment.teacher_hears == "same" and not config.teacher.online:
         raise ValueError(
-            f"{origin}: augment.teacher_hears is 'same', but cached targets belong to the clean clip; "
-            f"set augment.teacher_hears=clean, or teacher.online=true."
+            "augment.teacher_hears is 'same', but cached targets belong to the clean clip; "
+            "set augment.teacher_hears=clean, or teacher.online=true."
         )
     if config.cache.frames != "none" and not config.teacher.online:
         raise ValueError(
-            f"{origin}: augment is set, but cache.frames is {config.cache.frames!r} and cached frames are of the clean "
+            f"augment is set, but cache.frames is {config.cache.frames!r} and cached frames are of the clean "
             f"clip; set cache.frames=none, or every augment.*_share=0."
         )
     if augment.speed_share and augment.teacher_hears == "clean" and config.loss.feature:
         raise ValueError(
-            f"{origin}: augment.speed_share is {augment.speed_share}, but loss.feature is {config.loss.feature} and "
+            f"augment.speed_share is {augment.speed_share}, but loss.feature is {config.loss.feature} and "
             f"compares windows at equal times, which speed moves; set one of them to 0."
         )
 

@@ -26,12 +26,14 @@ from teachers.loading import build_salmonn, load_salmonn, read_config, save_salm
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 
+LORA = Lora()  # of a student where nothing else is said
+
 
 def build_student(
     teacher: Salmonn,
     llm: str,
     *,
-    lora: Lora,
+    lora: Lora = LORA,
     quantization: str = "nf4",
     connector: str = "teacher",
     qformer_dropout: float = 0.0,

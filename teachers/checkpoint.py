@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from teachers.loading import build_salmonn
-from teachers.lora import Lora
+from teachers.lora import SALMONN_LORA, Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import write_atomically
 from teachers.weights import put_, read_torch_file
@@ -24,7 +24,6 @@ LEFTOVER = re.compile(
     r"speech_Qformer\.bert\.embeddings\.position_ids$|.*relative_attention_bias\.weight$|.*lm_head\.weight$|.*inv_freq$"
 )
 QFORMER = "speech_Qformer.bert."
-LORA_ALPHA = 32.0  # of all of SALMONN's configs
 DIRECT = {
     "speech_query_tokens": "qformer.query",
     "speech_llama_proj.weight": "project.weight",
@@ -120,7 +119,7 @@ def describe_checkpoint(content: dict, path: str | Path, lora_alpha: float | Non
         raise ValueError(f"{path} holds no SALMONN: speech_query_tokens is missing under 'model'; give its checkpoint.")
     theirs = _read_config(content)
     if lora_alpha is None:
-        lora_alpha = theirs.get("lora_alpha", LORA_ALPHA)
+        lora_alpha = theirs.get("lora_alpha", SALMONN_LORA.alpha)
     config = SalmonnConfig(**{**_trained_settings(theirs), **_qformer_sizes(state, path), **settings})
     return config, _lora_settings(state, lora_alpha)
 

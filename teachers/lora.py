@@ -1,27 +1,34 @@
 """LoRA on a LLM's linear layers, through peft and in place. Source: Hu et al., 2021 (arXiv 2106.09685)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which layers get LoRA and how large it is; the update is `alpha / rank` times B A."""
+    """Which layers get LoRA and how large it is; the update is `alpha / rank` times B A. Defaults: a student's."""
 
-    rank: int = 8
+    rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of linear layers; SALMONN's own are these two
+    # names of linear layers
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def add_lora_(llm: nn.Module, lora: Lora) -> None:
+SALMONN_LORA = Lora(rank=8, alpha=32.0, targets=("q_proj", "v_proj"))  # of the released teachers
+
+
+def add_lora_(llm: "nn.Module", lora: Lora) -> None:
     """Freeze `llm` and give its target layers trainable LoRA matrices, in place.
 
     Raises:
         ValueError: no layer of the LLM has one of the target names.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # seconds, that the defaults above need not cost
+
     llm.requires_grad_(False)
     names = {name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()}
     missing = sorted(set(lora.targets) - names)

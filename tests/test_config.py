@@ -1,15 +1,30 @@
 """Configs: every recipe loads, a wrong key, type, choice or a credential is refused with its name."""
 
+import inspect
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from distill.cli import guard, main
-from distill.config import load_config, to_yaml
+from distill.config import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    StudentConfig,
+    TrainConfig,
+    load_config,
+    to_yaml,
+)
 from distill.losses import DIVERGENCES, PARAMETERS
 from distill.rules import CHOICES, TAKES_PARAMETER
+from distill.run import lora_of
+from students.student import build_student
+from teachers.lora import Lora
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -260,3 +275,58 @@ def raise_(error: Exception):
 def test_what_the_system_and_torch_say_is_put_in_the_form_of_an_error(capsys, work, message):
     assert guard(work, debug=False) == 1
     assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(steps=-3), r"^train\.steps is -3, but must be above 0; correct it\.$"),
+        (lambda: TrainConfig(steps=2.5), r"^train\.steps is 2\.5, but must be a whole number"),
+        (lambda: TrainConfig(steps="10"), r"^train\.steps is '10', but must be a whole number"),
+        (lambda: TrainConfig(steps=True), r"^train\.steps is True, but must be a whole number"),
+        (lambda: TrainConfig(learning_rate=float("nan")), r"^train\.learning_rate is nan, but must be a number"),
+        (lambda: TrainConfig(beta2=1.0), r"^train\.beta2 is 1\.0, but must be 0 or more and below 1"),
+        (lambda: TrainConfig(hang_minutes=-1), r"^train\.hang_minutes is -1\.0, but must be 0 or more"),
+        (lambda: TrainConfig(resume="yes"), r"^train\.resume is 'yes', but must be one of auto, must, never"),
+        (
+            lambda: TrainConfig(allow_change="loss.kl"),
+            r"^train\.allow_change is 'loss\.kl', but must be a list, of",
+        ),
+        (
+            lambda: TrainConfig(min_learning_rate=1.0),
+            r"^train\.min_learning_rate is 1, but train\.learning_rate, the",
+        ),
+        (lambda: LossConfig(ce=-1), r"^loss\.ce is -1\.0, but a weight is 0 or more; correct it\.$"),
+        (lambda: LossConfig(kl_kind="kl"), r"^loss\.kl_kind is 'kl', but must be one of forward_kl"),
+        (lambda: LossConfig(task_weights={"asr": -1}), r"^loss\.task_weights\.asr is -1\.0, but must be 0 or more"),
+        (lambda: LossConfig(hidden_layers={"a": 1}), r"^loss\.hidden_layers is \{'a': 1\}, but must be a whole number"),
+        (lambda: DataConfig(labelled_share=2), r"^data\.labelled_share is 2\.0, but is a share from 0 to 1"),
+        (lambda: StudentConfig(lora_rank=0), r"^student\.lora_rank is 0, but must be above 0"),
+        (lambda: CacheConfig(temperatures=[2]), r"^cache\.temperatures is \[2\.0\], but all must be above 0"),
+        (lambda: EvalConfig(normalise="no"), r"^eval\.normalise is 'no', but must be true or false"),
+        (lambda: Config(train=LossConfig()), r"^train is LossConfig\(.*, but must be a TrainConfig"),
+        (
+            lambda: Config(loss=LossConfig(temperature=3)),
+            r"^loss\.temperature is 3, but cache\.temperatures is \[1",
+        ),
+    ],
+)
+def test_python_is_refused_what_the_command_line_is_and_in_its_words(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_python_and_yaml_make_the_same_section_of_the_same_values():
+    loss = LossConfig(ce=1, schedules={"kl": "linear 0"}, hidden_layers={2: 1})
+    read = load_config(RECIPES[0], ["loss.schedules.kl=linear 0", "loss.hidden_layers={2: 1}", "loss.ce=1"]).loss
+    assert (repr(loss.ce), loss.schedules, loss.hidden_layers) == (repr(read.ce), read.schedules, read.hidden_layers)
+    assert CacheConfig(temperatures=[1, 2]) == CacheConfig(temperatures=(1.0, 2.0))
+    assert TrainConfig(steps=np.int64(3)).steps.__class__ is int
+
+
+def test_the_defaults_of_python_are_those_of_the_command_line():
+    build = inspect.signature(build_student).parameters
+    config = StudentConfig()
+    assert build["lora"].default == lora_of(Config()) == Lora()
+    for name in ("quantization", "connector", "qformer_dropout", "windows", "whisper", "second", "second_kind"):
+        assert build[name].default == getattr(config, name), name

@@ -258,7 +258,7 @@ def test_kl_of_the_teacher_to_itself_is_zero(toys, tmp_path):
     twin = load_salmonn(toys / "teacher")
     twin.project.requires_grad_(True)
     loss = LossConfig(ce=0.0, kl=1.0, feature=1.0)
-    options = dataclasses.replace(OPTIONS, steps=1, learning_rate=1e-9)
+    options = dataclasses.replace(OPTIONS, steps=1, learning_rate=1e-9, min_learning_rate=0.0)
     run = Distiller(OnlineTeacher(model), twin, train=toys / "data" / "train", loss=loss, options=options,
                     run_folder=tmp_path)  # fmt: skip
     assert run.fit().losses == pytest.approx([0.0], abs=1e-6)

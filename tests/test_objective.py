@@ -147,17 +147,19 @@ def test_schedules_give_each_step_its_weights():
 @pytest.mark.parametrize(
     "loss, message",
     [
-        (LossConfig(schedules={"kll": "linear 1"}), r"loss\.schedules names kll, but the terms are ce, kl"),
-        (LossConfig(schedules={"kl": "linear"}), r"loss\.schedules\.kl is 'linear', but must read"),
-        (LossConfig(schedules={"kl": "slowly 1"}), r"loss\.schedules\.kl: schedule is 'slowly'"),
-        (LossConfig(task_weights={"asrr": 1.0}), r"loss\.task_weights names asrr, but the tasks are"),
-        (LossConfig(kl_kind="jsd"), r"beta of jsd is None, but it must lie strictly between 0 and 1"),
-        (LossConfig(temperature=0.0), r"temperature is 0\.0, but it must be positive"),
+        ({"schedules": {"kll": "linear 1"}}, r"loss\.schedules names kll, but the terms are ce, kl"),
+        ({"schedules": {"kl": "linear"}}, r"loss\.schedules\.kl is 'linear', but must read"),
+        ({"schedules": {"kl": "slowly 1"}}, r"loss\.schedules\.kl: schedule is 'slowly'"),
+        ({"schedules": {"kl": "constant warmup 99"}}, r"loss\.schedules\.kl: warmup_steps is 99, but it must lie"),
+        ({"ce": 0, "kl": 0, "feature": 0}, r"loss\.ce, loss\.kl, loss\.feature, loss\.hidden are all 0, but a student"),
+        ({"task_weights": {"asrr": 1.0}}, r"loss\.task_weights names asrr, but the tasks are"),
+        ({"kl_kind": "jsd"}, r"loss\.kl_parameter is None, but jsd takes one strictly between 0 and 1"),
+        ({"temperature": 0.0}, r"loss\.temperature is 0\.0, but must be above 0"),
     ],
 )
 def test_an_objective_that_cannot_be_is_refused_before_anything_starts(toys, tmp_path, loss, message):
     with pytest.raises(ValueError, match=message):
-        make_run(toys, tmp_path, loss)
+        make_run(toys, tmp_path, LossConfig(**loss))
 
 
 @pytest.mark.parametrize(
