@@ -6,11 +6,16 @@ import importlib
 import inspect
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from distill.launch import bind_to_launcher
+from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
+from shards.parent import is_in_main_thread
 
 STAGES = {
     # command: (module, what the help says)
@@ -34,6 +39,12 @@ STAGES = {
     "report": ("distill.report", "a run's curves and scorecard as one HTML file"),
     "transcribe": ("distill.transcribe", "let a saved student answer about an audio file"),
 }
+
+ENDED = "exit code {}: see the message above; the same command goes on from what is finished"
+LAST_WORDS = (  # of a process that gets no chance to say any
+    "ended without a word: exit code -9 is kill -9 or no memory left, 1 below threads' stacks is train.hang_minutes; "
+    "the same command goes on from what is finished"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,19 +93,47 @@ def known_tasks(stage, args: argparse.Namespace) -> dict:
     return {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
 
 
+class StoppedError(KeyboardInterrupt):
+    """A queue, a launcher or the end of a terminal asked to stop."""
+
+
+@contextmanager
+def stop_in_order() -> Iterator[None]:
+    """A block that every signal ends as Ctrl-C does, so that what it holds is put away; the second ends it at once."""
+
+    def stop(number: int, frame) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        raise StoppedError
+
+    numbers = [n for n in STOP_SIGNALS if n != signal.SIGINT and not is_ignored(n)] if is_in_main_thread() else []
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def guard(work, *, debug: bool) -> int:
     """Run `work` and turn a user's error into one line and an exit code.
 
     `KeyError` and the like are bugs of ours and keep their traceback.
     """
+    bind_to_launcher()
+    tell_launcher(LAST_WORDS)
     try:
-        code = int(work() or 0)
+        with stop_in_order():
+            code = int(work() or 0)
         if code:  # the stage has said why
-            tell_launcher(f"exit code {code}: see the message above; the same command goes on from what is finished")
+            tell_launcher(ENDED.format(code))
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; files that were finished are kept, and the same command goes on from them", file=sys.stderr)
-        return 130
+        if not isinstance(stopped, StoppedError):
+            return 130
+        tell_launcher(ENDED.format(PREEMPTED))
+        return PREEMPTED
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from distill.cli import add_config_arguments
 from distill.config import Config, load_config
+from distill.launch import name_parent
 from distill.rules import value_at
 from distill.runlock import RunLock
-from distill.stopping import PREEMPTED
+from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
 from shards.packfolder import hash_file
@@ -163,14 +164,15 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
 
     Raises:
         StageError: it failed.
-        SystemExit: it was asked to stop, or we were and asked it; with the exit code of that, 143 after SIGTERM.
+        SystemExit: it was asked to stop, or we were and asked it; with 143.
         KeyboardInterrupt: the same, by Ctrl-C.
     """
     command = [sys.executable, "-m"]
     if launch is not None:
-        command += ["accelerate.commands.launch", "--config_file", launch, "--module"]
+        command += ["distill.launch", "--config_file", launch, "--module"]
     environment = {
         **os.environ,
+        **name_parent(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -180,7 +182,7 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
         raise KeyboardInterrupt
     if caught or code == PREEMPTED:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
-        raise SystemExit(128 + caught if caught else code)
+        raise SystemExit(PREEMPTED)
     if code:
         raise StageError(
             f"stage {module.rpartition('.')[2]} ended with exit code {code}, but the next one needs it; "
@@ -202,7 +204,7 @@ def wait_for(command: Sequence[str], environment: dict[str, str]) -> tuple[int, 
         for process in processes:
             process.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS if not is_ignored(number)}
     try:
         # a group of its own: what a launcher leaves behind is found, and Ctrl-C comes once, through us
         processes.append(subprocess.Popen(command, env=environment, process_group=0))

@@ -7,14 +7,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from shards.parent import is_in_main_thread
+
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order, as the shell counts it
 SAME_SECONDS = 1.0  # between two signals that are one request
 NUM_SHOWN = 8  # keys of a bad step that are named
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # of queues, people, terminals
 GRACE_SECONDS = 30.0  # that torchrun and most queues leave a process between SIGTERM and SIGKILL
 
 
+def is_ignored(number: int) -> bool:
+    """Whether whoever started this process wants it to outlive a signal, as `nohup` does; it stays ignored then."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
 class StopRequest:
-    """True once SIGTERM or Ctrl-C came while the block runs, or its time is over; a step is never cut in the middle.
+    """True once a signal came while the block runs, or its time is over; a step is never cut in the middle.
+
+    SIGTERM, Ctrl-C, the end of a terminal (SIGHUP) and SIGUSR1, with which a queue tells that time is short, mean the
+    same. Where the block runs in another thread than the main one, Python leaves signals to that one.
 
     Queues signal every process of a job, and some of those pass it on: what follows within a second is the same
     request. A later one ends the process at once.
@@ -31,7 +42,8 @@ class StopRequest:
         return self._came is not None or time.monotonic() > self._deadline
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [n for n in STOP_SIGNALS if not is_ignored(n)] if is_in_main_thread() else []
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:

@@ -10,6 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 
+from shards.parent import end_with_parent, is_in_main_thread
+
 IN_FLIGHT = 4  # pieces of work a worker, so that none waits and memory stays small
 
 
@@ -33,7 +35,8 @@ def map_in_order(function: Callable, pieces: Iterable, *, workers: int) -> Itera
         yield from map(function, pieces)
         return
     # Spawned, not forked: the caller may have threads (torch's, a progress bar's) that a fork would leave locked.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker,
+                               initargs=(os.getpid(), is_in_main_thread()))  # fmt: skip
     pieces = iter(pieces)
     try:
         pending = deque(pool.submit(function, piece) for piece in itertools.islice(pieces, IN_FLIGHT * workers))
@@ -82,5 +85,6 @@ def progress_bar(description: str, total: int, *, show: bool):
         yield lambda count: progress.advance(task, count)
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(parent: int, by_kernel: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers when it is ready
+    end_with_parent(parent, by_kernel=by_kernel)

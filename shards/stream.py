@@ -13,13 +13,12 @@ import json
 import logging
 import os
 import signal
-import threading
-import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from shards.archive import MAX_MEMBER_BYTES
 from shards.augmentation import Augmentation
 from shards.catalog import open_catalog
 from shards.localcopy import ShardCache
+from shards.parent import end_with_parent, is_in_main_thread
 from shards.plan import Order, Plan, Position
 from shards.reader import BadSample, Reader
 from shards.sample import MAX_SECONDS, Sample
@@ -36,7 +36,6 @@ from shards.sample import MAX_SECONDS, Sample
 MIN_MAX_BAD = 10  # samples that may be bad however few were read
 _STATE_VERSION = 1
 _PREFETCH = 2  # batches ahead of the trainer, a worker
-_PARENT_SECONDS = 1.0  # between a worker's looks at whether the trainer lives
 _log = logging.getLogger(__name__)
 
 
@@ -167,7 +166,7 @@ class ShardStream(IterableDataset):
             batch_sampler=self._places(after),
             num_workers=self.num_workers,
             collate_fn=_same,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid(), is_in_main_thread()),
             multiprocessing_context="fork" if self.num_workers else None,
             prefetch_factor=_PREFETCH if self.num_workers else None,
         )
@@ -280,17 +279,11 @@ def _same(batch):
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(parent: int, by_kernel: bool, worker: int) -> None:
     """Ctrl-C and preemption signal the whole process group, but the trainer ends its workers when it is ready.
 
     A trainer that was killed cannot, and a worker that waits to hand over a batch would outlive it for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PARENT_SECONDS)
-    os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent, by_kernel=by_kernel)

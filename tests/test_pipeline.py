@@ -101,24 +101,32 @@ def test_a_pipeline_packs_the_tasks_of_its_teachers_prompts(tmp_path):
 
 STAGE = """
 import os, signal, sys
+from distill.launch import bind_to_launcher
+
+bind_to_launcher()
 
 def stop(number, frame):
     open(sys.argv[1] + "/stopped", "w").write(str(number))
     sys.exit(143)
 
-signal.signal(signal.SIGTERM, stop)
+for each in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(each, stop)
 open(sys.argv[1] + "/ready", "w").close()
 signal.pause()
 """
 LAUNCHER = """
-import subprocess, sys
+import os, subprocess, sys
+from distill.launch import bind_to_launcher, name_parent
 
-subprocess.Popen([sys.executable, "-m", "stage", *sys.argv[1:]]).wait()
+bind_to_launcher()
+environment = {**os.environ, **name_parent()}
+subprocess.Popen([sys.executable, "-m", "stage", *sys.argv[1:]], env=environment).wait()
 """  # as that of accelerate for one process: a signal ends it at once
 
 
 @pytest.mark.parametrize("module", ["stage", "launcher"])
-def test_sigterm_stops_the_running_stage_in_order_and_leaves_no_process(tmp_path, module):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_a_signal_stops_the_running_stage_in_order_and_leaves_no_process(tmp_path, module, number):
     (tmp_path / "stage.py").write_text(STAGE)
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     os.mkfifo(tmp_path / "ready")
@@ -127,10 +135,13 @@ def test_sigterm_stops_the_running_stage_in_order_and_leaves_no_process(tmp_path
     environment = {**os.environ, "PYTHONPATH": f"{root}:{tmp_path}"}
     pipeline = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
     (tmp_path / "ready").read_text()  # returns when the stage is there
-    pipeline.send_signal(signal.SIGTERM)
+    pipeline.send_signal(number)
     _, said = pipeline.communicate(timeout=60)  # ends when nobody holds stderr any more
-    assert pipeline.returncode == 143 and "the same command goes on" in said
-    assert (tmp_path / "stopped").read_text() == str(int(signal.SIGTERM))
+    if number == signal.SIGKILL:
+        assert pipeline.returncode == -number
+    else:
+        assert pipeline.returncode == 143 and "the same command goes on" in said
+    assert int((tmp_path / "stopped").read_text()) in (number, signal.SIGTERM)  # a launcher's end is a SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,6 @@ def test_a_users_error_is_the_last_line_of_the_launchers_report(toys):
     assert process.returncode == 1 and last.endswith(text) and set(border) == {"="}
 
 
-def test_a_launchers_report_of_a_run_that_stopped_in_order_says_how_to_go_on(toys):
-    process = launch(toys, "stopped", "train.stop_after=1", launch_file="two_cpus_ddp.yaml", check=False)
-    last = process.stderr.strip().splitlines()[-2]
-    assert last.endswith("exit code 143: see the message above; the same command goes on from what is finished")
-
-
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_whose_optimizer_is_in_parts_repeat_the_losses_of_one_process(toys, alone, tmp_path, stage):
     text = (LAUNCH / "two_cpus_zero2.yaml").read_text()

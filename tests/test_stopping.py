@@ -83,18 +83,30 @@ def interrupt(config: Config, number: int, after_step: int, meanwhile=lambda: No
 def test_signals_at_once_are_one_request_and_a_later_one_ends_the_process(monkeypatch):
     with StopRequest() as stop:
         assert not stop
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # of the queue, of a launcher, of the terminal
+        # of the queue with minutes to go, of it at the end, of a launcher, of the terminal
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.raise_signal(number)
         assert stop
         monkeypatch.setattr(stopping, "SAME_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
-def test_sigterm_ends_training_with_a_checkpoint_that_the_same_command_goes_on_from(toys):
+def test_a_signal_that_nohup_ignores_stops_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_signal_ends_training_with_a_checkpoint_that_the_same_command_goes_on_from(toys):
     config = configure(toys, "stopped", "train.save_every=500")
-    assert interrupt(config, signal.SIGTERM, after_step=2) == 143
+    assert interrupt(config, signal.SIGUSR1, after_step=2) == 143
     assert 2 <= find_checkpoint(config.run_folder / "checkpoints", print).step < NUM_STEPS
     assert run(configure(toys, "stopped", "train.save_every=500", f"train.stop_after={NUM_STEPS}")) == 143
     assert losses(toys, "stopped") == losses(toys, "whole")
