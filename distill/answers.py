@@ -1,6 +1,6 @@
 """On-policy rounds: the student answers training clips, the teacher scores those answers, and both go to a cache.
 
-Run with `accelerate launch distill/answers.py CONFIG on_policy.round=N [key=value …]`, on as many processes as there
+Run with `accelerate launch -m distill.answers CONFIG on_policy.round=N [key=value …]`, on as many processes as there
 are; like the caching job it ends in the same files however often it was stopped. A student that only ever reads its
 teacher's and its labels' prefixes never sees its own mistakes; here it does, and the teacher says what comes next.
 
@@ -22,8 +22,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from distill.cache import describe_teacher, write_missing
 from distill.capture import Capturer, seeded_generator
-from distill.cli import add_config_arguments, run_stage
-from distill.config import Config, load_config
+from distill.cli import run_stage
+from distill.config import Config
 from distill.crossteacher import CrossTeacher, meet
 from distill.ranks import build_accelerator, resolve_precision
 from distill.runlock import RunLock
@@ -231,14 +231,9 @@ def show(values: dict, others: dict) -> str:
     return ", ".join(f"{name} {str(values.get(name))[:16]}" for name in names)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill answers` takes."""
-    add_config_arguments(parser)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill answers`."""
-    return answers(load_config(args.config, args.overrides))
+    return answers(args.config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The caching job: the teacher's targets for every training sample, beside the shards, once.
 
-Run with `accelerate launch distill/cache.py CONFIG [key=value …]`. Ranks claim shards one by one, so any number,
+Run with `accelerate launch -m distill.cache CONFIG [key=value …]`. Ranks claim shards one by one, so any number,
 started and killed at any time, ends in the same files.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.capture import Capturer, build_codec, captured_mass, feature_dtypes
-from distill.cli import add_config_arguments, run_stage
-from distill.config import Config, load_config
+from distill.cli import run_stage
+from distill.config import Config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import load_teacher, teach_online
@@ -239,14 +239,9 @@ def warn_of_strangers(folder: Path, shards: Sequence[str], vocab_size: int) -> N
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill cache` takes."""
-    add_config_arguments(parser)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill cache`."""
-    return cache(load_config(args.config, args.overrides))
+    return cache(args.config)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from distill.cache import describe_teacher, open_shard
 from distill.capture import Capturer
-from distill.cli import add_config_arguments
-from distill.config import Config, load_config
+from distill.config import Config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision
 from distill.teacher import load_teacher, teach_online
@@ -218,15 +217,6 @@ def spread(values: np.ndarray) -> float:
     return float(np.abs(values).max(initial=0.0))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill cache-verify` takes."""
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--share", type=float, default=0.01, help="of the batches that are computed again (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of their choice (%(default)s)")
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill cache-verify`."""
-    return verify(load_config(args.config, args.overrides), args.share, args.seed)
+    return verify(args.config, args.share, args.seed)

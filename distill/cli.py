@@ -1,8 +1,13 @@
-"""The command line: `distill COMMAND …`, a map of the pipeline. Imports a stage only when it is called."""
+"""The command line: `distill COMMAND …`. Reads the words, and imports a stage only when they are right.
+
+What there is to call is in `commands.py`; here words become a call, and an error becomes a line and an exit code.
+"""
 
 import argparse
+import ast
 import errno
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -12,33 +17,38 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
+from distill.commands import COMMANDS, add_config_arguments, find_unknown, read_config_arguments
+from distill.hints import COMMANDS as OTHER_COMMANDS
+from distill.hints import did_you_mean, nearest
 from distill.launch import bind_to_launcher
 from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.parent import is_in_main_thread
+from shards.telling import hush, is_quiet
 
-STAGES = {
-    # command: (module, what the help says)
-    "pipeline": ("distill.pipeline", "every stage below for one config, from raw audio to scorecard"),
-    "manifest": ("shards.datasets", "LibriSpeech, GigaSpeech, Clotho, AudioCaps, WavCaps, MusicNet to a manifest"),
-    "audit": ("shards.audit", "find bad audio and text before training; nothing is replaced"),
-    "pack": ("shards.pack", "manifest and audio files to WebDataset shards"),
-    "split": ("shards.split", "cut a manifest into train and valid without leakage"),
-    "subset": ("shards.subset", "a mini set: a share of each task, chosen tasks, so many hours"),
-    "stats": ("shards.stats", "counts, hours and lengths of a data set; `stats model CONFIG`: what each part costs"),
-    "teach": ("distill.teach", "the demo's small teacher, from nothing"),
-    "plan": ("distill.plan", "what a target cache would take and keep, by codec, before it is made"),
-    "cache": ("distill.cache", "the teacher's targets beside the shards (also: accelerate launch distill/cache.py)"),
-    "cache-verify": ("distill.cache_verify", "re-read a target cache, and let the teacher say a share of it again"),
-    "doctor": ("distill.doctor", "prove objective, data and cache right before GPU hours are spent"),
-    "filter": ("distill.filter", "leave out or down-weight clips whose labels the teacher does not believe"),
-    "run": ("distill.run", "train a student (also: accelerate launch distill/run.py)"),
-    "answers": ("distill.answers", "on-policy: the student answers, the teacher scores (docs/rounds.md)"),
-    "evaluate": ("distill.scorecard", "teacher and student on the test split: the scorecard"),
-    "export": ("distill.export", "a finished student as a folder to hand on, LoRA kept or merged"),
-    "report": ("distill.report", "a run's curves and scorecard as one HTML file"),
-    "transcribe": ("distill.transcribe", "let a saved student answer about an audio file"),
-}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")  # that decide what a run does
+FLAGS = ("--debug", "--quiet")  # of every command, before it as good as behind it
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line in the form of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
+
+
+class Version(argparse.Action):
+    """Print our version and those of the packages that decide what a run does, without importing them."""
+
+    def __call__(self, parser, *_) -> NoReturn:
+        from importlib.metadata import version
+        from platform import python_version
+
+        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        print(f"distill-audio {version('distill-audio')}, Python {python_version()}, {versions}")
+        parser.exit()
+
 
 ENDED = "exit code {}: see the message above; the same command goes on from what is finished"
 LAST_WORDS = (  # of a process that gets no chance to say any
@@ -49,38 +59,86 @@ LAST_WORDS = (  # of a process that gets no chance to say any
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the top level alone; a command's own is built when it is chosen."""
-    lines = "\n".join(f"  {name:<12} {text}" for name, (_, text) in STAGES.items())
-    return argparse.ArgumentParser(
+    lines = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items() if " " not in name)
+    parser = Parser(
         prog="distill",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distil a SALMONN audio language model into a small 4-bit student.",
         epilog=f"commands, in the order of the pipeline:\n{lines}\n\n"
         "`distill COMMAND --help` tells more. Errors are one line; --debug shows where they come from.",
     )
+    parser.add_argument("command", nargs="?", metavar="COMMAND")
+    parser.add_argument("--version", nargs=0, action=Version, help="its version, and those of the libraries below it")
+    add_flags(parser)
+    return parser
+
+
+def build_command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    command = COMMANDS[name]
+    parser = Parser(prog=f"distill {name}", description=read_description(command.module))
+    (command.takes or importlib.import_module(command.module).add_arguments)(parser)
+    if command.has_json:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command takes."""
+    parser.add_argument("--quiet", action="store_true", help="print only results and errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def read_description(module: str) -> str:
+    """The first paragraph of a module's docstring, without importing it."""
+    docstring = ast.get_docstring(ast.parse(Path(importlib.util.find_spec(module).origin).read_text()))
+    return docstring.split("\n\n")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code, which is 2 where the words are none that it takes."""
     words = list(sys.argv[1:] if argv is None else argv)
+    while len(words) > 1 and words[0] in FLAGS:
+        words = [*words[1:], words[0]]
+    if words[:2] == ["stats", "model"]:
+        words = ["stats model", *words[2:]]
+    if not words or words[0] not in COMMANDS:
+        return refuse_command(words)
+    name, *rest = words
+    try:
+        parser = build_command_parser(name)
+        if wrong := find_unknown(rest, parser):
+            parser.exit(2, f"error: {wrong}\n")
+        args = parser.parse_intermixed_args(rest)  # options and key=value words in any order
+    except SystemExit as end:
+        return int(end.code or 0)
+    if args.quiet:
+        hush()
+    return guard(lambda: call(name, args), debug=args.debug)
+
+
+def refuse_command(words: Sequence[str]) -> int:
+    """Print the help, or the commands that an unknown one may mean; returns the exit code."""
     parser = build_parser()
-    parser.add_argument("command", nargs="?", choices=STAGES, metavar="COMMAND")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if words[:1] == ["--debug"] and len(words) > 1:  # before the command as good as behind it
-        words = [*words[1:], "--debug"]
-    if not words or words[0] not in STAGES:
-        parser.parse_args(words)
+    try:
+        args, _ = parser.parse_known_args(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    if args.command is None:
         parser.print_help()
         return 0 if not words else 2
-    command, *rest = words
-    module = importlib.import_module(STAGES[command][0])
-    if words[:2] == ["stats", "model"]:
-        command, *rest = "stats model", *words[2:]
-        module = importlib.import_module("distill.costtable")
-    own = argparse.ArgumentParser(prog=f"distill {command}", description=(module.__doc__ or "").split("\n\n")[0])
-    own.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    module.add_arguments(own)
-    args = own.parse_intermixed_args(rest)  # options and key=value words in any order
-    return guard(lambda: module.main(args, **known_tasks(module.main, args)), debug=args.debug)
+    hint = did_you_mean(nearest(args.command, COMMANDS, OTHER_COMMANDS), "see `distill --help`.")
+    print(f"error: command is {args.command}, but there is none of that name; {hint}", file=sys.stderr)
+    return 2
+
+
+def call(name: str, args: argparse.Namespace) -> int:
+    """Read what the arguments name, then import the stage and run it."""
+    command = COMMANDS[name]
+    command.reads(args)
+    stage = importlib.import_module(command.module).main
+    return stage(args, **known_tasks(stage, args))
 
 
 def known_tasks(stage, args: argparse.Namespace) -> dict:
@@ -171,23 +229,18 @@ def tell_launcher(text: str) -> None:
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """A config file and `key=value` words, as every stage of the pipeline takes them."""
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, such as train.steps=200")
-
-
 def run_stage(stage, argv: Sequence[str] | None = None) -> int:
-    """What `accelerate launch distill/STAGE.py CONFIG [key=value …]` does: `stage(config)` behind the guard."""
-    parser = argparse.ArgumentParser(description=(sys.modules[stage.__module__].__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    """What `accelerate launch -m distill.STAGE CONFIG [key=value …]` does: `stage(config)` behind the guard."""
+    parser = Parser(description=(sys.modules[stage.__module__].__doc__ or "").split("\n\n")[0])
     add_config_arguments(parser)
-    args = parser.parse_args(argv)
+    add_flags(parser)
+    args = parser.parse_intermixed_args(argv)
+    if args.quiet or is_quiet():
+        hush()
 
     def work() -> int:
-        from distill.config import load_config
-
-        result = stage(load_config(args.config, args.overrides))
+        read_config_arguments(args)
+        result = stage(args.config)
         return result if isinstance(result, int) else 0
 
     return guard(work, debug=args.debug)

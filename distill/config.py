@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from distill.hints import did_you_mean, nearest_fields
 from distill.layers import read_files, read_words
+from distill.places import find_config
 from distill.rules import check_config, check_section, refuse_secrets
 from shards.augmentation import Augmentation
 from teachers.lora import Lora
@@ -289,11 +291,15 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `section.key=value` words over the defaults.
 
+    Args:
+        path: of the file; or a run's folder, or a recipe's name.
+        overrides: the words.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: a key is unknown, of the wrong type or out of range, or holds what looks like a secret.
     """
-    path = Path(path)
+    path = find_config(path)
     config = OmegaConf.structured(Config)
     origin = str(path)
     try:
@@ -303,6 +309,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             refuse_secrets(OmegaConf.to_container(layer), origin)
             config = OmegaConf.merge(config, layer)
         config = to_object(config, str(path))
+    except ConfigKeyError as error:
+        words = [word.partition("=")[0] for word in overrides]  # omegaconf names a wrong section alone
+        field = next((word for word in words if word.startswith(error.full_key)), error.full_key)
+        meant = did_you_mean(nearest_fields(field, list_fields()), "`distill new` writes all of them.")
+        raise ValueError(f"{origin}: field is {field}, but there is none of that name; {meant}") from error
     except (OmegaConfBaseException, TypeError) as error:
         key, problem = getattr(error, "full_key", None) or "?", str(error).splitlines()[0]
         if problem.startswith("Incompatible value 'None'"):
@@ -321,6 +332,15 @@ def to_object(config: DictConfig, origin: str) -> Config:
         raise
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+
+
+def list_fields() -> list[str]:
+    """The dotted name of every field, in the order of the dataclasses."""
+    names = []
+    for outer in dataclasses.fields(Config):
+        inner = dataclasses.fields(outer.type) if dataclasses.is_dataclass(outer.type) else ()
+        names += [f"{outer.name}.{own.name}" for own in inner] if inner else [outer.name]
+    return names
 
 
 def to_yaml(config: Config) -> str:

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from distill.config import Config, load_config
+from distill.config import Config
 from distill.costs import (
     Blueprint,
     Part,
@@ -78,26 +78,12 @@ def print_costs(config: Config, usage: Usage) -> None:
     print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill stats model` takes."""
-    parser.add_argument("words", nargs="+", metavar="CONFIG|key=value", help="YAML files, see configs/, and fields")
-    parser.add_argument("--seconds", type=float, default=Usage.seconds, help="of audio (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=Usage.prompt_tokens, help="(%(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=Usage.answer_tokens, help="(%(default)s)")
-
-
 def main(args: argparse.Namespace) -> int:
-    """Run `distill stats model`.
-
-    Raises:
-        ValueError: no word is a config.
-    """
-    overrides = [word for word in args.words if "=" in word]
-    configs = {path: load_config(path, overrides) for path in args.words if "=" not in path}
-    if not configs:
-        raise ValueError("configs are none, but a table is of some; name YAML files, see configs/.")
-    if len(configs) > 1:
-        print(make_table(configs))
-    for config in configs.values() if len(configs) == 1 else ():
-        print_costs(config, Usage(args.seconds, args.prompt_tokens, args.answer_tokens))
+    """Run `distill stats model`."""
+    if len(args.configs) > 1:
+        print(make_table(args.configs))
+        return 0
+    given = {name: value for name, value in vars(args).items() if name in Usage.__dataclass_fields__}
+    (config,) = args.configs.values()
+    print_costs(config, Usage(**given))
     return 0

@@ -25,8 +25,7 @@ from distill.checks import (
     check_splits,
     check_zero,
 )
-from distill.cli import add_config_arguments
-from distill.config import Config, OnPolicyConfig, TrainConfig, load_config
+from distill.config import Config, OnPolicyConfig, TrainConfig
 from distill.crossteacher import CrossTeacher, meet
 from distill.datachecks import (
     check_agreement,
@@ -154,11 +153,6 @@ def doctor(config: Config) -> int:
     return 1 if failed else 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill doctor` takes."""
-    add_config_arguments(parser)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill doctor`."""
-    return doctor(load_config(args.config, args.overrides))
+    return doctor(args.config)

@@ -144,14 +144,6 @@ def make_card(name: str, student: Salmonn, settings: dict, card: Scorecard | Non
     return "\n".join([*lines, "", f"Clips: {counts}. In brackets: the 95 % bootstrap interval over clips.", ""])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill export` takes."""
-    parser.add_argument("run", type=Path, help="folder of a finished run, runs/NAME")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--merge", action="store_true", help="write the LLM with LoRA inside instead of LoRA alone")
-    parser.add_argument("--salmonn", action="store_true", help="write SALMONN's own checkpoint format beside")
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill export`."""
     out = export(args.run, args.out, merge=args.merge, salmonn=args.salmonn)

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill.cli import add_config_arguments
-from distill.config import Config, load_config
+from distill.config import Config
 from shards.cache import TargetReader
 from shards.header import CacheHeader
 from shards.manifest import open_atomically
@@ -105,20 +104,9 @@ def load_weights(path: Path, header: CacheHeader | None) -> Mapping[str, float]:
     return weights
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill filter` takes."""
-    add_config_arguments(parser)
-    parser.add_argument("--max-wer", type=float, help="of the teacher's own transcript against the label, a fraction")
-    parser.add_argument("--max-ce", type=float, help="the teacher's mean cross-entropy on the label, nats a token")
-    parser.add_argument(
-        "--weight", type=float, default=0.0, help="of a clip over a limit; 0 leaves it out (%(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help=f"the file to write; default: {WEIGHTS} in the cache's folder")
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill filter`."""
-    config = load_config(args.config, args.overrides)
+    config = args.config
     print(
         filter_labels(config, Rule(args.max_wer, args.max_ce, args.weight), args.out or config.cache_folder / WEIGHTS)
     )

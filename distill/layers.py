@@ -50,7 +50,7 @@ def read_words(overrides: Sequence[str]) -> DictConfig:
     """What `section.key=value` words say."""
     for word in overrides:
         if "=" not in word:
-            raise ValueError(f"override is {word!r}, but must read section.key=value; correct the command.")
+            raise ValueError(f"override is {word!r}, but must read section.key=value in one word; correct the command.")
         try:
             OmegaConf.from_dotlist([word])
         except yaml.YAMLError as error:

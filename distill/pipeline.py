@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.cli import add_config_arguments
 from distill.config import Config, load_config
 from distill.launch import name_parent
 from distill.rules import value_at
@@ -228,18 +227,7 @@ def end_group(group: int, number: int) -> None:
             os.killpg(group, 0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill pipeline` takes."""
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--launch", help="launch file of the training stages, see configs/accelerate/; default: one process"
-    )
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill pipeline`."""
-    if args.launch and not Path(args.launch).is_file():
-        near = ", ".join(sorted(str(p) for p in Path(args.launch).parent.glob("*.yaml"))) or "none"
-        raise FileNotFoundError(f"--launch is {args.launch}, but there is no such file; YAML files beside it: {near}.")
-    run_pipeline(args.config, args.overrides, args.launch)
+    run_pipeline(args.path, args.overrides, args.launch)
     return 0

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.capture import Capturer, build_codec, feature_dtypes, fetch
-from distill.cli import add_config_arguments
-from distill.config import CacheConfig, Config, load_config
+from distill.config import CacheConfig, Config
 from distill.fidelity import Fidelity
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision
@@ -197,15 +196,8 @@ def format_plan(measured: Measured, max_gb: float | None) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill plan` takes."""
-    add_config_arguments(parser)
-    parser.add_argument("--max-gb", type=float, help="the most that the cache may take, 10^9 bytes; default: any")
-    parser.add_argument("--clips", type=int, default=300, help="that the teacher hears (%(default)s)")
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill plan`."""
-    measured = plan(load_config(args.config, args.overrides), args.clips)
+    measured = plan(args.config, args.clips)
     print(format_plan(measured, args.max_gb))
     return 1 if measured.advise(args.max_gb) is None else 0

@@ -143,15 +143,10 @@ pre {{ overflow-x: auto; }}
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `distill report`."""
-    parser.add_argument("run_folder", type=Path, help="a run's folder, runs/NAME")
-
-
 def main(args: argparse.Namespace) -> int:
     """Print the scorecard, where there is one, and write the report."""
-    path = write_report(args.run_folder)
-    if (args.run_folder / SCORECARD).exists():
-        print_scorecard(read_scorecard(args.run_folder))
+    path = write_report(args.run)
+    if (args.run / SCORECARD).exists():
+        print_scorecard(read_scorecard(args.run))
     print(f"{path} holds the curves and the scorecard.")
     return 0

@@ -1,4 +1,4 @@
-"""Train a student: `accelerate launch distill/run.py CONFIG [key=value …]`. A thin caller of `Distiller`."""
+"""Train a student: `accelerate launch -m distill.run CONFIG [key=value …]`. A thin caller of `Distiller`."""
 
 import argparse
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from distill.cli import add_config_arguments, run_stage
-from distill.config import Config, load_config, to_yaml
+from distill.cli import run_stage
+from distill.config import Config, to_yaml
 from distill.distiller import Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
@@ -215,14 +215,9 @@ def lora_of(config: Config) -> Lora:
     return Lora(student.lora_rank, student.lora_alpha, student.lora_dropout, tuple(student.lora_targets))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill run` takes."""
-    add_config_arguments(parser)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill run`."""
-    return run(load_config(args.config, args.overrides))
+    return run(args.config)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from distill.card import ModelFigures, Scorecard, print_scorecard, write_scorecard
-from distill.cli import add_config_arguments
-from distill.config import Config, load_config
+from distill.config import Config
 from distill.evaluate import Cost, answer, measure_cost
 from distill.metrics import Prediction, retained_quality, score
 from distill.ranks import resolve_precision
@@ -96,12 +95,7 @@ def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill evaluate` takes."""
-    add_config_arguments(parser)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill evaluate`."""
-    evaluate_run(load_config(args.config, args.overrides))
+    evaluate_run(args.config)
     return 0

@@ -1,6 +1,6 @@
 """The demo's teacher: tokenizer, ears and LLMs made from nothing, then a SALMONN trained on the corpus.
 
-A user with a SALMONN checkpoint skips this stage. Run with `accelerate launch distill/teach.py CONFIG`.
+A user with a SALMONN checkpoint skips this stage. Run with `accelerate launch -m distill.teach CONFIG`.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.functional import ctc_loss
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
-from distill.cli import add_config_arguments, run_stage
-from distill.config import Config, ScratchConfig, TrainConfig, fingerprint, load_config
+from distill.cli import run_stage
+from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
 from distill.distiller import Distiller, FitResult
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
@@ -292,14 +292,9 @@ def train_options(scratch: ScratchConfig, num_ranks: int) -> TrainConfig:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill teach` takes."""
-    add_config_arguments(parser)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill teach`."""
-    return teach(load_config(args.config, args.overrides))
+    return teach(args.config)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,6 @@ def transcribe(folder: Path, audio: Path, *, task: str, question: str | None, ma
     return student.generate([sample], max_new_tokens=max_new_tokens)[0]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill transcribe` takes."""
-    parser.add_argument("student", type=Path, help="folder that `distill run` saved, such as runs/NAME/student")
-    parser.add_argument("audio", type=Path, help="wav, flac, ogg or mp3 of at most 30 s")
-    parser.add_argument("--task", default="asr", help="whose prompt is asked (%(default)s)")
-    parser.add_argument("--question", help="ask this instead, as task QA")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `distill transcribe`."""
     task = "QA" if args.question else args.task

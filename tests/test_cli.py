@@ -1,0 +1,109 @@
+"""The command line: what is asked wrongly is answered at once, by what may have been meant."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.cli import main
+from distill.commands import COMMANDS
+from distill.config import load_config, to_yaml
+from distill.hints import COMMANDS as OTHER_COMMANDS
+from distill.hints import FIELDS
+from distill.rules import value_at
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("trian x", 2, "command is trian, but there is none of that name; did you mean run?"),
+        ("--quiet evalute x", 2, "did you mean evaluate?"),
+        ("train x", 2, "did you mean run?"),
+        ("run demo steps=10", 1, "field is steps, but there is none of that name; did you mean train.steps or scratch"),
+        ("run demo train.stepz=10", 1, "did you mean train.steps?"),
+        ("run demo trian.steps=10", 1, "field is trian.steps, but there is none of that name; did you mean train.st"),
+        ("run demo train.batch-size=10", 1, "did you mean train.batch_size?"),
+        ("run demo Train.Steps=10", 1, "did you mean train.steps?"),
+        ("run demo loss.learning_rate=1", 1, "did you mean train.learning_rate or scratch.learning_rate?"),
+        ("run demo lr=1", 1, "did you mean train.learning_rate?"),
+        ("run demo --train.steps=10", 2, "option is --train.steps=10, but a field is set without dashes; did you mean "
+         "train.steps=10?"),
+        ("run demo --train.steps 10", 2, "did you mean train.steps=…?"),
+        ("run demo --steps 10", 2, "did you mean train.steps=… or scratch.steps=…?"),
+        ("run demo train.steps 10", 1, "override is 'train.steps', but must read section.key=value in one word"),
+        ("pipeline demo --lauch x", 2, "but `distill pipeline` has none of that name; did you mean --launch?"),
+        ("audit m.json --otu x", 2, "but `distill audit` has none of that name; did you mean --out?"),
+        ("pipeline demo --launch two_gpu_zero2", 1, "did you mean two_gpus_zero2?"),
+        ("run dmeo", 1, "config is dmeo, but there is nothing of that name; did you mean demo?"),
+        ("run train.steps=4", 1, "that sets a field and the config to set it in is not named; write CONFIG "),
+        ("run", 2, "the following arguments are required: CONFIG; see `distill run --help`."),
+        ("run ./gone", 1, "config is gone, but there is nothing of that name"),
+        ("transcribe gone a.wav", 1, "run is gone, but there is nothing of that name"),
+        ("export gone out", 1, "run is gone, but there is nothing of that name"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_answered_in_one_line_with_what_may_be_meant(
+    tmp_path, monkeypatch, capsys, words, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == code
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_help_versions_wrong_words_and_configs_are_read_without_torch():
+    program = """
+import sys
+from distill.cli import main
+from distill.commands import COMMANDS
+
+for name in COMMANDS:
+    assert main([*name.split(), "--help"]) == 0
+assert main(["--version"]) == 0
+assert main(["trian"]) == 2 and main(["run", "gone"]) == 1 and main(["run", "demo", "steps=1"]) == 1
+assert main(["doctor", "demo", "loss.kl_kind=jsd"]) == 1
+heavy = {"torch", "transformers", "scipy", "matplotlib", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch 2." in done.stdout and "CONFIG" in done.stdout
+
+
+def test_every_word_that_a_hint_leads_to_is_one():
+    assert set(OTHER_COMMANDS.values()) <= set(COMMANDS) and not set(OTHER_COMMANDS) & set(COMMANDS)
+    config = load_config("demo")
+    for field in FIELDS.values():
+        value_at(config, field)
+
+
+def test_a_config_is_named_by_its_file_its_run_or_its_recipe_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config("demo", ["seed=7"])
+    (tmp_path / "runs" / "own").mkdir(parents=True)
+    (tmp_path / "runs" / "own" / "config.yaml").write_text(to_yaml(config))
+    assert load_config("runs/own") == load_config("~/runs/own/config.yaml") == config
+    (tmp_path / "demo").mkdir()  # a folder that is no run does not hide the recipe
+    assert load_config("demo").name == "demo"
+    with pytest.raises(FileNotFoundError, match=r"config is runs, but that folder holds no config\.yaml; name a YAML"):
+        load_config("runs")
+
+
+def test_a_run_is_named_by_its_config_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "demo"]) == 1
+    assert "run is that of demo, runs/demo, but there is no such folder; train it first" in capsys.readouterr().err
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert main(["report", "demo"]) == 0
+    assert (tmp_path / "runs" / "demo" / "report.html").exists()
+
+
+def test_words_of_a_config_come_in_any_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "train.steps=0", "demo"]) == 1
+    assert "demo.yaml: train.steps is 0, but must be above 0" in capsys.readouterr().err
