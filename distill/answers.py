@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from distill.cache import describe_teacher, write_missing
+from distill.cache import FIGURES, describe_teacher, write_missing
 from distill.capture import Capturer, seeded_generator
 from distill.cli import run_stage
 from distill.config import Config
@@ -59,7 +59,7 @@ def answer_shards(config: Config, folder: Path) -> int:
     student = load_student(folder, dtype=dtype).to(accelerator.device)
     answerer = Answerer(student, Capturer(teacher, config), config)
     shards = expand_shards(config.shards("train"))
-    writer = TargetWriter(config.answers_folder, header, hash_shards(shards))
+    writer = TargetWriter(config.answers_folder, header, hash_shards(shards), FIGURES)
     write_missing(config, answerer, writer, shards, accelerator, config.on_policy.clips)
     return 0
 

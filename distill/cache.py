@@ -80,7 +80,7 @@ def cache(config: Config) -> int:
     """Write the targets of every training shard that has none yet; returns the exit code."""
     accelerator, shards = build_accelerator(), expand_shards(config.shards("train"))
     teacher = teach_online(config, load_teacher(config).to(accelerator.device))
-    writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards))
+    writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards), FIGURES)
     save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
     if write_missing(config, Capturer(teacher, config), writer, shards, accelerator) and accelerator.is_main_process:
         warn_of_strangers(config.cache_folder, shards, teacher.vocab.size)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from distill.metrics import Retained, TaskScore
 from shards.index import write_atomically
+from shards.jsonfile import ShapeError, parse_object
 
 SCORECARD = "scorecard.json"
 _METRIC_NAMES = {
@@ -51,9 +52,19 @@ class Scorecard:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Scorecard":
-        """The scorecard of a text that `to_json` made."""
-        fields = json.loads(text)
+    def from_json(cls, text: str | bytes) -> "Scorecard":
+        """The scorecard of a text that `to_json` made.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        try:
+            return cls._from_fields(parse_object(text, dict.fromkeys(("teacher", "student", "retained"), dict)))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ShapeError(f"is no scorecard ({error})") from error
+
+    @classmethod
+    def _from_fields(cls, fields: dict) -> "Scorecard":
         models = {}
         for role in ("teacher", "student"):
             scores = {task: TaskScore(**score) for task, score in fields[role]["scores"].items()}
@@ -74,13 +85,20 @@ def read_scorecard(run_folder: Path) -> Scorecard:
 
     Raises:
         FileNotFoundError: the run was not evaluated.
+        ValueError: the file is damaged.
     """
     path = Path(run_folder) / SCORECARD
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing, but a scorecard is made by evaluating; run `distill evaluate` first."
         )
-    return Scorecard.from_json(path.read_text())
+    try:
+        card = Scorecard.from_json(path.read_bytes())
+        score_rows(card), cost_rows(card)  # what cannot be shown is damaged too
+        return card
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        problem = error if isinstance(error, ShapeError) else f"is no scorecard ({error})"
+        raise ValueError(f"{path} cannot be read (it {problem}), but must be whole; run `distill evaluate`.") from error
 
 
 # Rows: what a figure is, the teacher's, the student's, and how they compare.

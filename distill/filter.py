@@ -14,6 +14,7 @@ from pathlib import Path
 from distill.config import Config
 from shards.cache import TargetReader
 from shards.header import CacheHeader
+from shards.jsonfile import ShapeError, is_a, read_object, show
 from shards.manifest import open_atomically
 from shards.source import expand_shards
 from shards.targets import TargetRecord
@@ -90,18 +91,21 @@ def load_weights(path: Path, header: CacheHeader | None) -> Mapping[str, float]:
     if not path.is_file():
         raise FileNotFoundError(f"data.weights is {path}, but there is no such file; make it with distill filter.")
     try:
-        content = json.loads(path.read_text())
-        fingerprint, weights = content["fingerprint"], {key: float(w) for key, w in content["weights"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = read_object(path, {"fingerprint": str, "weights": dict})
+        fingerprint, weights = content["fingerprint"], content["weights"]
+        wrong = next((key for key, weight in weights.items() if not is_a(weight, float)), None)
+        if wrong is not None:
+            raise ShapeError(f"has the weight {show(weights[wrong])} for {wrong}, but a number is needed")
+    except ShapeError as error:
         raise ValueError(
-            f"{path} cannot be read ({error!r}), but must be whole; make it with distill filter."
+            f"{path} cannot be read (it {error}), but must be whole; make it with distill filter."
         ) from error
     if header is not None and fingerprint != header.fingerprint:
         raise ValueError(
             f"{path} judges the labels of cache {fingerprint[:16]}, but this run's is {header.fingerprint[:16]}; run "
             f"distill filter again."
         )
-    return weights
+    return {key: float(weight) for key, weight in weights.items()}
 
 
 def main(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from distill.launch import name_parent
 from distill.rules import value_at
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
+from shards.jsonfile import ShapeError, read_object
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
 from shards.packfolder import hash_file
@@ -113,8 +114,8 @@ def cut_manifest(config: Config) -> None:
     if not source.is_file():
         raise missing_file_error(source, place="corpus.train")
     cut = {"sha256": hash_file(source), "valid_share": config.corpus.valid_share}
-    if record.exists():
-        found = json.loads(record.read_text())
+    found = read_record(record, {"sha256": str, "valid_share": float})
+    if found is not None:
         if found != cut:
             raise ValueError(
                 f"corpus.train is {source} with sha256 {cut['sha256'][:16]} and corpus.valid_share "
@@ -128,6 +129,14 @@ def cut_manifest(config: Config) -> None:
         json.dump(cut, file)
 
 
+def read_record(path: Path, fields: dict[str, type]) -> dict | None:
+    """What was made, as the record beside it says; None where there is none or it is damaged: then it is made again."""
+    try:
+        return read_object(path, fields)
+    except (FileNotFoundError, ShapeError):
+        return None
+
+
 def make_corpus(config: Config) -> None:
     """Write the embedded corpus unless it is there, of whatever seed: another seed trains again on the same clips.
 
@@ -138,8 +147,9 @@ def make_corpus(config: Config) -> None:
 
     folder = config.manifest("test").parent
     record, num_train = folder / CORPUS, config.corpus.num_train
-    if record.exists():
-        there = json.loads(record.read_text())["num_train"]
+    found = read_record(record, {"num_train": int})
+    if found is not None:
+        there = found["num_train"]
         if there != num_train:
             raise ValueError(
                 f"corpus.num_train is {num_train}, but the corpus in {folder} was made with {there}; choose another "

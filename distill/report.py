@@ -5,7 +5,6 @@ Knows the files of a run's folder and how to show them; it measures nothing itse
 
 import argparse
 import html
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from distill.card import SCORECARD, Scorecard, cost_rows, print_scorecard, read_
 from distill.curves import line_chart
 from distill.runlog import METRICS
 from shards.index import write_atomically
+from shards.jsonfile import ShapeError, parse_object
 
 REPORT = "report.html"
 # Of metrics.jsonl: what is drawn, with its title. A curve that the run has not is left out.
@@ -45,9 +45,11 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     records, num_unreadable = {}, 0
     for line in path.read_text().splitlines():
         try:
-            record = json.loads(line)
+            record = parse_object(line, {"step": int})
+            if not all(isinstance(value, int | float) for value in record.values()):  # a loss may be NaN
+                raise ShapeError("has a figure that is no number")
             records[record["step"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except ShapeError:
             num_unreadable += 1
     return [records[step] for step in sorted(records)], num_unreadable
 

@@ -76,11 +76,11 @@ def figures(name: str, cost: Cost, answers: list[Prediction], path: Path, config
 def training_figures(config: Config) -> dict[str, float | str]:
     """How the student was trained, in a few figures."""
     records, _ = read_metrics(config.run_folder / METRICS)
-    seconds = sum(record["seconds"] for record in records)
+    seconds, audio = (sum(r[name] for r in records if name in r) for name in ("seconds", "audio_seconds"))
     return {
         "steps": len(records),
         "minutes": round(seconds / 60, 2),
-        "hours of audio": round(sum(record["audio_seconds"] for record in records) / 3600, 2),
+        "hours of audio": round(audio / 3600, 2),
         "targets": "online" if config.teacher.online else f"cached, {config.cache.codec} {config.cache.k}",
     }
 

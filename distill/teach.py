@@ -25,6 +25,7 @@ from distill.ranks import build_accelerator, say
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.tokenizer import train_tokenizer
+from shards.jsonfile import ShapeError, read_object
 from shards.manifest import open_atomically, read_manifest
 from shards.stream import ShardStream
 from teachers.batch import pad_waveforms
@@ -95,10 +96,9 @@ def is_done(folder: Path, mark: str) -> bool:
     Raises:
         FileExistsError: the folder holds a teacher of other settings.
     """
-    done = folder / DONE
-    if not done.exists():
+    found = read_mark(folder / DONE)
+    if found is None:
         return False
-    found = json.loads(done.read_text())["fingerprint"]
     if found != mark:
         raise FileExistsError(
             f"{folder} holds a teacher of settings {found[:12]}, but this config's are {mark[:12]}; "
@@ -109,11 +109,19 @@ def is_done(folder: Path, mark: str) -> bool:
 
 def has_parts(folder: Path, mark: str) -> bool:
     """Whether the parts of these settings are whole; unfinished work of others is of no use to them, and is said."""
-    if (folder / PARTS).exists() and json.loads((folder / PARTS).read_text()) == {"fingerprint": mark}:
+    if read_mark(folder / PARTS) == mark:
         return True
     if folder.exists():
         print(f"teacher: {folder} is unfinished or of other settings, made anew", file=sys.stderr)
     return False
+
+
+def read_mark(path: Path) -> str | None:
+    """Whose settings what lies beside the file is of; None where it was not finished, or the file is damaged."""
+    try:
+        return read_object(path, {"fingerprint": str})["fingerprint"]
+    except (FileNotFoundError, ShapeError):
+        return None
 
 
 def write_mark(path: Path, mark: str) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,13 @@ from pathlib import Path
 from shards.archive import ShardError
 from shards.header import HEADER, CacheHeader, read_header, write_header
 from shards.index import ShardIndex, load_index, write_index
+from shards.jsonfile import ShapeError, is_a, read_object
 from shards.lock import FileLock
 from shards.manifest import open_atomically
 from shards.targets import TargetRecord
 from shards.tarwriter import TarWriter
 
+DONE_FIELDS = {"fingerprint": str, "rows": int, "bytes": int, "sha256": str, "figures": dict}  # of a done record
 SPARE = 1.2  # free space asked for, times the estimate
 
 
@@ -51,29 +53,38 @@ class TargetWriter:
         folder: made if it is not there.
         header: what makes this cache.
         audio: sha256 of each audio shard by its name; what was made of another one is made again. None: unknown.
+        figures: names of the totals that a done record must have.
 
     Raises:
         ValueError: the folder holds a cache of something else; the message names what differs.
     """
 
-    def __init__(self, folder: Path, header: CacheHeader, audio: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        header: CacheHeader,
+        audio: Mapping[str, str] | None = None,
+        figures: Sequence[str] = (),
+    ):
         self.folder = Path(folder)
-        self.header = header
+        self.header, self.figures = header, figures
         self.audio = audio or {}
         self.folder.mkdir(parents=True, exist_ok=True)
         with explain_full_disk(self.folder, "the cache's header needs"):
             write_header(self.folder, header)
 
     def is_done(self, shard: str) -> bool:
-        """Whether a shard's targets are complete."""
+        """Whether a shard's targets are complete, and as they were written: a tar that was touched is read again."""
         done = read_done(self.folder, shard)
         path = tar_path(self.folder, shard_name(shard))
         return (
             done is not None
             and done["fingerprint"] == self.header.fingerprint
             and not is_of_other_audio(done, self.audio, shard)
+            and all(name in done["figures"] and is_a(done["figures"][name], float) for name in self.figures)
             and path.exists()
             and path.stat().st_size == done["bytes"]
+            and _is_as_written(path, done)
         )
 
     def lock_path(self, shard: str) -> Path:
@@ -191,7 +202,7 @@ class TargetReader:
             if (done["fingerprint"], done["bytes"]) != (self.header.fingerprint, size):
                 raise ShardError(
                     f"{path} is {size:,} bytes of {done['fingerprint'][:16]}, but {done['bytes']:,} bytes of "
-                    f"{self.header.fingerprint[:16]} were written; delete it and cache this shard again."
+                    f"{self.header.fingerprint[:16]} were written; run distill/cache.py again, which makes it anew."
                 )
 
     def read(self, shard: str, key: str) -> bytes:
@@ -211,7 +222,7 @@ class TargetReader:
         if zlib.crc32(data) != crc:
             raise ShardError(
                 f"{path}: {key} has crc32 {zlib.crc32(data):08x} in {len(data)} bytes, but {crc:08x} in {size} were "
-                f"written; cache this shard again."
+                f"written; remove it and run distill/cache.py again."
             )
         return data
 
@@ -242,7 +253,7 @@ class TargetReader:
                 raise ShardError(
                     f"{tar_path(self.folder, name)} holds {len(index)} rows of {done['fingerprint'][:16]} with sha256 "
                     f"{index.sha256[:16]}, but {done['rows']} of {self.header.fingerprint[:16]} with "
-                    f"{done['sha256'][:16]} were written; delete it and cache this shard again."
+                    f"{done['sha256'][:16]} were written; run distill/cache.py again, which makes it anew."
                 )
             self._indexes[name] = index, {key: row for row, key in enumerate(index.keys)}
         return self._indexes[name]
@@ -266,9 +277,18 @@ def done_path(folder: Path, name: str) -> Path:
 def read_done(folder: Path, shard: str) -> dict | None:
     """The done record of a shard: fingerprint, rows, bytes, sha256, audio, figures; None while it is not finished."""
     try:
-        return json.loads(done_path(folder, shard_name(shard)).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_object(done_path(folder, shard_name(shard)), DONE_FIELDS)
+    except (FileNotFoundError, ShapeError):  # without a record, or with one of another shape, it is not finished
         return None
+
+
+def _is_as_written(path: Path, done: dict) -> bool:
+    """Whether a tar has the content that its done record tells of; one that its index does not know is read again."""
+    try:
+        index = load_index(path)
+    except (ShardError, OSError):
+        return False
+    return (index.sha256, len(index)) == (done["sha256"], done["rows"])
 
 
 def is_of_other_audio(done: dict, audio: Mapping[str, str], shard: str) -> bool:

@@ -14,10 +14,12 @@ import numpy as np
 
 from shards.archive import MAX_MEMBER_BYTES, ShardError
 from shards.index import SIDECAR_SUFFIX, ShardIndex, load_index, unpack_sidecar
+from shards.jsonfile import ShapeError, parse_object
 from shards.localcopy import ShardCache
 from shards.source import SHARD_SUFFIX, TARGETS_SUFFIX, expand_shards, is_folder, is_remote, read_small
 
 CATALOG = "index.json"  # written by `distill pack`: samples, bytes and sha256 of each shard
+LISTED_TYPES = {"name": str, "samples": int, "bytes": int, "sha256": str, "seconds": float, "rows": list}
 LISTED = ("name", "samples", "bytes", "sha256")  # of each shard, in it
 _NUM_SHOWN = 5  # keys listed in an error
 _NUM_THREADS = 8
@@ -224,12 +226,15 @@ def read_listing(path: str | Path, data: bytes, fields: Sequence[str] = LISTED) 
         ShardError: it is damaged, or something else's.
     """
     try:
-        return [{field: shard[field] for field in fields} for shard in json.loads(data)["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
+        shards = parse_object(data, {"shards": list})["shards"]
+        for shard in shards:
+            parse_object(json.dumps(shard), {field: LISTED_TYPES[field] for field in fields})
+    except ShapeError as error:
         raise ShardError(
-            f"{path} cannot be read as what `distill pack` writes ({error!r}), but lists the shards beside it; restore "
-            f"it, remove it if something else wrote it, or pack again."
+            f"{path} cannot be read as what `distill pack` writes (it {error}), but lists the shards beside it; "
+            f"restore it, remove it if something else wrote it, or pack again."
         ) from error
+    return [{field: shard[field] for field in fields} for shard in shards]
 
 
 def _find_entry(name: str, listings: dict[str, dict[str, dict]]) -> dict | None:

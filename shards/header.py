@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.jsonfile import ShapeError, read_object
 from shards.manifest import temporary_path
 
 HEADER = "cache.json"
+FIELDS = {"fingerprint": str, "identity": dict}  # of it
 FORMAT = 1  # of the cache's files; part of every fingerprint
 # a cache that does not name all of these could be taken for another teacher's
 IDENTITY_FIELDS = (
@@ -72,7 +74,7 @@ def read_header(folder: Path) -> CacheHeader:
     """
     path = Path(folder) / HEADER
     try:
-        stored = json.loads(path.read_text())
+        stored = read_object(path, FIELDS)
         header, fingerprint = CacheHeader(stored["identity"]), stored["fingerprint"]
     except FileNotFoundError as error:
         if not path.parent.parent.is_dir():
@@ -81,8 +83,10 @@ def read_header(folder: Path) -> CacheHeader:
                 f"cache.folder."
             ) from error
         raise ValueError(f"{folder} holds no {HEADER}, but a cache has one; run distill/cache.py first.") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}), but must be whole; restore it or cache again.") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read (it {error}), but must be whole; restore it, or run distill/cache.py again."
+        ) from error
     if header.fingerprint != fingerprint:
         raise ValueError(
             f"{path} says {fingerprint[:16]}, but its fields hash to {header.fingerprint[:16]}; restore it."
@@ -97,13 +101,19 @@ def write_header(folder: Path, header: CacheHeader) -> None:
         ValueError: the folder holds a cache of something else; the message names what differs.
     """
     path = Path(folder) / HEADER
-    if not path.exists():
-        _create(path, json.dumps({"fingerprint": header.fingerprint, "identity": header.identity}, indent=1) + "\n")
+    try:
+        read_object(path, FIELDS)
+    except FileNotFoundError:
+        _create(path, header)
+    except ShapeError:  # damaged: what its shards are of, their done records say
+        path.unlink(missing_ok=True)
+        _create(path, header)
     read_header(folder).check(header, path)
 
 
-def _create(path: Path, text: str) -> None:
+def _create(path: Path, header: CacheHeader) -> None:
     """Write a whole file unless there is one; of two processes one wins, and both find its file."""
+    text = json.dumps({"fingerprint": header.fingerprint, "identity": header.identity}, indent=1) + "\n"
     temporary = temporary_path(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -140,7 +140,7 @@ def unpack_sidecar(data: bytes) -> ShardIndex | None:
         facts, arrays = json.loads(header["__metadata__"]["index"]), load(data)
         if facts.pop("crc32") != _checksum(arrays, facts) or facts["version"] != _VERSION:
             return None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
         return None
     return ShardIndex(
         name=facts["name"],
@@ -193,10 +193,11 @@ def _compare_again(path: Path, index: ShardIndex) -> ShardIndex:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != index.sha256:
+        is_target = "targets" in index.members
+        remedy = "run distill/cache.py again, which makes it anew" if is_target else "restore it, or pack it again"
         raise ShardError(
             f"{path} has {status.st_size} bytes and sha256 {digest[:12]}, but {sidecar} was built from "
-            f"{index.size} bytes and {index.sha256[:12]} ({len(index)} samples); "
-            f"restore it, or delete {sidecar} to accept the new one."
+            f"{index.size} bytes and {index.sha256[:12]} ({len(index)} samples); {remedy}."
         )
     return replace(index, mtime_ns=status.st_mtime_ns)
 

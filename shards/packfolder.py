@@ -11,10 +11,12 @@ from pathlib import Path
 
 from shards.encode import BadSample, Encoded, EncodeOptions, count_reasons, describe_reasons
 from shards.index import sidecar_path, write_index
+from shards.jsonfile import ShapeError, is_a, parse_object, read_object, show
 from shards.manifest import open_atomically
 from shards.tarwriter import TarWriter, member_size
 
 INDEX, PARTIAL_INDEX, BAD_SAMPLES = "index.json", "index.partial.json", "bad_samples.jsonl"
+SHARD_FIELDS = {"name": str, "samples": int, "seconds": float, "bytes": int, "sha256": str, "rows": list}
 VERSION = 1
 
 
@@ -146,7 +148,14 @@ class PackFolder:
     def _read_bad(self) -> list[BadSample]:
         """The bad rows that an earlier run met in the shards that are kept."""
         path = self.out / BAD_SAMPLES
-        bad = [BadSample(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        try:
+            bad = [BadSample(**parse_object(line, {"number": int})) for line in lines]
+        except (ShapeError, TypeError) as error:
+            raise ValueError(
+                f"{path} cannot be read as what a pack left out ({error}), but a pack goes on from it; remove it and "
+                f"{self.out / INDEX}, or choose another folder."
+            ) from error
         return [sample for sample in bad if self.complete or sample.number < self.next_row]
 
     def _write_bad(self) -> None:
@@ -167,10 +176,15 @@ class PackFolder:
 
 def _read_record(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        record = read_object(path, {"shards": list})
+        for shard in record["shards"]:
+            parse_object(json.dumps(shard), SHARD_FIELDS)
+            if len(shard["rows"]) != 2 or not all(is_a(row, int) for row in shard["rows"]):
+                raise ShapeError(f"has rows {show(shard['rows'])}, but a first one and an end are needed")
+        return record
+    except ShapeError as error:
         raise ValueError(
-            f"{path} cannot be read as the record of a pack ({error}), but a pack goes on from it; remove it, or "
+            f"{path} cannot be read as the record of a pack (it {error}), but a pack goes on from it; remove it, or "
             f"choose another folder."
         ) from error
 

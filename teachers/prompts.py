@@ -90,7 +90,7 @@ def load_prompts(path: str | Path | None, template: str) -> Prompts:
         raise FileNotFoundError(f"prompts is {path}, but there is no such file; give a JSON file of prompts by task.")
     try:
         by_task = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"prompts file {path} is not JSON ({error}); correct it.") from error
     if not isinstance(by_task, dict):
         raise ValueError(f"prompts file {path} holds a {type(by_task).__name__}, but must be {FORM}; correct it.")

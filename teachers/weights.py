@@ -64,7 +64,7 @@ def read_json(path: str | Path, *keys: str) -> dict:
     """
     try:
         content = json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({_first_line(error)}), but must be whole; restore it, or download or save it again."
         ) from error

@@ -399,6 +399,28 @@ def test_training_refuses_a_cache_that_lacks_a_shard_or_holds_a_cut_one(toys, tm
     assert len(wrap_teacher(config, model).reader.keys("train-000000")) == 5
 
 
+@pytest.mark.parametrize("damage", ["flipped byte", "cut", "record of another shape", "figures of another shape"])
+def test_a_damaged_shard_of_a_cache_is_found_and_made_again_byte_for_byte(toys, tmp_path, damage):
+    config = make_cache(toys, tmp_path)
+    expected = read_files(tmp_path)
+    tar, record = tmp_path / "train-000001.targets.tar", tmp_path / "train-000001.targets.json"
+    data = tar.read_bytes()
+    if damage == "flipped byte":
+        tar.write_bytes(data[:3000] + bytes([data[3000] ^ 1]) + data[3001:])
+        with pytest.raises(
+            ShardError, match=r"000001\.targets\.tar has .*; run distill/cache\.py again, which makes it"
+        ):
+            wrap_teacher(config, load_salmonn(toys / "teacher")).reader.keys("train-000001")
+    if damage == "cut":
+        tar.write_bytes(data[:-512])
+    if damage == "record of another shape":
+        record.write_text("[]")
+    if damage == "figures of another shape":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"figures": {"tokens": None}}))
+    make_cache(toys, tmp_path)
+    assert read_files(tmp_path) == expected
+
+
 def test_a_wrong_data_folder_is_refused_before_a_teacher_is_loaded_or_a_folder_made(toys, tmp_path):
     words = [f"data.folder={tmp_path / 'gone'}", f"teacher.path={tmp_path / 'teacher'}"]
     with pytest.raises(ValueError, match=r"shards is '\S*gone/train' .*, but no shard matches"):
