@@ -2,13 +2,14 @@
 
 The definitions are those of pycocoevalcap (`cider/cider_scorer.py` with its clipping and length penalty, `bleu`,
 `rouge`), to the last digit on equal words. Words differ a little: theirs are Stanford's Java tokenizer's, ours those of
-`split_words`. It knows captions, nothing of tasks or models.
+`split_caption`. It knows captions, nothing of tasks or models.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
+
+from distill.wording import split_caption
 
 MAX_ORDER = 4  # of n-grams
 SIGMA = 6.0  # CIDEr-D: words of length difference that cost 1 - exp(-1/2)
@@ -16,11 +17,6 @@ CIDER_SCALE = 10.0
 BETA = 1.2  # ROUGE-L: weight of recall
 
 Words = tuple[str, ...]
-
-
-def split_words(caption: str) -> Words:
-    """Lower-case words and numbers without punctuation; `dog's` is `dog` and `'s`, as in the Penn Treebank."""
-    return tuple(re.findall(r"\w+|(?<=\w)'\w+", caption.lower().replace("’", "'")))
 
 
 def _count_ngrams(words: Words) -> list[Counter]:
@@ -45,7 +41,7 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
 
     Source: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Evaluation", 2015, section 6.
     """
-    counted = [[_count_ngrams(split_words(caption)) for caption in captions] for captions in references]
+    counted = [[_count_ngrams(split_caption(caption)) for caption in captions] for captions in references]
     document_frequency: Counter = Counter()
     for captions in counted:
         document_frequency.update({ngram for orders in captions for counts in orders for ngram in counts})
@@ -59,8 +55,8 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
 
     scores = []
     for hypothesis, captions in zip(hypotheses, counted):
-        weighed = weigh(_count_ngrams(split_words(hypothesis)))
-        length = len(split_words(hypothesis))
+        weighed = weigh(_count_ngrams(split_caption(hypothesis)))
+        length = len(split_caption(hypothesis))
         similarities = [
             _similarity(weighed, weigh(orders), max(0, length - 1), orders[1].total()) for orders in captions
         ]
@@ -89,8 +85,8 @@ def bleu_4(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     correct, guessed = [0] * MAX_ORDER, [0] * MAX_ORDER
     hypothesis_length = reference_length = 0
     for hypothesis, captions in zip(hypotheses, references):
-        words = split_words(hypothesis)
-        split_captions = [split_words(caption) for caption in captions]
+        words = split_caption(hypothesis)
+        split_captions = [split_caption(caption) for caption in captions]
         counted = [_count_ngrams(caption) for caption in split_captions]
         for order, counts in enumerate(_count_ngrams(words)):
             most = Counter()
@@ -113,8 +109,8 @@ def rouge_l(hypothesis: str, references: Sequence[str]) -> float:
 
     Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, section 3.
     """
-    words = split_words(hypothesis)
-    lengths = [(_longest_common(words, caption), len(caption)) for caption in map(split_words, references)]
+    words = split_caption(hypothesis)
+    lengths = [(_longest_common(words, caption), len(caption)) for caption in map(split_caption, references)]
     precision = max((common / len(words) for common, _ in lengths), default=0.0) if words else 0.0
     recall = max((common / size for common, size in lengths if size), default=0.0)
     if not precision or not recall:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distill.metrics import Retained, TaskScore
+from distill.metrics import Retained, TaskScore, is_above_chance
 from shards.index import write_atomically
 from shards.jsonfile import ShapeError, parse_object
 
@@ -106,17 +106,16 @@ Row = tuple[str, str, str, str]
 
 
 def score_rows(card: Scorecard) -> list[Row]:
-    """One row a task: both scores with their intervals, and the quality retained."""
+    """One row a task: both scores with their intervals, and the quality retained where the teacher has some."""
     rows = []
     for task in sorted(card.teacher.scores.keys() | card.student.scores.keys()):
         found = [model.scores.get(task) for model in (card.teacher, card.student)]
         metric = next(score.metric for score in found if score)
-        kept = card.retained.get(task)
         rows.append(
             (
                 f"{task}: {_METRIC_NAMES[metric]}",
                 *(_show_score(score) if score else "not measured" for score in found),
-                _show_interval(kept, "{:.1%}", 100) if kept else "–",
+                _show_retained(card.retained.get(task), found[0]),
             )
         )
     return rows
@@ -141,8 +140,49 @@ def cost_rows(card: Scorecard) -> list[Row]:
     return rows
 
 
+def explain_scores(card: Scorecard) -> list[str]:
+    """What the rows' last column and brackets are, and what chance is, in a few sentences."""
+    scores = card.teacher.scores | card.student.scores
+    lines = [
+        "In brackets: the 95 % bootstrap interval over clips. Student ÷ teacher is of quality: (1 − rate) ÷ (1 − rate) "
+        "for error rates, the score itself for the others."
+    ]
+    chances = [
+        f"{task} {_form(score.metric).format(score.extra['chance'])}"
+        for task, score in sorted(scores.items())
+        if "chance" in score.extra
+    ]
+    if chances:
+        lines.append(
+            f"Chance (the commonest right answer to every clip): {', '.join(chances)}. A teacher whose "
+            f"interval reaches it has nothing to retain."
+        )
+    return lines
+
+
+def count_clips(card: Scorecard) -> str:
+    """Clips of each task, and how many right answers each has where there are several."""
+    counts = []
+    for task, score in sorted(card.student.scores.items()):
+        references = score.extra.get("references", 1.0)
+        counts.append(
+            f"{task} {score.num_samples}" + (f" ({references:.3g} references each)" if references > 1 else "")
+        )
+    return f"Clips: {', '.join(counts)}."
+
+
+def _show_retained(kept: Retained | None, teacher: TaskScore | None) -> str:
+    if kept is not None:
+        return _show_interval(kept, "{:.1%}", 100)
+    return "–" if teacher is None or is_above_chance(teacher) else "teacher at chance"
+
+
+def _form(metric: str) -> str:
+    return "{:.2f}" if metric == "cider_d" else "{:.1%}"
+
+
 def _show_score(score: TaskScore) -> str:
-    return _show_interval(score, "{:.2f}", 1) if score.metric == "cider_d" else _show_interval(score, "{:.1%}", 100)
+    return _show_interval(score, _form(score.metric), 1 if score.metric == "cider_d" else 100)
 
 
 def _show_interval(figure: TaskScore | Retained, form: str, scale: int) -> str:
@@ -169,8 +209,8 @@ def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
     for row in cost_rows(card):
         table.add_row(*row)
     console.print(table)
-    counts = ", ".join(f"{task} {score.num_samples}" for task, score in sorted(card.student.scores.items()))
-    console.print(f"Clips: {counts}. In brackets: the 95 % bootstrap interval over clips.", soft_wrap=True)
+    for line in (count_clips(card), *explain_scores(card)):
+        console.print(line, soft_wrap=True)
     if card.training:
         console.print("Training: " + show_training(card.training), soft_wrap=True)
 

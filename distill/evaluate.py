@@ -4,12 +4,13 @@ Knows how to ask a model and whom to ask for scores; the scores themselves are i
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from distill.clips import find_clips
 from distill.config import EvalConfig
 from distill.metrics import Prediction, TaskScore, score
 from distill.progress import Progress
@@ -22,7 +23,9 @@ from teachers.salmonn import Salmonn
 
 def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
            title: str = "evaluate") -> list[Prediction]:  # fmt: skip
-    """Let the model answer every labelled sample of a folder of shards; every rank takes its part and gets all.
+    """Let the model answer every labelled clip of a folder of shards once, however many texts it has (`clips.py`).
+
+    Every rank takes its part and gets all.
 
     Args:
         model: a SALMONN, teacher or student.
@@ -31,14 +34,18 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
         accelerator: the processes; None: this one alone.
     """
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    clips = find_clips(folder)
+    if not clips.references:
+        raise ValueError(f"{folder} has no clip with a text, but answers are compared with one; pack some that have.")
     stream = ShardStream(
-        folder, batch_size=options.batch_size * size, shuffle=False, epochs=1, rank=rank, world_size=size
-    )
+        folder, batch_size=options.batch_size * size, shuffle=False, epochs=1, rank=rank, world_size=size,
+        sample_weights=dict.fromkeys(clips.left_out, 0.0),
+    )  # fmt: skip
     predictions = []
     with Progress(title, stream.num_samples, accelerator=accelerator, unit="clips") as progress:
         for samples in stream:
-            labelled = [sample for sample in samples if sample.text is not None]
-            predictions += predict(model, labelled, options) if labelled else []
+            answered = predict(model, samples, options) if samples else []
+            predictions += [replace(p, references=clips.references[p.key]) for p in answered]
             progress.advance(units=len(samples) * size)
     return predictions if accelerator is None else gather(accelerator, predictions)
 
@@ -68,7 +75,7 @@ def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[
 
 def evaluate(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
              title: str = "evaluate") -> dict[str, TaskScore]:  # fmt: skip
-    """Scores by task of a model on a split."""
+    """Scores by task of a model on a split, whose clips are each answered once."""
     return score(answer(model, folder, options, accelerator, title), normalise=options.normalise)
 
 

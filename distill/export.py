@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from distill.card import SCORECARD, Scorecard, cost_rows, read_scorecard, score_rows
+from distill.card import SCORECARD, Scorecard, cost_rows, count_clips, explain_scores, read_scorecard, score_rows
 from students.quantize import dequantize
 from students.student import CONNECTOR, load_student
 from teachers.checkpoint import save_checkpoint
@@ -140,8 +140,7 @@ def make_card(name: str, student: Salmonn, settings: dict, card: Scorecard | Non
         "|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(row) + " |" for row in (*score_rows(card), *cost_rows(card))]
-    counts = ", ".join(f"{task} {score.num_samples}" for task, score in sorted(card.student.scores.items()))
-    return "\n".join([*lines, "", f"Clips: {counts}. In brackets: the 95 % bootstrap interval over clips.", ""])
+    return "\n".join([*lines, "", count_clips(card), *explain_scores(card), ""])
 
 
 def main(args: argparse.Namespace) -> int:

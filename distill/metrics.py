@@ -1,21 +1,21 @@
 """Scores what a model answered: one metric a task, with a confidence interval, and how much quality a student retains.
 
-WER is jiwer's on normalised text, captions are scored by `captioning.py`, questions by exact match. It knows text only:
-no model, no audio. SPICE and METEOR need Java and are reported as not available, never as 0.
+WER is jiwer's on normalised text (`wording.py`), captions are scored by `captioning.py`, questions by exact match. It
+knows text only: no model, no audio. SPICE and METEOR need Java and are reported as not available, never as 0.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 import jiwer
 import numpy as np
 
 from distill.captioning import bleu_4, cider_d, rouge_l
+from distill.wording import Normaliser, is_latin, normalise_text, plain_answer, plain_phones, split_caption
 
 # Task to metric. A task that is missing here cannot be scored, and says so.
 METRICS = MappingProxyType(
@@ -33,14 +33,12 @@ NOT_AVAILABLE = "not available"
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 1_000
 
-Normaliser = Callable[[str], str]
-
 
 @dataclass(frozen=True)
 class Prediction:
     """What a model answered for one clip, and what it should have."""
 
-    key: str
+    key: str  # of the row that was asked, where several are one clip
     task: str
     source: str
     references: tuple[str, ...]  # one or more right answers
@@ -69,30 +67,6 @@ class Retained:
     high: float
 
 
-@cache
-def _build_normaliser(english: bool) -> Normaliser:
-    """Whisper's normalisers: transformers ships the rules, the list of words is openai/whisper's (MIT; see NOTICE)."""
-    # Imported here: transformers takes seconds, and who only shows scores needs none of it.
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-
-    if not english:
-        return BasicTextNormalizer()
-    return EnglishTextNormalizer(json.loads((Path(__file__).parent / "spelling.json").read_text()))
-
-
-def normalise_text(text: str, english: bool = True) -> str:
-    """What both texts go through before words are compared.
-
-    Args:
-        text: an answer or a reference.
-        english: Whisper's English rules, the ones papers report with: case, punctuation, contractions, British
-            spelling, numbers. They join spoken digits (`four seven` becomes `47`, one word), so that one wrong digit
-            makes the whole number wrong. False: case, punctuation and brackets only; the choice for strings of digits
-            and for other languages.
-    """
-    return " ".join(_build_normaliser(english)(text).split())
-
-
 @dataclass(frozen=True)
 class _Tally:
     """A task's clips as two numbers each: the metric is the sum of the first over the sum of the second."""
@@ -101,13 +75,17 @@ class _Tally:
     possible: np.ndarray
     extra: dict[str, float | str]
 
+    @property
+    def value(self) -> float:
+        return float(self.gained.sum() / self.possible.sum())
+
 
 def _tally_words(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
     """Word errors and reference words; of several references the one with the lowest rate counts."""
     measures, characters = [], []
     for prediction in predictions:
         hypothesis = normalise(prediction.hypothesis)
-        normalised = [normalise(reference) for reference in prediction.references]
+        normalised = dict.fromkeys(normalise(reference) for reference in prediction.references)
         best = min(normalised, key=lambda reference: jiwer.process_words(reference, hypothesis).wer)
         measures.append(jiwer.process_words(best, hypothesis))
         characters.append(jiwer.process_characters(best, hypothesis))
@@ -127,7 +105,7 @@ def _tally_words(predictions: Sequence[Prediction], normalise: Normaliser) -> _T
 
 def _tally_phones(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
     """Phone errors and reference phones: separated by spaces, and no words, so never normalised."""
-    return _tally_words(predictions, str.strip)
+    return _tally_words(predictions, plain_phones)
 
 
 def _tally_captions(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
@@ -145,9 +123,8 @@ def _tally_captions(predictions: Sequence[Prediction], normalise: Normaliser) ->
 
 
 def _tally_exact(predictions: Sequence[Prediction], normalise: Normaliser) -> _Tally:
-    """1 where the answer equals a reference without case, punctuation and outer spaces."""
-    plain = partial(normalise_text, english=False)
-    right = [plain(p.hypothesis) in {plain(reference) for reference in p.references} for p in predictions]
+    """1 where the answer equals a reference, see `wording.plain_answer`, whatever `normalise` is."""
+    right = [plain_answer(p.hypothesis) in set(map(plain_answer, p.references)) for p in predictions]
     return _Tally(np.array(right, dtype=float), np.ones(len(right)), {})
 
 
@@ -173,20 +150,60 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
     Returns:
         By task, in alphabetical order. `wer`, `per`, `exact_match` are fractions; `cider_d` is 0 to 10. Error rates are
         those of the whole set (all errors over all words), not means over clips. `extra["ended"]` is the share of
-        answers that ended by themselves.
+        answers that ended by themselves, `extra["references"]` how many a clip has, and `extra["chance"]` the metric of
+        a model that hears nothing, see `chance_answers`.
 
     Raises:
         ValueError: a task is not in `METRICS`, or its references hold no word.
     """
     scores = {}
     for task, group in _by_task(predictions).items():
-        tally = _TALLIES[METRICS[task]](group, partial(normalise_text, english=normalise))
+        tally, chance = (_tally(task, answers, normalise) for answers in (group, chance_answers(group, normalise)))
         gained_N, possible_N = _resample(tally, seed)
         low, high = _interval(gained_N / np.maximum(possible_N, 1))
-        value = float(tally.gained.sum() / tally.possible.sum())
-        extra = {**tally.extra, "ended": float(np.mean([prediction.ended for prediction in group]))}
-        scores[task] = TaskScore(METRICS[task], value, low, high, len(group), extra)
+        extra = {
+            **tally.extra,
+            "ended": float(np.mean([prediction.ended for prediction in group])),
+            "references": float(np.mean([len(prediction.references) for prediction in group])),
+            "chance": chance.value,
+        }
+        scores[task] = TaskScore(METRICS[task], tally.value, low, high, len(group), extra)
     return scores
+
+
+def _tally(task: str, predictions: Sequence[Prediction], normalise: bool) -> _Tally:
+    if normalise and METRICS[task] == "wer" and not is_latin(r for p in predictions for r in p.references):
+        warnings.warn(
+            f"texts of task {task} are not written in Latin letters, but eval.normalise=true applies English rules, "
+            f"which drop the marks of others; set eval.normalise=false.",
+            stacklevel=3,
+        )
+    return _TALLIES[METRICS[task]](predictions, partial(normalise_text, english=normalise))
+
+
+def chance_answers(predictions: Sequence[Prediction], normalise: bool = True) -> list[Prediction]:
+    """What a model that hears nothing would answer to the clips of one task: to each the commonest right answer.
+
+    The commonest is that of most clips, in the words of the task's metric; of several, the one whose words are. For a
+    question with two answers that is the majority's share; for a caption, how far one sentence for all clips goes.
+    """
+    metric = METRICS[predictions[0].task]
+    plain = {
+        "wer": partial(normalise_text, english=normalise),
+        "per": plain_phones,
+        "cider_d": lambda caption: " ".join(split_caption(caption)),
+        "exact_match": plain_answer,
+    }[metric]
+    answers = [{plain(reference) for reference in prediction.references} for prediction in predictions]
+    count = Counter(answer for clip in answers for answer in clip)
+    clips_with = Counter(word for clip in answers for word in {word for answer in clip for word in answer.split()})
+
+    def rank(answer: str) -> tuple[int, float, str]:
+        words = answer.split()
+        return -count[answer], -sum(clips_with[word] for word in words) / max(1, len(words)), answer
+
+    commonest = min(count, key=rank)
+    return [replace(prediction, hypothesis=commonest) for prediction in predictions]
 
 
 def error_rate(task: str, reference: str, hypothesis: str, *, normalise: bool = True) -> float | None:
@@ -197,7 +214,7 @@ def error_rate(task: str, reference: str, hypothesis: str, *, normalise: bool = 
     """
     if task not in METRICS or METRICS[task] not in ERROR_RATES:
         return None
-    rules = str.strip if METRICS[task] == "per" else partial(normalise_text, english=normalise)
+    rules = plain_phones if METRICS[task] == "per" else partial(normalise_text, english=normalise)
     if not rules(reference):
         return None
     return float(jiwer.process_words(rules(reference), rules(hypothesis)).wer)
@@ -217,14 +234,23 @@ def mean_error(scores: Mapping[str, TaskScore]) -> float:
     return float(np.mean([lacks[score.metric](score.value) for score in scores.values()]))
 
 
+def is_above_chance(score: TaskScore) -> bool:
+    """Whether the whole interval of a score is better than what a model that hears nothing would get."""
+    chance = score.extra.get("chance")  # scorecards of before it was measured have none
+    if chance is None:
+        return True
+    return score.high < min(1.0, chance) if score.metric in ERROR_RATES else score.low > chance
+
+
 def retained_quality(
     student: Iterable[Prediction], teacher: Iterable[Prediction], *, normalise: bool = True, seed: int = 0
 ) -> dict[str, Retained]:
     """How much of the teacher's quality a student keeps, by task: 1 is all of it, above 1 the student is better.
 
     Quality is 1 - WER (not below 0) for error rates, and the metric itself otherwise. Both are resampled with the same
-    clips, so that clips that are hard for both do not widen the interval. A task of which the teacher has no quality at
-    all is left out: there is nothing to retain.
+    clips, so that clips that are hard for both do not widen the interval. A task of which the teacher is not shown to
+    be above chance (`chance_answers`; the lower end of its own interval decides) is left out: there is nothing to
+    retain.
 
     Raises:
         ValueError: the two did not answer the same clips, or a task is not in `METRICS`.
@@ -238,12 +264,12 @@ def retained_quality(
                 f"student's answers of task {task} are {len(keys[0])}, but {len(keys[0] & keys[1])} of them are to "
                 f"clips that are among the teacher's {len(keys[1])}; evaluate both on the same manifest."
             )
-        rules = partial(normalise_text, english=normalise)
-        tallies = [_TALLIES[METRICS[task]](groups[task], rules) for groups in (students, teachers)]
-        ours, theirs = (_quality(task, tally.gained.sum(), tally.possible.sum()) for tally in tallies)
-        if theirs:
-            our_N, their_N = (_quality(task, *_resample(tally, seed)) for tally in tallies)
-            retained[task] = Retained(float(ours / theirs), *_interval(our_N[their_N > 0] / their_N[their_N > 0]))
+        ours, theirs = (_tally(task, groups[task], normalise) for groups in (students, teachers))
+        chance = _tally(task, chance_answers(teachers[task], normalise), normalise)
+        our_N, their_N = (_quality(task, *_resample(tally, seed)) for tally in (ours, theirs))
+        if _interval(their_N)[0] > _quality(task, chance.gained.sum(), chance.possible.sum()):
+            our, their = (_quality(task, tally.gained.sum(), tally.possible.sum()) for tally in (ours, theirs))
+            retained[task] = Retained(float(our / their), *_interval(our_N[their_N > 0] / their_N[their_N > 0]))
     return retained
 
 

@@ -8,7 +8,17 @@ import html
 from collections.abc import Iterable
 from pathlib import Path
 
-from distill.card import SCORECARD, Scorecard, cost_rows, print_scorecard, read_scorecard, score_rows, show_training
+from distill.card import (
+    SCORECARD,
+    Scorecard,
+    cost_rows,
+    count_clips,
+    explain_scores,
+    print_scorecard,
+    read_scorecard,
+    score_rows,
+    show_training,
+)
 from distill.curves import line_chart
 from distill.runlog import METRICS
 from shards.index import write_atomically
@@ -97,7 +107,8 @@ def _scorecard_html(card: Scorecard) -> list[str]:
     for rows in (score_rows(card), cost_rows(card)):
         lines = [_row_html("th", headers), *(_row_html("td", row) for row in rows)]
         parts += ["<table>", *lines, "</table>"]
-    parts.append("<p>In brackets: the 95 % bootstrap interval over clips. 1 MB is 10<sup>6</sup> bytes.</p>")
+    notes = html.escape(" ".join((count_clips(card), *explain_scores(card))))
+    parts.append(f"<p>{notes} 1 MB is 10<sup>6</sup> bytes.</p>")
     further = [
         (f"{task}: {name}", *(_show_extra(model.scores[task].extra.get(name)) if task in model.scores else "–"
                               for model in (card.teacher, card.student)))

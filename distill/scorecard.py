@@ -86,9 +86,9 @@ def training_figures(config: Config) -> dict[str, float | str]:
 
 
 def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
-    """Every answer beside its reference, one JSON line a clip and model."""
+    """Every answer beside its references, one JSON line a clip and model."""
     lines = [
-        json.dumps({"model": name, "key": p.key, "task": p.task, "reference": p.references[0], "answer": p.hypothesis})
+        json.dumps({"model": name, "key": p.key, "task": p.task, "references": p.references, "answer": p.hypothesis})
         for name, predictions in answers.items()
         for p in predictions
     ]

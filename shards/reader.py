@@ -99,6 +99,18 @@ class Reader:
             return sample
         return augment_sample(sample, self.augmentation, seed=self.seed, max_seconds=self.max_seconds)
 
+    def read_fields(self, row: int) -> dict | None:
+        """What the JSON of a sample says, without its audio; None where `read` gives a `BadSample` for it.
+
+        Raises:
+            ShardError: as `read`.
+        """
+        name = self.catalog.names[self.catalog.shards[row]]
+        try:
+            return _parse_fields(self._read_member(name, row, "json"), f"{name}: {self.catalog.key(row)}")
+        except AudioError:
+            return None
+
     def _is_answered(self, row: int, epoch: int) -> bool:
         """Whether a sample comes with the student's answer: a draw from (seed, epoch, key) where there is one."""
         if not self.catalog.answer_names or self.catalog.members["answers"][row, 0] < 0:

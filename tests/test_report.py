@@ -91,6 +91,16 @@ def test_a_task_that_only_one_model_answered_is_shown(card):
     assert "not measured" in row
 
 
+def test_a_teacher_at_chance_is_said_to_be_so_and_the_last_column_is_explained():
+    right = ["male", "female"] * 4
+    answers = [Prediction(f"c{i}", "gender_recognition", "", (r,), "male") for i, r in enumerate(right)]
+    guessing = ModelFigures("teacher", 1, score(answers))
+    shown = show(Scorecard("demo", guessing, guessing, retained_quality(answers, answers)))
+    assert "teacher at chance" in shown and "100.0%" not in shown
+    assert "Chance (the commonest right answer to every clip): gender_recognition 50.0%" in shown
+    assert "(1 − rate) ÷ (1 − rate) for error rates" in shown
+
+
 class Page(HTMLParser):
     """What a page consists of: its tags, the files it asks for and the tags it forgot to close."""
 
