@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ FILES = (STATE, WEIGHTS, MOMENTS)  # that a manifest names, all of them
 STATE_FIELDS = {"step": int, "identity": dict, "stream": dict, "best": dict}
 OUR_NAME = re.compile(rf"{PREFIX}(\d{{6,}})")
 KINDS = ("exp_avg", "exp_avg_sq")
-REST_OF_HASH = re.compile(r"(?<=\b[0-9a-f]{16})[0-9a-f]{48}\b")  # what an error need not show
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,16 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:06d}"
 
 
-def find_resumable(
-    run_folder: Path, resume: str, identity: dict, say, allow_change: Collection[str] = ()
-) -> Saved | None:
+def find_resumable(run_folder: Path, resume: str, say) -> Saved | None:
     """The checkpoint that a run goes on from; None where it starts anew.
 
     Args:
         run_folder: of the run; its checkpoints are in `checkpoints`.
         resume: "auto", "must" (refuse where there is none) or "never" (refuse where there is one).
-        identity: what must be as it was, as plain data.
-        say: is told of damaged checkpoints that are passed over, of a start anew and of allowed changes.
-        allow_change: fields of the identity that may differ, by name.
+        say: is told of damaged checkpoints that are passed over, and of a start anew.
 
     Raises:
         FileNotFoundError, FileExistsError: `resume` forbids it.
-        ValueError: the checkpoint is of a run with another identity; each field that differs is named.
     """
     saved = find_checkpoint(run_folder / "checkpoints", say)
     if saved is None:
@@ -112,27 +105,7 @@ def find_resumable(
         raise FileExistsError(
             f"train.resume is 'never', but {saved.folder} is a checkpoint; choose another name= or remove it."
         )
-    changes = dict(compare(saved.state["identity"], json.loads(json.dumps(identity))))
-    refused = [f"{name}: {values}" for name, values in changes.items() if name not in allow_change]
-    if refused:
-        raise ValueError(
-            f"{saved.folder} is of a run with other settings ({'; '.join(refused)}), but a run goes on as it began; "
-            f"choose another name= for a new run, put them back, or name them in train.allow_change."
-        )
-    for name, values in changes.items():
-        say(f"{run_folder} goes on with another {name}, as train.allow_change says: {values}")
     return saved
-
-
-def compare(there: dict, here: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each field of plain data that differs, and how: `loss.kl`, `1.0 there, 0.25 here`."""
-    for name in [*there, *(name for name in here if name not in there)]:
-        values = [side.get(name, "nothing") for side in (there, here)]
-        if all(isinstance(value, dict) for value in values):
-            yield from compare(*values, f"{prefix}{name}.")
-        elif values[0] != values[1]:
-            old, new = (REST_OF_HASH.sub("", str(value)) for value in values)
-            yield f"{prefix}{name}", f"{old} there, {new} here"
 
 
 def find_checkpoint(folder: Path, say) -> Saved | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
 from distill.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.resuming import check_changes, identify_training
 from distill.rules import check_terms
 from distill.runlock import RunLock
 from distill.runlog import RunLog
@@ -96,7 +98,7 @@ class Distiller:
             check_split(valid)  # a wrong one is an error now, not after the first steps
         self.valid, self.answers = valid, answers or EvalConfig()
         self.best = Best()
-        self.identity = {"seed": seed, "train.batch_size": self.options.batch_size, **(identity or {})}
+        self.identity = {"seed": seed, **identify_training(self.options), **(identity or {})}
         self.active = active_terms(self.loss, self.schedules, is_crossed=isinstance(self.teacher, CrossTeacher))
         self.objective = Objective(
             student,
@@ -115,14 +117,18 @@ class Distiller:
         self.hang_watch = HangWatch(self.options.hang_minutes)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
         self.lock = RunLock(self.run_folder).acquire()
-        self.saved = ckpt.find_resumable(
-            self.run_folder,
-            self.options.resume,
-            self.identity,
-            lambda text: say(self.accelerator, text),
-            self.options.allow_change,
-        )
+        tell = partial(say, self.accelerator)
+        self.saved = ckpt.find_resumable(self.run_folder, self.options.resume, tell)
         if self.saved is not None:
+            check_changes(
+                self.saved.state["identity"],
+                self.identity,
+                name=str(self.saved.folder),
+                done=self.saved.step,
+                options=self.options,
+                has_schedules=bool(self.loss.schedules),
+                say=tell,
+            )
             self.stream.load_state_dict(self.saved.state["stream"])
             self.best = Best(**self.saved.state["best"])
 

@@ -7,12 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 
 from distill.cli import run_stage
 from distill.config import Config, to_yaml
 from distill.distiller import Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
+from distill.resuming import say_changes
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.teacher import load_teacher, teach_online
@@ -61,6 +63,8 @@ def distil(config: Config) -> int:
         identity=identify_run(config, teacher),
     )
     if accelerator.is_main_process:  # now that the folder proved to be this run's
+        if distiller.saved is not None:
+            tell_changes(config)
         write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
     if distiller.fit().preempted:
         return PREEMPTED
@@ -69,6 +73,19 @@ def distil(config: Config) -> int:
         say(accelerator, f"student: {folder}")
     accelerator.wait_for_everyone()
     return 0
+
+
+def tell_changes(config: Config) -> None:
+    """Say which settings of a run that goes on are not those that its folder holds."""
+    path = config.run_folder / "config.yaml"
+    try:
+        there = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        there = None
+    if not isinstance(there, dict):
+        return say(None, f"{path} cannot be read, so what changed since the run began is not known")
+    here = yaml.safe_load(to_yaml(config))
+    say_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
 
 
 def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callable[[str], None]) -> Salmonn:

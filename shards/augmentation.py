@@ -1,9 +1,7 @@
 """What may happen to a training clip: the `augment:` section of a config. Applies nothing and imports nothing heavy."""
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 TEACHER_HEARS = ("clean", "same")
 
@@ -54,8 +52,3 @@ class Augmentation:
     def is_active(self) -> bool:
         """Whether anything can happen to any clip."""
         return any((self.speed_share, self.room_share, self.noise_share, self.gain_share, self.mask_share))
-
-    @property
-    def digest(self) -> str:
-        """Hash of every option, short: equal hashes make equal clips."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]

@@ -5,8 +5,6 @@ on another version of numpy still repeats it.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,10 +39,9 @@ class Order:
                 raise ValueError(f"weights[{task!r}] is {weight}, but it must be 0 to 1000 times an epoch; set it so.")
 
     @property
-    def digest(self) -> str:
-        """Hash of every option: equal hashes give equal batches over equal data."""
-        options = dataclasses.asdict(self) | {"weights": dict(sorted(self.weights.items()))}
-        return hashlib.sha256(json.dumps(options).encode()).hexdigest()
+    def options(self) -> dict:
+        """Every option, as plain data: equal ones give equal batches over equal data."""
+        return dataclasses.asdict(self) | {"weights": dict(sorted(self.weights.items()))}
 
 
 class Position(NamedTuple):

@@ -179,16 +179,16 @@ class ShardStream(IterableDataset):
             yield samples
 
     def state_dict(self) -> dict:
-        """Where the stream stands, in a few hundred bytes of plain numbers and strings; equal on all ranks."""
+        """Where the stream stands and what its order is made of, in a few hundred bytes; equal on all ranks."""
         answers = self.catalog.answers_digest
         return {
             "version": _STATE_VERSION,
             "epoch": self._position.epoch,
             "offset": self._position.offset,
-            "order": self.plan.order.digest,
+            "order": self.plan.order.options,
             "tasks": ",".join(self.tasks),
             "labels": f"{self.labelled_share:g} {'only' if self.labelled_only else 'and others'}",
-            "augment": "none" if self.augmentation is None else self.augmentation.digest,
+            "augment": "none" if self.augmentation is None else asdict(self.augmentation),
             "sample_weights": _digest_weights(self.sample_weights),
             "student_answers": f"{self.student_share:g} of {answers[:16]}" if self.student_share else "none",
             "data": self.catalog.digest,
@@ -211,15 +211,11 @@ class ShardStream(IterableDataset):
             ("augment", "set augment as it was"),
             ("sample_weights", "give the weights it had"),
             ("student_answers", "set on_policy as it was"),
-            (
-                "order",
-                "set batch_size, batch_seconds, seed, shuffle, epochs, buckets, window_shards and weights as they were",
-            ),
+            ("order", "set it as it was"),
         ):
-            if state[name] != mine[name]:
-                raise ValueError(
-                    f"the stream's state has {name} {state[name]}, but this stream has {mine[name]}; {remedy}."
-                )
+            differences = _differences(name, state[name], mine[name])
+            if differences:
+                raise ValueError(f"the stream's state has {'; '.join(differences)}; {remedy}.")
         self._position = Position(int(state["epoch"]), int(state["offset"]))
 
     def _places(self, after: deque) -> Iterator[list[tuple[int, int]]]:
@@ -269,6 +265,15 @@ class ShardStream(IterableDataset):
                 near = get_close_matches(task, self.catalog.tasks, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "choose one of them."
                 raise ValueError(f"{name} names {task!r}, but the shards hold {', '.join(self.catalog.tasks)}; {hint}")
+
+
+def _differences(name: str, old, new) -> list[str]:
+    """What differs between two values of a state: fields by their names, where both have some."""
+    old, new = (json.loads(json.dumps(value)) for value in (old, new))  # as a saved one's: lists for tuples
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old | new)
+        return [part for field in names for part in _differences(f"{name}.{field}", old.get(field), new.get(field))]
+    return [] if old == new else [f"{name} {old}, but this stream has {new}"]
 
 
 def _digest_weights(weights: Mapping[str, float]) -> str:

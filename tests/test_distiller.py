@@ -281,6 +281,56 @@ def test_another_batch_size_does_not_resume(toys, tmp_path):
         make_distiller(toys, tmp_path, batch_size=2, micro_batch_size=2).fit()
 
 
+CHANGES = {
+    "learning_rate": 1e-3, "min_learning_rate": 0.0, "warmup_steps": 1, "weight_decay": 0.1, "beta2": 0.9,
+    "max_grad_norm": 2.0, "steps": 6,
+}  # fmt: skip
+
+
+def test_what_changes_the_result_of_a_run_is_refused_by_name_unless_it_is_allowed(toys, tmp_path, capsys):
+    make_distiller(toys, tmp_path, stop_after=1).fit()
+    with pytest.raises(ValueError, match="is of a run with other settings") as error:
+        make_distiller(toys, tmp_path, **CHANGES)
+    for field, value in CHANGES.items():
+        assert f"train.{field}: {getattr(OPTIONS, field)} there, {value} here" in str(error.value)
+    harmless = {"micro_batch_size": 2, "save_every": 3, "keep": 1, "max_minutes": 60.0, "hang_minutes": 5.0}
+    make_distiller(toys, tmp_path, **harmless)
+    make_distiller(toys, tmp_path, allow_change=[f"train.{field}" for field in CHANGES], **CHANGES)
+    assert (
+        "goes on with another train.beta2, as train.allow_change says: 0.98 there, 0.9 here" in capsys.readouterr().err
+    )
+
+
+def test_more_steps_after_a_finished_run_say_what_becomes_of_the_schedule(toys, tmp_path, capsys):
+    make_distiller(toys, tmp_path, steps=2).fit()
+    with pytest.raises(ValueError, match=r"\(train\.steps: 2 there, 1 here\)"):
+        make_distiller(toys, tmp_path, steps=1)
+    assert len(make_distiller(toys, tmp_path, steps=4).fit().losses) == 2
+    said = capsys.readouterr().err
+    assert "was done after 2 steps and goes on to 4: its schedule runs over all 4 now, so the learning rate, " in said
+    assert "0.0001 at the end of the first part, is 0.002 at step 3 and falls to 0.00105 at the last" in said
+
+
+def test_steps_may_change_where_nothing_depends_on_the_last_one(toys, tmp_path, capsys):
+    constant = {"learning_rate": 1e-3, "min_learning_rate": 1e-3}
+    make_distiller(toys, tmp_path, stop_after=1, **constant).fit()
+    make_distiller(toys, tmp_path, steps=3, **constant)
+    assert "goes on to step 3 instead of 5; nothing in it depends on the last step" in capsys.readouterr().err
+
+
+def test_every_other_setting_that_changed_is_said_when_a_run_goes_on(toys, tmp_path, capsys):
+    words = [f"runs={tmp_path}", "name=own", "student.quantization=none"]
+    run(load_config(toys / "toy.yaml", [*words, "train.stop_after=1"]))
+    capsys.readouterr()
+    run(load_config(toys / "toy.yaml", [*words, "train.stop_after=2", "data.max_bad=0.1"]))
+    said = capsys.readouterr().err
+    assert "own goes on with another train.stop_after: 1 there, 2 here" in said
+    assert "own goes on with another data.max_bad: 0.001 there, 0.1 here" in said
+    (tmp_path / "own" / "config.yaml").write_text("[")
+    run(load_config(toys / "toy.yaml", [*words, "train.stop_after=3"]))
+    assert "config.yaml cannot be read, so what changed" in capsys.readouterr().err
+
+
 def test_a_run_whose_loss_or_teacher_changed_does_not_resume_and_says_field_by_field_what(toys, tmp_path, capsys):
     words = [f"runs={tmp_path}", "name=own", "train.stop_after=1", "teacher.online=true"]
     run(load_config(toys / "toy.yaml", words))
@@ -317,10 +367,11 @@ def test_a_change_that_is_allowed_by_name_is_said_and_made_and_no_other(toys, tm
 
 def test_a_teacher_that_was_moved_is_the_same_teacher(toys, tmp_path):
     words = [f"runs={tmp_path}", "name=own", "teacher.online=true", f"teacher.path={tmp_path}/teacher"]
+    words += ["train.steps=2"]
     shutil.copytree(toys / "teacher", tmp_path / "teacher")
     run(load_config(toys / "toy.yaml", [*words, "train.stop_after=1"]))
     (tmp_path / "teacher").rename(tmp_path / "moved")
-    assert run(load_config(toys / "toy.yaml", [*words[:3], f"teacher.path={tmp_path}/moved", "train.steps=2"])) == 0
+    assert run(load_config(toys / "toy.yaml", [*words[:3], f"teacher.path={tmp_path}/moved", words[-1]])) == 0
 
 
 def test_resume_must_and_never_are_obeyed(toys, tmp_path):
