@@ -167,7 +167,7 @@ COMMANDS = {
     "audit": Command("shards.audit", "find bad audio and text before training; nothing is replaced"),
     "pack": Command("shards.pack", "manifest and audio files to WebDataset shards"),
     "split": Command("shards.split", "cut a manifest into train and valid without leakage"),
-    "subset": Command("shards.subset", "a mini set: a share of each task, chosen tasks, so many hours"),
+    "subset": Command("shards.subset", "a mini set: a share of each task, chosen tasks, so many rows or hours"),
     "stats": Command(
         "shards.stats", "counts, hours and lengths of a data set; `stats model CONFIG`: what each part costs"
     ),

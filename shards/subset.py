@@ -1,7 +1,11 @@
-"""`distill subset`: a smaller manifest: chosen tasks, a share of each task, a number of hours. Always the same rows."""
+"""`distill subset`: a smaller manifest: chosen tasks, a share of each task, a number of rows or hours.
+
+Always the same rows, and clips whole: rows that share recording, task and question (five captions) come together.
+"""
 
 import argparse
 import hashlib
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,7 @@ def subset(
     *,
     tasks: Collection[str] | None = None,
     share: float = 1.0,
+    rows: int | None = None,
     hours: float | None = None,
     seed: int = 0,
     root: Path | None = None,
@@ -39,13 +44,14 @@ def subset(
 ) -> SubsetReport:
     """Write a part of a manifest, in its order; the same manifest and seed give the same rows.
 
-    A smaller share is a part of a larger one.
+    A smaller share is a part of a larger one. Where a share ends within a clip's rows, the clip is left out.
 
     Args:
         manifest: what to choose from.
         out: the manifest to write.
         tasks: those to keep; None keeps all.
         share: of each task's rows.
+        rows: of each task, the most.
         hours: of what is left, the most audio; needs the header of every recording.
         seed: of the draw.
         root: the folder that paths are relative to, if not the manifest's own.
@@ -56,12 +62,15 @@ def subset(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but must be over 0 and at most 1; use 0.1 for a tenth.")
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows is {rows}, but must be at least 1; use 200000, or leave it out for all.")
+    folder = root or Path(manifest).parent
     row_tasks, order = [], []
     for entry in read_manifest(manifest, root=root):
         row_tasks.append(entry.task)
-        order.append(_draw(entry, seed))
+        order.append(_draw(entry, seed, folder))
     row_tasks, order = np.array(row_tasks), np.array(order, np.uint64)
-    is_chosen = _choose_share(row_tasks, order, tasks, share, manifest)
+    is_chosen = _choose_share(row_tasks, order, tasks, share, rows, manifest)
     seconds = None
     if hours is not None:
         entries = (entry for entry in read_manifest(manifest, root=root) if is_chosen[entry.number])
@@ -71,30 +80,44 @@ def subset(
     if not is_chosen.any():
         raise ValueError(f"{manifest} has {len(order)} rows, but none is left; raise share or hours.")
 
-    def rows() -> Iterator[Entry]:
+    def chosen() -> Iterator[Entry]:
         return (entry for entry in read_manifest(manifest, root=root) if is_chosen[entry.number])
 
-    return SubsetReport(len(order), write_manifest(out, rows()), seconds)
+    return SubsetReport(len(order), write_manifest(out, chosen()), seconds)
 
 
-def _draw(entry: Entry, seed: int) -> int:
-    """A row's place in the draw: 64 bits of a hash of the seed and the row."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {entry.key}".encode(), digest_size=8).digest())
+def _draw(entry: Entry, seed: int, folder: Path) -> int:
+    """A clip's place in the draw: 64 bits of a hash of the seed and of what its rows share, wherever the data lie."""
+    paths = [os.path.relpath(path, folder) for path in entry.paths]
+    clip = f"{seed} {paths} {entry.start} {entry.end} {entry.task} {entry.question}"
+    return int.from_bytes(hashlib.blake2b(clip.encode(), digest_size=8).digest())
 
 
 def _choose_share(
-    row_tasks: np.ndarray, order: np.ndarray, tasks: Collection[str] | None, share: float, manifest: Path
+    row_tasks: np.ndarray,
+    order: np.ndarray,
+    tasks: Collection[str] | None,
+    share: float,
+    most: int | None,
+    manifest: Path,
 ) -> np.ndarray:
-    """Of each task the rows that come first in the draw; at least one."""
+    """Of each task the rows that come first in the draw; at least one clip."""
     is_chosen = np.zeros(len(order), bool)
     present = sorted(set(row_tasks.tolist()))
     for task in present if tasks is None else tasks:
         if task not in present:
             raise ValueError(f"{manifest} has no task {task!r}, but it was asked for; it has {', '.join(present)}.")
         rows = np.flatnonzero(row_tasks == task)
-        count = max(1, round(share * len(rows)))
-        is_chosen[rows[np.argsort(order[rows], kind="stable")[:count]]] = True
+        rows = rows[np.argsort(order[rows], kind="stable")]
+        count = min(max(1, round(share * len(rows))), most or len(rows))
+        count = _end_of_clip(order[rows], count) or int((order[rows] == order[rows[0]]).sum())
+        is_chosen[rows[:count]] = True
     return is_chosen
+
+
+def _end_of_clip(draws: np.ndarray, count: int) -> int:
+    """The most of the first `count` rows that are whole clips: rows of one clip share their draw."""
+    return count if count == len(draws) else int(np.searchsorted(draws, draws[count]).clip(max=count))
 
 
 def _choose_hours(
@@ -103,7 +126,7 @@ def _choose_hours(
     """The rows that come first in the draw and fit; a row whose length is unknown (NaN) is left out."""
     rows = np.flatnonzero(is_chosen & np.isfinite(lengths))
     rows = rows[np.argsort(order[rows], kind="stable")]
-    fitting = rows[np.cumsum(lengths[rows]) <= hours * 3600]
+    fitting = rows[: _end_of_clip(order[rows], int((np.cumsum(lengths[rows]) <= hours * 3600).sum()))]
     is_fitting = np.zeros_like(is_chosen)
     is_fitting[fitting] = True
     return is_fitting, float(lengths[fitting].sum())
@@ -115,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="manifest to write")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these")
     parser.add_argument("--share", type=float, default=1.0, help="of each task's rows (%(default)g)")
+    parser.add_argument("--rows", type=int, help="of each task, at most")
     parser.add_argument("--hours", type=float, help="of audio, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (its own)")
@@ -128,6 +152,7 @@ def main(args: argparse.Namespace) -> int:
         args.out,
         tasks=args.tasks,
         share=args.share,
+        rows=args.rows,
         hours=args.hours,
         seed=args.seed,
         root=args.root,

@@ -32,32 +32,110 @@ def test_librispeech_gives_a_lower_case_transcript_and_a_speaker_a_file(tmp_path
     assert [(entry.number, entry.source) for entry in entries] == [(0, "librispeech"), (1, "librispeech")]
 
 
+@pytest.fixture
+def librispeech(tmp_path):
+    """The official folders: three subsets with a speaker each, and SPEAKERS.TXT above them."""
+    for subset, speaker in (("train-clean-100", "103"), ("train-other-500", "20"), ("dev-clean", "84")):
+        chapter = tmp_path / "LibriSpeech" / subset / speaker / "1240"
+        chapter.mkdir(parents=True)
+        (chapter / f"{speaker}-1240.trans.txt").write_text(f"{speaker}-1240-0000 CHAPTER ONE\n")
+    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text(
+        "; Some pipe(|) separated metadata\n;ID  |SEX| SUBSET           |MINUTES| NAME\n"
+        "20   | F | train-other-500  | 30.07 | Gesine\n84   | F | dev-clean        | 8.02  | Christie Nowak\n"
+        "103  | M | train-clean-100  | 25.19 | |CBW|Simon\n"
+    )
+    return tmp_path / "LibriSpeech"
+
+
+def test_librispeech_leaves_dev_and_test_out_unless_they_are_asked_for(librispeech):
+    assert {entry.speaker for entry in read_dataset("librispeech", librispeech)} == {"103", "20"}
+    asked = {"dev-clean": "84", "train-clean-100": "103"}
+    for subset, speaker in asked.items():
+        assert [e.speaker for e in read_dataset("librispeech", librispeech, subsets=[subset])] == [speaker]
+    assert [e.speaker for e in read_dataset("librispeech", librispeech / "dev-clean")] == ["84"]
+
+
+def test_librispeechs_gender_is_read_from_its_table_of_speakers(librispeech):
+    entries = list(read_dataset("librispeech", librispeech, task="gender_recognition"))
+    assert [(e.speaker, e.text, e.task) for e in entries] == [
+        ("103", "Male", "gender_recognition"), ("20", "Female", "gender_recognition")]  # fmt: skip
+    below = read_dataset("librispeech", librispeech / "dev-clean", task="gender_recognition")
+    assert [e.text for e in below] == ["Female"]
+    (librispeech / "SPEAKERS.TXT").write_text("103 | M | train-clean-100 | 25.19 | A\n")
+    with pytest.raises(ValueError, match=r"speaker 20 is not in SPEAKERS\.TXT"):
+        list(read_dataset("librispeech", librispeech, task="gender_recognition"))
+    (librispeech / "SPEAKERS.TXT").unlink()
+    with pytest.raises(FileNotFoundError, match=r"SPEAKERS\.TXT"):
+        list(read_dataset("librispeech", librispeech, task="gender_recognition"))
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("librispeech", "phone_recognition"),
+        ("librispeech", "audiocaption"),
+        ("gigaspeech", "gender_recognition"),
+        ("clotho", "asr"),
+        ("audiocaps", "QA"),
+        ("wavcaps", "asr"),
+        ("musicnet", "audiocaption"),
+    ],
+)
+def test_a_task_that_the_labels_do_not_answer_is_refused(tmp_path, name, task):
+    with pytest.raises(ValueError, match=rf"task is '{task}', but the labels of {name} answer "):
+        list(read_dataset(name, tmp_path, task=task))
+
+
+@pytest.mark.parametrize(("name", "subset"), [("gigaspeech", "XXL"), ("clotho", "dev"), ("librispeech", "clean")])
+def test_a_part_that_a_data_set_has_not_is_refused(tmp_path, name, subset):
+    with pytest.raises(ValueError, match=f"subset is '{subset}', but those of {name} are "):
+        list(read_dataset(name, tmp_path, subsets=[subset]))
+
+
+def write_gigaspeech(folder, segments, **recording):
+    """GigaSpeech.json of one recording, as it is published; a segment is in the subsets it names."""
+    table = folder / "GigaSpeech.json"
+    recording = {"title": "x", "path": "audio/POD0.opus", "aid": "POD0", "subsets": ["{XL}"], **recording}
+    table.write_text(json.dumps({"dataset": "GigaSpeech", "audios": [{**recording, "segments": segments}]}))
+    return table
+
+
+def segment(number, text, start, end, *subsets, speaker="N/A"):
+    return {"sid": f"POD0_S{number}", "speaker": speaker, "begin_time": start, "end_time": end, "text_tn": text,
+            "subsets": [f"{{{subset}}}" for subset in subsets]}  # fmt: skip
+
+
 def test_gigaspeech_gives_parts_of_long_recordings_without_tags(tmp_path):
     segments = [
-        {
-            "sid": "POD0_S0",
-            "speaker": "N/A",
-            "begin_time": 1.5,
-            "end_time": 4,
-            "text_tn": "AS THEY'RE LEAVING <COMMA> YES",
-        },
-        {"sid": "POD0_S1", "speaker": "Ann", "begin_time": 5, "end_time": 6.25, "text_tn": "WHO <QUESTIONMARK>"},
-        {"sid": "POD0_S2", "speaker": "N/A", "begin_time": 7, "end_time": 8, "text_tn": "<MUSIC>"},
+        segment(0, "AS THEY'RE LEAVING <COMMA> YES", 1.5, 4, "XL"),
+        segment(1, "WHO <QUESTIONMARK>", 5, 6.25, "XL", speaker="Ann"),
+        segment(2, "<MUSIC>", 7, 8, "XL"),
     ]
-    table = tmp_path / "GigaSpeech.json"
-    recording = {"title": "x", "path": "audio/POD0.opus", "aid": "POD0", "segments": segments}
-    table.write_text(json.dumps({"dataset": "GigaSpeech", "version": "v1", "audios": [recording]}))
-    first, second = read_dataset("gigaspeech", table)
+    first, second = read_dataset("gigaspeech", write_gigaspeech(tmp_path, segments))
     assert first.path == tmp_path / "audio/POD0.opus"
     assert (first.text, first.speaker, first.start, first.end) == ("as they're leaving yes", "POD0", 1.5, 4.0)
     assert (second.text, second.speaker, second.start, second.end) == ("who", "Ann", 5.0, 6.25)
 
 
+def test_gigaspeechs_subsets_are_chosen_and_dev_and_test_never_trained_on(tmp_path):
+    parts = {"A": "XS S M L XL", "B": "M L XL", "C": "L XL", "D": "XL", "E": "DEV", "F": "TEST"}
+    segments = [segment(i, text, i, i + 1, *names.split()) for i, (text, names) in enumerate(parts.items())]
+    table = write_gigaspeech(tmp_path, segments)
+
+    def texts(*subsets):
+        return "".join(entry.text for entry in read_dataset("gigaspeech", table, subsets=subsets))
+
+    assert texts() == "abcd"
+    wanted = {"XS": "a", "S": "a", "M": "ab", "L": "abc", "XL": "abcd", "DEV": "e", "TEST": "f"}
+    assert {subset: texts(subset) for subset in wanted} == wanted
+    assert texts("DEV", "TEST") == "ef"
+    with pytest.raises(ValueError, match="holds nothing of gigaspeech in M"):
+        list(read_dataset("gigaspeech", write_gigaspeech(tmp_path, segments[-1:]), subsets=["M"]))
+
+
 def test_a_part_of_a_gigaspeech_recording_is_loaded_from_its_place(tmp_path):
     (tmp_path / "a.opus").write_bytes(to_bytes(tone(5.0, 48_000), 48_000, form="OGG", subtype="OPUS"))
-    segment = {"speaker": "N/A", "begin_time": 2, "end_time": 3.5, "text_tn": "HUM"}
-    table = tmp_path / "GigaSpeech.json"
-    table.write_text(json.dumps({"audios": [{"path": "a.opus", "aid": "A", "segments": [segment]}]}))
+    table = write_gigaspeech(tmp_path, [segment(0, "HUM", 2, 3.5, "XL")], path="a.opus")
     (entry,) = read_dataset("gigaspeech", table)
     assert len(load_audio(entry.paths, start=entry.start, end=entry.end)) == 24_000
 
@@ -97,6 +175,71 @@ def test_wavcaps_finds_its_clip_with_and_without_a_suffix_in_the_id(tmp_path):
         ("Yb0RFKhbpFJA.flac", "Wind blows.", "audiocaption", None),
         ("180913.flac", "Rain.", "audiocaption", None),
     ]
+
+
+@pytest.fixture
+def wavcaps(tmp_path):
+    """The published folders of WavCaps: four tables, and its blacklists beside them."""
+    folder = tmp_path / "json_files"
+    rows = {
+        "AudioSet_SL/as_final.json": ["Yone.wav", "Ytwo.wav"],
+        "FreeSound/fsd_final.json": ["11", "12"],
+        "SoundBible/sb_final.json": ["11"],  # another clip than FreeSound's
+        "BBC_Sound_Effects/bbc_final.json": ["NHU05"],
+    }
+    for name, ids in rows.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(json.dumps({"data": [{"id": i, "caption": f"{name[0]}{i}"} for i in ids]}))
+    (folder / "blacklist").mkdir()
+    lists = {
+        "test": {"AudioSet": ["Ytwo.wav"], "FreeSound": []},
+        "all": {"AudioSet": ["Ytwo.wav"], "FreeSound": ["11"]},
+    }
+    for name, ids in lists.items():
+        (folder / f"blacklist/blacklist_exclude_{name}_ac.json").write_text(json.dumps(ids))
+    return folder
+
+
+def test_wavcaps_leaves_out_what_its_blacklists_name(wavcaps, capsys):
+    def captions(labels=wavcaps, **asked):
+        return {entry.text for entry in read_dataset("wavcaps", labels, **asked)}
+
+    assert captions() == {"AYone.wav", "F11", "F12", "S11", "BNHU05"}  # without what the tests hold
+    assert "1 rows left out by blacklist_exclude_test_ac.json" in capsys.readouterr().err
+    whole = wavcaps / "blacklist/blacklist_exclude_all_ac.json"
+    assert captions(exclude=[whole]) == {"AYone.wav", "F12", "S11", "BNHU05"}
+    assert captions(wavcaps / "AudioSet_SL/as_final.json") == {"AYone.wav"}
+    (wavcaps / "blacklist/blacklist_exclude_test_ac.json").unlink()
+    assert len(captions()) == 6
+    assert "nothing is left out, but it holds clips of AudioCaps' and Clotho's tests" in capsys.readouterr().err
+    whole.write_text("[]")
+    with pytest.raises(ValueError, match=r"blacklist_exclude_all_ac\.json is no blacklist of WavCaps"):
+        captions(exclude=[whole])
+    with pytest.raises(FileNotFoundError, match=r"blacklist_exclude_test_ac\.json"):
+        captions(exclude=[wavcaps / "blacklist/blacklist_exclude_test_ac.json"])
+
+
+def test_published_folders_of_recordings_are_found(wavcaps, tmp_path):
+    for name in ("audio/FreeSound_flac/12.flac", "clotho/development/a.wav"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    found = {e.text: e.path for e in read_dataset("wavcaps", wavcaps, tmp_path / "audio")}
+    assert found["F12"] == tmp_path / "audio/FreeSound_flac/12.flac"
+    table = tmp_path / "clotho/clotho_captions_development.csv"
+    table.write_text("file_name,caption_1,caption_2,caption_3,caption_4,caption_5\na.wav,1,2,3,4,5\n")
+    assert {e.path for e in read_dataset("clotho", table)} == {tmp_path / "clotho/development/a.wav"}
+
+
+def test_musicnets_own_folder_gives_what_is_for_training_and_its_test_when_asked(tmp_path):
+    (tmp_path / "musicnet_metadata.csv").write_text("id,composer\n1727,Schubert\n")
+    for part, number in (("train", 1727), ("test", 1759)):
+        for kind in ("labels", "data"):
+            (tmp_path / f"{part}_{kind}").mkdir()
+        (tmp_path / f"{part}_labels/{number}.csv").write_text("start_time,end_time,instrument\n0,88200,1\n")
+        (tmp_path / f"{part}_data/{number}.wav").touch()
+    (train,) = read_dataset("musicnet", tmp_path)
+    (test,) = read_dataset("musicnet", tmp_path, subsets=["test"])
+    assert train.path == tmp_path / "train_data/1727.wav" and test.path == tmp_path / "test_data/1759.wav"
 
 
 def test_musicnet_asks_which_instruments_play_in_each_thirty_seconds(tmp_path):
@@ -151,6 +294,8 @@ def test_the_command_writes_a_manifest_and_counts_what_is_missing(tmp_path, caps
     datasets.add_arguments(parser)
     args = parser.parse_args(["wavcaps", str(table), str(tmp_path / "out.json"), "--task", "audiocaption_v2"])
     assert datasets.main(args) == 0
-    assert "2 rows, 1 of them without their recording" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "2 rows, 1 of them without their recording" in told.out
+    assert f"missing, the first of them: {tmp_path / '2.flac'}" in told.err
     entries = list(read_manifest(tmp_path / "out.json"))
     assert [(entry.task, entry.source) for entry in entries] == [("audiocaption_v2", "wavcaps")] * 2

@@ -1,7 +1,9 @@
 """Splits share no speaker and no recording; subsets are always the same rows."""
 
+import json
 import shutil
 from argparse import ArgumentParser
+from collections import Counter
 
 import pytest
 from clips import write_annotation, write_clips
@@ -132,6 +134,22 @@ def test_hours_are_the_most_that_fits(manifest, tmp_path):
     assert 10 - 1.09 < report.seconds <= 10  # the next clip, of at most 1.09 s, did not fit
     with pytest.raises(ValueError, match="has 60 rows, but none is left"):
         subset(manifest, tmp_path / "mini.json", hours=1e-6, workers=1)
+
+
+def test_rows_are_the_most_and_a_clips_captions_come_together(tmp_path):
+    rows = [
+        {"path": f"{clip}.wav", "text": f"{number}", "task": task}
+        for number in range(5)
+        for clip in range(20)
+        for task in ("audiocaption", "asr")
+    ]
+    (tmp_path / "all.json").write_text(json.dumps({"annotation": rows}))
+    for options, most in (({"rows": 12}, 12), ({"share": 0.3}, 30), ({"rows": 3}, 5)):
+        subset(tmp_path / "all.json", tmp_path / "mini.json", **options)
+        clips = Counter((e.path.name, e.task) for e in read_manifest(tmp_path / "mini.json"))
+        assert set(clips.values()) == {5} and len(clips) == 2 * (most // 5)
+    with pytest.raises(ValueError, match="rows is 0, but must be at least 1"):
+        subset(tmp_path / "all.json", tmp_path / "mini.json", rows=0)
 
 
 def test_the_commands_write_their_manifests(manifest, tmp_path, capsys):
