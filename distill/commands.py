@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.hints import did_you_mean, nearest, nearest_fields
-from distill.places import find_config, find_launch, find_run, find_student
+from distill.places import find_config, find_launch, find_run, find_student, list_recipes
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,32 @@ def read_transcribe_arguments(args: argparse.Namespace) -> None:
     args.student = find_student(args.student)
 
 
+def add_new_arguments(parser: argparse.ArgumentParser) -> None:
+    recipes = ", ".join(list_recipes())
+    parser.add_argument("words", nargs="+", metavar="[RECIPE] FILE", help=f"the file to write, after one of {recipes}")
+
+
+def read_new(args: argparse.Namespace) -> None:
+    """`args.file` and `args.recipe`, None without one.
+
+    Raises:
+        ValueError: there are more than two words.
+    """
+    if len(args.words) > 2:
+        raise ValueError(f"words are {' '.join(args.words)}, but `distill new` takes [RECIPE] FILE; leave some out.")
+    *recipe, file = args.words
+    args.recipe, args.file = (recipe or [None])[0], Path(file).expanduser()
+
+
 def of_a_config(module: str, help: str, has_json: bool = False) -> Command:
     """A stage that takes a config and nothing else."""
     return Command(module, help, add_config_arguments, read_config_arguments, has_json)
 
 
 COMMANDS = {
+    "new": Command(
+        "distill.starter", "write a config to start from, every field explained", add_new_arguments, read_new
+    ),
     "pipeline": Command(
         "distill.pipeline",
         "every stage below for one config, from raw audio to scorecard",
@@ -215,6 +235,7 @@ COMMANDS = {
         add_transcribe_arguments,
         read_transcribe_arguments,
     ),
+    "env": Command("distill.environment", "versions, processor and GPU, for a bug report", lambda parser: None),
 }
 
 

@@ -82,13 +82,13 @@ class StudentConfig:
     second: str = ""  # its own second encoder: BEATs or EAT file; empty: the teacher's, shared
     second_kind: str = ""  # "beats", "eat", or "none": it has no second encoder; empty: the teacher's
     quantization: str = "nf4"  # "nf4" (double quantisation) or "none"
-    lora_rank: int = Lora.rank
-    lora_alpha: float = Lora.alpha
-    lora_dropout: float = Lora.dropout
-    lora_targets: tuple[str, ...] = Lora.targets
+    lora_rank: int = Lora.rank  # of the two small matrices beside each of lora_targets
+    lora_alpha: float = Lora.alpha  # their product counts lora_alpha / lora_rank
+    lora_dropout: float = Lora.dropout  # of what enters them, in training
+    lora_targets: tuple[str, ...] = Lora.targets  # the last parts of the names of the layers that get LoRA
     start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
     connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
-    qformer_dropout: float = 0.0
+    qformer_dropout: float = 0.0  # in training
     windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
 
     def __post_init__(self):
@@ -168,15 +168,15 @@ class OnPolicyConfig:
 class TrainConfig:
     """The training loop. A step is one optimizer update on `batch_size` samples over all ranks."""
 
-    steps: int = 1000
+    steps: int = 1000  # updates of the whole run
     batch_size: int = 32  # samples a step, over all ranks
     micro_batch_size: int = 32  # samples a backward, on each rank
     learning_rate: float = 1e-4  # peak
     min_learning_rate: float = 0.0  # at the last step
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # in which the learning rate climbs to its peak
     weight_decay: float = 0.01  # on matrices only
     beta2: float = 0.98  # of AdamW; beta1 is 0.9
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # of the whole gradient, above which it is scaled down
     eval_every: int = 0  # steps between validations; 0: only at the end
     save_every: int = 100  # steps between checkpoints
     stop_after: int = 0  # stop after this step and go on at the next start, for queues with a time limit; 0: do not
@@ -195,9 +195,9 @@ class TrainConfig:
 class EvalConfig:
     """How answers are made and counted."""
 
-    batch_size: int = 32
-    max_new_tokens: int = 60
-    num_beams: int = 1
+    batch_size: int = 32  # clips answered at once
+    max_new_tokens: int = 60  # of an answer
+    num_beams: int = 1  # 1: greedy
     repetition_penalty: float = 1.0  # above 1: ids of the answer so far become less likely
     length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favours long answers
     normalise: bool = True  # Whisper's English text normaliser before WER
@@ -211,22 +211,22 @@ class ScratchConfig:
     """A small teacher trained here from nothing, and the LLM its student starts from. Unused with a real teacher."""
 
     steps: int = 0  # of the teacher's training; 0: the teacher is given
-    batch_size: int = 32
-    learning_rate: float = 1e-3
+    batch_size: int = 32  # samples a step
+    learning_rate: float = 1e-3  # peak
     ear_steps: int = 300  # of the ears' pre-training by CTC on the corpus' transcripts
     text_steps: int = 300  # of each LLM's pre-training on the corpus' text
     vocab_size: int = 500  # at most, of the sentencepiece tokenizer
     seconds: float = 3.6  # longest clip the ears take
-    ear_width: int = 96
-    ear_layers: int = 3
-    llm_width: int = 128
-    llm_layers: int = 3
-    student_width: int = 64
-    student_layers: int = 2
-    qformer_width: int = 96
-    qformer_layers: int = 1
-    window_seconds: float = 0.34
-    num_queries: int = 1
+    ear_width: int = 96  # of its Whisper
+    ear_layers: int = 3  # of it
+    llm_width: int = 128  # of the teacher's LLM
+    llm_layers: int = 3  # of it
+    student_width: int = 64  # of the student's LLM
+    student_layers: int = 2  # of it
+    qformer_width: int = 96  # of the Q-Former
+    qformer_layers: int = 1  # of it
+    window_seconds: float = 0.34  # of the audio that one Q-Former call sees
+    num_queries: int = 1  # audio tokens a window
 
     def __post_init__(self):
         check_section("scratch", self)
@@ -236,8 +236,8 @@ class ScratchConfig:
 class Config:
     """A run."""
 
-    name: str = "run"
-    seed: int = 0
+    name: str = "run"  # of the run
+    seed: int = 0  # of all that is drawn at random
     runs: str = "runs"  # the run's folder is `runs/NAME`
     precision: str = "auto"  # of products: "float32", "bf16", or "auto": bf16 on a GPU, float32 on a CPU
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -303,7 +303,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.structured(Config)
     origin = str(path)
     try:
-        layers = [*read_files(path), (path, read_words(overrides))]
+        files = [(file, without_empty_sections(layer)) for file, layer in read_files(path)]
+        layers = [*files, (path, read_words(overrides))]
         for file, layer in layers:
             origin = str(file)
             refuse_secrets(OmegaConf.to_container(layer), origin)
@@ -332,6 +333,12 @@ def to_object(config: DictConfig, origin: str) -> Config:
         raise
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+
+
+def without_empty_sections(layer: DictConfig) -> DictConfig:
+    """A file's tree without sections whose fields are all commented out: they change nothing."""
+    sections = {outer.name for outer in dataclasses.fields(Config) if dataclasses.is_dataclass(outer.type)}
+    return OmegaConf.masked_copy(layer, [name for name in layer if name not in sections or layer[name] is not None])
 
 
 def list_fields() -> list[str]:

@@ -9,7 +9,7 @@ MARGIN = 0.05  # below the best, what is still named
 MOST = 4  # names in one hint
 # What other tools call it, where no likeness of letters would tell
 COMMANDS = {"train": "run", "fit": "run", "predict": "transcribe", "infer": "transcribe", "score": "evaluate",
-            "test": "evaluate", "check": "doctor", "verify": "cache-verify"}  # fmt: skip
+            "test": "evaluate", "check": "doctor", "init": "new", "verify": "cache-verify"}  # fmt: skip
 FIELDS = {"lr": "train.learning_rate", "epochs": "train.steps", "output_dir": "runs", "lora_r": "student.lora_rank",
           "rank": "student.lora_rank", "bs": "train.batch_size", "tau": "loss.temperature"}  # fmt: skip
 

@@ -10,13 +10,13 @@ TEACHER_HEARS = ("clean", "same")
 class Augmentation:
     """Training clips only, drawn anew each epoch. A `*_share` is the share of clips that something happens to."""
 
-    speed_share: float = 0.0
+    speed_share: float = 0.0  # played faster or slower
     speed_range: tuple[float, float] = (0.9, 1.1)  # times as fast; pitch goes with it
-    room_share: float = 0.0
+    room_share: float = 0.0  # heard in a room
     room_range: tuple[float, float] = (0.1, 0.6)  # seconds until an echo is 60 dB down
-    noise_share: float = 0.0
+    noise_share: float = 0.0  # with noise beside it
     noise_range: tuple[float, float] = (5.0, 30.0)  # dB of the clip above the noise
-    gain_share: float = 0.0
+    gain_share: float = 0.0  # louder or softer
     gain_range: tuple[float, float] = (-12.0, 6.0)  # dB; a clip that would overflow is scaled to its peak instead
     mask_share: float = 0.0  # SpecAugment: parts of the log-mel are set to its mean
     mask_bands: int = 2  # bands of mel bins

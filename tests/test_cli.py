@@ -1,5 +1,6 @@
 """The command line: what is asked wrongly is answered at once, by what may have been meant."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from distill.cli import main
 from distill.commands import COMMANDS
-from distill.config import load_config, to_yaml
+from distill.config import list_fields, load_config, to_yaml
 from distill.hints import COMMANDS as OTHER_COMMANDS
 from distill.hints import FIELDS
 from distill.rules import value_at
@@ -107,3 +108,36 @@ def test_words_of_a_config_come_in_any_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "train.steps=0", "demo"]) == 1
     assert "demo.yaml: train.steps is 0, but must be above 0" in capsys.readouterr().err
+
+
+def test_a_starter_is_its_recipe_with_every_field_explained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("salmonn_3b_to_1b", "demo"):
+        assert main(["new", recipe, f"{recipe}.yaml"]) == 0
+        assert load_config(f"{recipe}.yaml") == load_config(recipe)
+    text = (tmp_path / "demo.yaml").read_text()
+    for field in list_fields():
+        name = field.rpartition(".")[2]
+        assert re.search(rf"^ *(# )?{name}: .*  # \w|^ *# .*\n *(# )?{name}: ", text, re.MULTILINE), field
+    assert main(["new", "demo", "demo.yaml"]) == 1
+    assert "FILE is demo.yaml, but that exists and is not overwritten" in capsys.readouterr().err
+    assert main(["new", "demo"]) == 1
+    assert "write `distill new demo own.yaml`" in capsys.readouterr().err
+
+
+def test_a_starter_without_a_recipe_asks_for_what_nobody_can_guess(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "own.yaml"]) == 0
+    text = (tmp_path / "own.yaml").read_text()
+    assert re.findall(r"^  (\w+): ''", text, re.MULTILINE) == ["train", "test", "path", "llm"]
+    (tmp_path / "own.yaml").write_text(text.replace("  llm: ''", "  llm: some/llm"))
+    assert load_config("own.yaml").student.llm == "some/llm"
+
+
+def test_a_bug_report_names_versions_and_processor_and_no_user(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 24)
+    monkeypatch.setenv("HF_HOME", "/home/somebody/hub")
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^torch +2\.", said, re.MULTILINE) and re.search(r"^cpu +\S.* cores", said, re.MULTILINE)
+    assert "HF_HOME" in said and "somebody" not in said and "hf_a" not in said
