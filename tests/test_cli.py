@@ -118,7 +118,7 @@ def test_a_starter_is_its_recipe_with_every_field_explained(tmp_path, monkeypatc
     text = (tmp_path / "demo.yaml").read_text()
     for field in list_fields():
         name = field.rpartition(".")[2]
-        assert re.search(rf"^ *(# )?{name}: .*  # \w|^ *# .*\n *(# )?{name}: ", text, re.MULTILINE), field
+        assert re.search(rf"^ *(# )?{name}: .*  # \S|^ *# .*\n *(# )?{name}: ", text, re.MULTILINE), field
     assert main(["new", "demo", "demo.yaml"]) == 1
     assert "FILE is demo.yaml, but that exists and is not overwritten" in capsys.readouterr().err
     assert main(["new", "demo"]) == 1
