@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.hints import did_you_mean, nearest, nearest_fields
-from distill.places import find_config, find_launch, find_run, find_student, list_recipes
+from distill.places import find_config, find_launch, find_run, find_student, list_recipes, list_recordings
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,34 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_transcribe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("student", type=Path, help="folder of a student, such as runs/NAME/student or an export")
-    parser.add_argument("audio", type=Path, help="wav, flac, ogg or mp3 of at most 30 s")
+    parser.add_argument("student", metavar="STUDENT", help="saved student, such as runs/NAME/student, run or export")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, or folders of them")
+    parser.add_argument("--format", choices=("txt", "srt", "vtt", "tsv", "json"), default="txt", help="(%(default)s)")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="an object a line")
+    parser.add_argument("--out", type=Path, help="folder for a file a recording; else they are printed")
     parser.add_argument("--task", default="asr", help="whose prompt is asked (%(default)s)")
     parser.add_argument("--question", help="ask this instead, as task QA")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="of the answer about a piece (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pieces that are answered at once (%(default)s)")
 
 
 def read_transcribe_arguments(args: argparse.Namespace) -> None:
-    args.student = find_student(args.student)
+    """`args.files` is every recording, those of folders among them.
+
+    Raises:
+        FileNotFoundError: there is no student, or not one recording.
+        ValueError: subtitles of several recordings would be printed as one, or one would be written over another.
+    """
+    args.student, args.files = find_student(args.student), list_recordings(args.files)
+    if not any(path.is_file() for path in args.files):
+        names = ", ".join(map(str, args.files)) or "none"
+        raise FileNotFoundError(f"recordings are {names}, but there is no such file; give wav, flac, ogg or mp3 files.")
+    if len(args.files) > 1 and args.format in ("srt", "vtt") and args.out is None:
+        raise ValueError(f"--format is {args.format}, but {len(args.files)} recordings need a file each; give --out.")
+    stems = [path.stem for path in args.files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if args.out is not None and twice:
+        raise ValueError(f"{twice[0]} is the name of several recordings, but --out has one file a name; split them.")
 
 
 def add_new_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,13 @@ A config may be named by its file, by the folder of a run of it, or as a recipe 
 folder or by its config.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import configs
 from distill.hints import did_you_mean, nearest
 
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 CONFIG = "config.yaml"  # of a run, in its folder
 RECIPES = Path(configs.__file__).parent
 LAUNCHES = RECIPES / "accelerate"
@@ -78,6 +80,15 @@ def find_student(name: str | Path) -> Path:
         f"student is {name}, but neither that folder nor student/ inside it holds a config.json; name a saved student, "
         f"an export or a finished run."
     )
+
+
+def list_recordings(names: Iterable[Path]) -> list[Path]:
+    """Files as they are named, and those of folders that are audio by their suffix, in order."""
+    paths = []
+    for path in (Path(name).expanduser() for name in names):
+        inside = path.rglob("*") if path.is_dir() else [path]
+        paths += sorted(file for file in inside if not path.is_dir() or file.suffix.lower() in AUDIO_SUFFIXES)
+    return paths
 
 
 def _find(path: Path, label: str, kind: str, folder: Path) -> Path:
