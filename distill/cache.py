@@ -56,7 +56,7 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
             "llm_width": teacher.project.out_features,
             "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": Path(paths["llm"]).name},
             "prompts": hash_prompts(teacher.rows.prompts),
-            "front_end": "teachers.frontend 1",
+            "front_end": "teachers.frontend 2",  # 2: clips under 1 s are heard with silence up to it
             "dtype": str(resolve_precision(config.precision)),
             "codec": describe_codec(codec) | head,
             "features": {

@@ -26,7 +26,7 @@ from shards.sample import Sample
 from shards.targets import TargetRecord
 from teachers.batch import Batch
 from teachers.logits import head_logits
-from teachers.salmonn import FRAME_SAMPLES, Heard, Salmonn
+from teachers.salmonn import Heard, Salmonn
 from teachers.targets import (
     FRAMES,
     HEAD_INPUT,
@@ -208,8 +208,7 @@ def num_frames_read(model: Salmonn, num_samples: int, windows: str) -> int:
     qformer, total = model.qformer, model.num_frames(num_samples)
     if windows == "all" or not qformer.window_frames:
         return total
-    count = qformer.windows_with_audio(-(-num_samples // FRAME_SAMPLES), total)
-    return (count - 1) * qformer.stride_frames + qformer.window_frames
+    return (model.num_windows_with_audio(num_samples) - 1) * qformer.stride_frames + qformer.window_frames
 
 
 def seeded_generator(identity: str) -> torch.Generator:

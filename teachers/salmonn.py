@@ -25,6 +25,7 @@ from teachers.one_frontend import OneFrontEnd, measure_approximation
 from teachers.prompts import load_prompts
 from teachers.qformer import WindowQFormer
 
+LEAST_SAMPLES = SAMPLE_RATE  # a shorter clip is heard with silence up to 1 s behind it, as every SALMONN was trained
 FRAME_SAMPLES = 320  # audio samples behind one encoder frame: Whisper, BEATs and EAT all give 50 a second
 
 
@@ -88,6 +89,7 @@ class Salmonn(nn.Module):
     """
 
     has_queries = True  # of a Q-Former, for a student's to be compared with
+    min_samples = FRAME_SAMPLES  # the shortest clip that is taken, in audio samples
 
     def __init__(self, config: SalmonnConfig, llm: nn.Module, tokenizer, whisper: nn.Module,
                  second: nn.Module | None = None):  # fmt: skip
@@ -150,25 +152,28 @@ class Salmonn(nn.Module):
 
     # What a clip becomes
 
+    def num_heard(self, num_samples: int) -> int:
+        """Audio samples that the ears hear of a clip of so many: a clip under 1 s counts in everything as one of 1 s."""
+        return max(num_samples, min(LEAST_SAMPLES, self.max_samples))
+
     def num_frames(self, num_samples: int) -> int:
         """Frames of a clip of so many audio samples, those of the encoder that gives more."""
-        own = 0 if self.second is None else self.second.num_frames(num_samples)
+        own = 0 if self.second is None else self.second.num_frames(self.num_heard(num_samples))
         return max(self.whisper.max_samples // FRAME_SAMPLES, own)
 
     def num_windows(self, num_samples: int) -> int:
         """Q-Former windows of a clip of so many audio samples."""
-        num_frames = self.num_frames(num_samples)
         if self.config.windows == "all":
-            return self.qformer.num_windows(num_frames)
-        return self.qformer.windows_with_audio(-(-num_samples // FRAME_SAMPLES), num_frames)
+            return self.qformer.num_windows(self.num_frames(num_samples))
+        return self.num_windows_with_audio(num_samples)
+
+    def num_windows_with_audio(self, num_samples: int) -> int:
+        """Those windows of a clip that hold audio; of one under 1 s, those of its second (3 of a third each)."""
+        audio_frames = -(-self.num_heard(num_samples) // FRAME_SAMPLES)
+        return self.qformer.windows_with_audio(audio_frames, self.num_frames(num_samples))
 
     def num_audio_tokens(self, num_samples: int) -> int:
         return self.num_windows(num_samples) * self.config.num_queries
-
-    @property
-    def min_samples(self) -> int:
-        """The shortest clip that every ear takes, in audio samples."""
-        return max(FRAME_SAMPLES, 0 if self.second is None else self.second.min_samples)
 
     @property
     def max_samples(self) -> int:
@@ -199,10 +204,17 @@ class Salmonn(nn.Module):
 
     def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         """Each encoder's frames [B, R, E], float32, before LayerNorm: what a student with shared ears takes over."""
+        waveforms_BN, num_samples_B = self.pad_short(waveforms_BN, num_samples_B)
         if self.front_end is not None:
             return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B)
         ears = [ear for ear in (self.whisper, self.second) if ear is not None]
         return [ear(waveforms_BN, num_samples_B, masks_B)[0].float() for ear in ears]
+
+    def pad_short(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips under 1 s with silence behind them up to it, and the lengths that are heard."""
+        least = self.num_heard(0)
+        padded_BN = nn.functional.pad(waveforms_BN, (0, max(0, least - waveforms_BN.shape[1])))
+        return padded_BN, num_samples_B.clamp(min=least)
 
     def _frames_of_one_front_end(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         for ear in (self.whisper, self.second):

@@ -1,7 +1,9 @@
 """The model: rows are contiguous, a batch is its rows, the end token is learned, a saved model is the model."""
 
 import dataclasses
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -9,8 +11,10 @@ from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 
 from distill.cache import describe_teacher
+from distill.capture import num_frames_read
 from distill.config import Config, TeacherConfig
 from distill.teacher import load_teacher
+from shards.sample import SAMPLE_RATE
 from students.student import build_student, load_student
 from teachers.beats import BeatsEar
 from teachers.loading import load_salmonn, save_salmonn
@@ -41,6 +45,12 @@ SAMPLES = [
     tiny.make_sample(1, text="two three four five", seconds=1.6),
     tiny.make_sample(2, text="six", seconds=0.9),
 ]
+
+
+@torch.no_grad()
+def hear(model, samples):
+    batch = model.collate(samples)
+    return model.frames(batch.waveforms_BN, batch.num_samples_B)
 
 
 @torch.no_grad()
@@ -87,8 +97,9 @@ def test_the_first_generated_id_is_the_argmax_of_the_first_logits(model):
 
 
 def test_windows_with_audio_give_fewer_audio_tokens(parts):
-    short = tiny.make_teacher(parts, windows="audio").num_audio_tokens(8_000)
-    assert short == -(-25 // 17)
+    model = tiny.make_teacher(parts, windows="audio")
+    assert model.num_audio_tokens(20_000) == -(-63 // 17)
+    assert model.num_audio_tokens(8_000) == model.num_audio_tokens(16_000) == -(-50 // 17)
     assert tiny.make_teacher(parts, windows="all").num_audio_tokens(8_000) == (100 - 17) // 17 + 1
 
 
@@ -194,9 +205,27 @@ def test_a_students_training_leaves_its_online_teacher_alone(parts, beats):
     assert torch.equal(first, second)
 
 
-def test_a_clip_shorter_than_beats_first_patch_is_refused_by_name(parts, beats):
-    with pytest.raises(ValueError, match=r"sample k000 lasts 0\.10 s, but these ears take 0\.175 to 2 s; cut it or"):
-        tiny.make_teacher(parts, **beats).collate([tiny.make_sample(0, seconds=0.1)])
+@pytest.mark.parametrize("windows", ["all", "audio"])
+def test_a_clip_under_one_second_is_heard_as_one_that_was_padded_to_it_alone_and_in_a_batch(parts, beats, windows):
+    model = tiny.make_teacher(parts, windows=windows, **beats).eval()
+    short = [tiny.make_sample(number, seconds=seconds) for number, seconds in enumerate((0.02, 0.2, 0.5, 0.99, 1.4))]
+    lengths = [max(len(sample.waveform_N), SAMPLE_RATE) for sample in short]
+    padded = [
+        replace(sample, waveform_N=np.pad(sample.waveform_N, (0, length - len(sample.waveform_N))))
+        for sample, length in zip(short, lengths)
+    ]
+    batch = model.collate(short)
+    assert [row.num_audio_tokens for row in batch.rows] == [row.num_audio_tokens for row in model.collate(padded).rows]
+    with torch.no_grad():
+        for own, by_hand in zip(model.frames(batch.waveforms_BN, batch.num_samples_B), hear(model, padded)):
+            torch.testing.assert_close(own, by_hand)
+        for sample, by_hand in zip(short, padded):
+            assert torch.equal(hear(model, [sample])[1], hear(model, [by_hand])[1])
+            assert num_frames_read(model, len(sample.waveform_N), "audio") == num_frames_read(
+                model, len(by_hand.waveform_N), "audio"
+            )
+        torch.testing.assert_close(logits(model, short)[0], logits(model, padded)[0], atol=1e-5, rtol=1e-5)
+    assert len(short[0].waveform_N) == 320  # what is trained on stays as it was packed
 
 
 def test_features_are_float32_under_autocast(parts, beats):
@@ -226,7 +255,7 @@ def test_one_front_end_is_exact_by_default_and_approximate_when_asked_with_its_e
     batch = exact.collate(SAMPLES)
     frames = exact.frames(batch.waveforms_BN, batch.num_samples_B)
     for found, ear in zip(frames, (exact.whisper, exact.second)):
-        assert torch.equal(found, ear(batch.waveforms_BN, batch.num_samples_B)[0])
+        assert torch.equal(found, ear(*exact.pad_short(batch.waveforms_BN, batch.num_samples_B))[0])
     assert "shared power spectrum" not in capsys.readouterr().out
     shared = tiny.make_teacher(parts, front_end="shared", **beats).eval()
     near = shared.frames(batch.waveforms_BN, batch.num_samples_B)
