@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from distill.card import SCORECARD, Scorecard, cost_rows, count_clips, explain_scores, read_scorecard, score_rows
-from students.quantize import dequantize
+from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
 from teachers.checkpoint import save_checkpoint
-from teachers.loading import CONFIG, build_salmonn, load_llm, read_config, save_salmonn
+from teachers.loading import CONFIG, build_salmonn, read_config, save_salmonn
 from teachers.salmonn import Salmonn
 from teachers.saving import staged, write_atomically
 
@@ -66,13 +66,12 @@ def write_export(run_folder: Path, out: Path, *, merge: bool, salmonn: bool) -> 
 
 @torch.no_grad()
 def merge_lora(student: Salmonn, out: Path) -> Salmonn:
-    """The student on a LLM whose weights hold its LoRA; the LLM is written to `out/llm`."""
-    llm = load_llm(student.config.llm, torch.float32)
-    parameters = dict(llm.named_parameters())
-    for name, module in student.llm.named_modules():
-        weight = merged_weight(module)
-        if weight is not None and f"{name}.weight" in parameters:
-            parameters[f"{name}.weight"].copy_(weight)
+    """The student on a LLM whose weights hold its LoRA, written to `out/llm`; the student's own LLM is used up."""
+    llm = student.llm
+    for name, module in list(llm.named_modules()):
+        if hasattr(module, "lora_A"):
+            llm.set_submodule(name, whole_linear(merged_weight(module), module.base_layer.bias))
+    dequantize_(llm)
     llm.to(AutoConfig.from_pretrained(student.config.llm).dtype or torch.float32)
     with staged(out / LLM, last="config.json") as stage:
         llm.save_pretrained(stage)
@@ -87,15 +86,11 @@ def merge_lora(student: Salmonn, out: Path) -> Salmonn:
     return merged.eval()
 
 
-def merged_weight(module: nn.Module) -> Tensor | None:
-    """The float32 weight of a linear layer with its LoRA; None for any other module."""
-    base = getattr(module, "base_layer", module)
-    if not isinstance(base, nn.Linear):
-        return None
-    weight = dequantize(base.weight)
-    if hasattr(module, "lora_A"):
-        for name in module.active_adapters:
-            weight = weight + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight).float()
+def merged_weight(module: nn.Module) -> Tensor:
+    """The float32 weight of a linear layer with its LoRA."""
+    weight = dequantize(module.base_layer.weight)
+    for name in module.active_adapters:
+        weight = weight + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight).float()
     return weight
 
 
@@ -109,7 +104,7 @@ def name_own_llm_(out: Path) -> None:
 def make_card(name: str, student: Salmonn, settings: dict, card: Scorecard | None) -> str:
     """The model card, in Markdown: what it is made of, how to load it, and its scores beside its teacher's."""
     parts = student.config
-    kept = f"`{Path(parts.llm).name}`, quantisation {settings['quantization']}, with LoRA"
+    kept = f"`{Path(parts.llm).name}`, quantisation {settings['quantization']}, with LoRA; {measure_share(student.llm)}"
     llm = kept if settings["lora"] else "its own, LoRA merged, in `llm/`"
     second = f", {parts.second_kind} `{Path(parts.second).name}`" if parts.second else ""
     lines = [

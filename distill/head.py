@@ -8,6 +8,8 @@ Shapes: S supervised positions, D width, C rows of the weight in one tile, K gat
 import torch
 from torch import Tensor, nn
 
+from teachers.fourbit import bnb, check_unpacked
+
 # One tile of logits has about so many elements: on a CPU it stays in the cache, on a GPU it fills the processors.
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 CPU_BLOCK = 96  # rows that one product sums over on a CPU: longer sums are slower there
@@ -56,8 +58,6 @@ class _Packed:
     """Rows of a bitsandbytes 4-bit matrix."""
 
     def __init__(self, weight: Tensor):
-        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-
         state = weight.quant_state
         self.shape = torch.Size(state.shape)
         if self.shape[1] % state.blocksize:
@@ -65,21 +65,17 @@ class _Packed:
                 f"width of the 4-bit head is {self.shape[1]}, but rows must hold whole blocks of {state.blocksize}; "
                 f"keep the head in bfloat16."
             )
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError(
-                "layout of the 4-bit head is AVX512-BF16, to which an evaluation on the CPU turns it, but its rows "
-                "can be read in the plain one only; keep the head in bfloat16."
-            )
+        check_unpacked(weight, "the 4-bit head")
         absmax = state.absmax
         if state.nested:
-            absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
+            absmax = bnb.functional.dequantize_blockwise(absmax, state.state2).float() + state.offset
         self.bytes_VX = weight.data.reshape(self.shape[0], -1)
         self.absmax_VX = absmax.reshape(self.shape[0], -1)
-        self.state, self.new_state, self.dequantise = state, QuantState, dequantize_4bit
+        self.state = state
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         packed_CX, absmax_CX = self.bytes_VX[rows], self.absmax_VX[rows]
-        state = self.new_state(
+        state = bnb.functional.QuantState(
             absmax=absmax_CX.reshape(-1),
             shape=torch.Size((len(packed_CX), self.shape[1])),
             code=self.state.code,
@@ -87,7 +83,7 @@ class _Packed:
             quant_type=self.state.quant_type,
             dtype=self.state.dtype,
         )
-        return self.dequantise(packed_CX.reshape(-1, 1), state)
+        return bnb.functional.dequantize_4bit(packed_CX.reshape(-1, 1), state)
 
 
 def locate(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:

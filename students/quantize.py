@@ -1,28 +1,51 @@
-"""4-bit weights: a LLM's linear layers become NF4 with double quantisation, in place, through bitsandbytes.
+"""4-bit weights: a LLM's linear layers and fused experts become NF4 with double quantisation, in place, and back.
 
+Knows which weights of a LLM have a 4-bit form and how many are in it. Knows no LoRA and no file.
+
+Shapes: S tokens, D LLM width, K experts that a token goes to, E experts, O outputs and I inputs of a matrix.
 Source: Dettmers et al., QLoRA, 2023 (arXiv 2305.14314).
 """
 
-import bitsandbytes as bnb
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
+from teachers.fourbit import bnb, check_unpacked, keep_unpacked_
+
+MOST_WHOLE = 0.05  # of the weights between embeddings and head: routers, short convolutions and the like
 
 
 def quantize_4bit_(llm: nn.Module, *, compute_dtype: torch.dtype = torch.float32) -> None:
-    """Replace every linear layer of `llm` but its head by a 4-bit one, in place; the layers stay where they are.
+    """Replace every linear layer of `llm` but its head, and its fused experts, by 4-bit ones, in place.
 
-    The head stays whole: it is tied to the embeddings in small LLMs, and the objective reads it row by row.
+    The head stays whole: it is tied to the embeddings in small LLMs, and the objective reads it row by row. Layers of a
+    pre-quantised folder keep their 4 bits.
 
     Args:
         llm: a causal LM of transformers.
         compute_dtype: of the products; float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        ValueError: it is quantised otherwise, or much of it has no 4-bit form here.
     """
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            parent = llm.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], to_4bit(module, compute_dtype))
+        if isinstance(module, bnb.nn.Linear4bit):
+            _adopt_(module, name, compute_dtype)
+        elif is_linear(module) and module is not head:
+            llm.set_submodule(name, to_4bit(module, compute_dtype))
+        elif is_fused(module):
+            llm.set_submodule(name, Experts4bit(module, compute_dtype))
+    check_share(llm)
+    keep_unpacked_(llm)
     llm.is_loaded_in_4bit = True  # peft looks here before it puts LoRA on a 4-bit layer
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and no more: one that holds 8 bits or routes tokens has another forward."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
@@ -44,11 +67,190 @@ def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
     return small.to(linear.weight.device)
 
 
-def dequantize(weight: torch.Tensor) -> torch.Tensor:
-    """A linear layer's weight in float32, read back from its 4 bits where it has those."""
+def _adopt_(layer: nn.Module, name: str, compute_dtype: torch.dtype) -> None:
+    """Let a layer that came in 4 bits multiply in `compute_dtype`, forward and backward, as those made here do."""
+    state = layer.weight.quant_state
+    if state.quant_type != "nf4":
+        raise ValueError(
+            f"{name} of the LLM is stored in {state.quant_type}, but student.quantization is nf4; name the folder of "
+            f"the whole LLM, or one in nf4."
+        )
+    layer.compute_dtype, layer.compute_type_is_set, state.dtype = compute_dtype, True, compute_dtype
+
+
+class Experts4bit(nn.Module):
+    """Experts that transformers fuses into 3-D weights, each again two linear layers, in 4 bits.
+
+    It computes what the fused module does with `experts_implementation="eager"`, bit by bit.
+
+    Args:
+        fused: a module for which `is_fused` holds; it is emptied, and keeps biases and activation.
+        compute_dtype: of the products.
+    """
+
+    def __init__(self, fused: nn.Module, compute_dtype: torch.dtype):
+        super().__init__()
+        self.fused = fused
+        self.up, self.down = (
+            nn.ModuleList(to_4bit(whole_linear(weight_OI), compute_dtype) for weight_OI in self._take_(name))
+            for name in weight_names(fused)
+        )
+
+    def _take_(self, name: str) -> Tensor:
+        """Remove one of the fused weights: weight_EOI."""
+        weight = self.fused.get_parameter(name).detach()
+        self.fused.register_parameter(name, None)
+        return weight.transpose(1, 2) if self.fused.is_transposed else weight
+
+    def forward(self, hidden_SD: Tensor, experts_SK: Tensor, weights_SK: Tensor) -> Tensor:
+        """Add up what the experts of each token make of it, weighted."""
+        out_SD = torch.zeros_like(hidden_SD)
+        for expert in experts_SK.unique().tolist():
+            places, tokens = torch.where(experts_SK.T.eq(expert))
+            made = self._run(expert, hidden_SD[tokens]) * weights_SK[tokens, places, None]
+            out_SD.index_add_(0, tokens, made.to(out_SD.dtype))
+        return out_SD
+
+    def _run(self, expert: int, hidden_SD: Tensor) -> Tensor:
+        fused, (up, down) = self.fused, (f"{name}_bias" for name in weight_names(self.fused))
+        inner = self.up[expert](hidden_SD)
+        if fused.has_bias:
+            inner = inner + getattr(fused, up)[expert]
+        out_SD = self.down[expert](fused._apply_gate(inner) if fused.has_gate else fused.act_fn(inner))
+        if fused.has_bias:
+            out_SD = out_SD + getattr(fused, down)[expert]
+        return fused.post_expert_norm(out_SD) if fused.has_post_expert_norm else out_SD
+
+    def fuse_(self) -> nn.Module:
+        """The fused module with its weights read back, float32; this one is to be thrown away."""
+        for name, layers in zip(weight_names(self.fused), (self.up, self.down)):
+            weight_EOI = torch.stack([dequantize(layer.weight) for layer in layers])
+            weight = weight_EOI.transpose(1, 2).contiguous() if self.fused.is_transposed else weight_EOI
+            self.fused.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        return self.fused
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' fused experts, whose flags say how their weights lie."""
+    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
+    if not all(hasattr(module, flag) for flag in flags):
+        return False
+    fused = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return fused == set(weight_names(module))
+
+
+def weight_names(fused: nn.Module) -> tuple[str, str]:
+    """Of fused experts: into the inner width and out of it."""
+    return ("gate_up_proj" if fused.has_gate else "up_proj"), "down_proj"
+
+
+def whole_linear(weight_OI: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
+    """A frozen linear layer of this weight."""
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight_OI, requires_grad=False), bias
+    return linear
+
+
+@torch.no_grad()
+def dequantize_(llm: nn.Module) -> None:
+    """Turn every 4-bit layer of a LLM, whoever made it, into a whole one in float32, in place."""
+    for name, module in list(llm.named_modules()):
+        if isinstance(module, Experts4bit):
+            llm.set_submodule(name, module.fuse_())
+    for name, module in list(llm.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            llm.set_submodule(name, whole_linear(dequantize(module.weight), module.bias))
+    llm.is_loaded_in_4bit = False
+    if hasattr(llm, "hf_quantizer"):
+        _forget_folder_(llm)
+
+
+def _forget_folder_(llm: nn.Module) -> None:
+    """Let transformers save a LLM that came in 4 bits as the whole one it is now."""
+    llm.hf_quantizer.remove_quantization_config(llm)
+    kept = getattr(llm, "_weight_conversions", None) or []  # from the folder's tensors to the model's: undone on saving
+    llm._weight_conversions = [c for c in kept if not any(isinstance(o, Bnb4bitDeserialize) for o in operations(c))]
+
+
+def operations(conversion) -> list:
+    """Of one of transformers' conversions; a mere renaming has none."""
+    return getattr(conversion, "operations", None) or []
+
+
+def dequantize(weight: Tensor) -> Tensor:
+    """A linear layer's weight in float32, read back from its 4 bits where it has those.
+
+    Raises:
+        ValueError: bitsandbytes packed it for answers.
+    """
     if isinstance(weight, bnb.nn.Params4bit):
+        check_unpacked(weight)
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
     return weight.detach().float()
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a LLM is truly in 4 bits, LoRA left out."""
+
+    num_4bit: int  # weights
+    whole: dict[str, int]  # number of weights that are not, by name
+
+    @property
+    def value(self) -> float:
+        return self.num_4bit / max(self.num_4bit + sum(self.whole.values()), 1)
+
+    def __str__(self) -> str:
+        total = self.num_4bit + sum(self.whole.values())
+        largest = max(self.whole, key=self.whole.__getitem__, default=None)
+        rest = f"; the largest of the rest is {largest} with {self.whole[largest]:,}" if largest else ""
+        return f"{self.value:.1%} of the LLM's weights are in 4 bits ({self.num_4bit:,} of {total:,}{rest})"
+
+
+def measure_share(llm: nn.Module) -> Share:
+    """Count a LLM's weights, embeddings and head included, a tied one once."""
+    num_4bit, whole = 0, {}
+    for name, weight in llm.named_parameters():
+        if isinstance(weight, bnb.nn.Params4bit):
+            num_4bit += weight.quant_state.shape.numel()
+        elif "lora_" not in name:
+            whole[name] = weight.numel()
+    return Share(num_4bit, whole)
+
+
+def check_share(llm: nn.Module) -> None:
+    """Refuse a LLM that would be called 4-bit while much of it between embeddings and head is not.
+
+    Raises:
+        ValueError: naming the share, the weight and its module.
+    """
+    outside = {id(p) for m in llm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    outside |= {id(p) for p in llm.get_output_embeddings().parameters()}
+    body = {name for name, p in llm.named_parameters() if id(p) not in outside}
+    share = measure_share(llm)
+    share = Share(share.num_4bit, {name: number for name, number in share.whole.items() if name in body})
+    if 1 - share.value > MOST_WHOLE:
+        name = max(share.whole, key=share.whole.__getitem__)
+        kind = type(llm.get_submodule(name.rpartition(".")[0])).__name__
+        raise ValueError(
+            f"student.quantization is nf4, but {1 - share.value:.0%} of the layers' weights in this "
+            f"{type(llm).__name__} have no 4-bit form here ({name} of a {kind} and others); set it to none, or choose "
+            f"another LLM."
+        )
+
+
+def check_whole(llm: nn.Module) -> None:
+    """Refuse a LLM that came in 4 bits for a student that is said to have none.
+
+    Raises:
+        ValueError: naming the share.
+    """
+    share = measure_share(llm)
+    if share.num_4bit:
+        raise ValueError(
+            f"student.quantization is none, but {share} as its folder has them; set it to nf4, or name the folder of "
+            f"the whole LLM."
+        )
 
 
 def nf4_bytes(num_weights: int) -> float:

@@ -21,7 +21,7 @@ from students.ears import (
     print_to_stderr,
     share_or_load_ears,
 )
-from students.quantize import quantize_4bit_
+from students.quantize import check_whole, quantize_4bit_
 from teachers.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
@@ -63,7 +63,7 @@ def build_student(
             end otherwise.
 
     Raises:
-        ValueError: the names of the ears contradict each other.
+        ValueError: the names of the ears contradict each other, or the LLM cannot be quantised so.
         FileNotFoundError: there is no such encoder.
     """
     torch.manual_seed(seed)
@@ -114,9 +114,9 @@ def train_own_(student: Salmonn) -> Salmonn:
 
 
 def quantizer(quantization: str, dtype: torch.dtype):
-    """The in-place transform of a LLM that a quantisation's name stands for; None for "none"."""
+    """The in-place transform of a LLM that a quantisation's name stands for."""
     if quantization == "none":
-        return None
+        return check_whole
 
     def transform_(llm: nn.Module) -> None:
         quantize_4bit_(llm, compute_dtype=dtype)

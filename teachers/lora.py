@@ -1,5 +1,8 @@
 """LoRA on a LLM's linear layers, through peft and in place. Source: Hu et al., 2021 (arXiv 2106.09685)."""
 
+import teachers.fourbit  # noqa: F401 (before peft, which imports bitsandbytes too)
+
+# isort: split
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 

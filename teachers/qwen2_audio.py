@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
 from teachers.batch import Batch, RowTokenizer
+from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
 from teachers.loading import CONFIG
 from teachers.prompts import AUDIO_PLACE, Prompts, load_prompts
@@ -50,6 +51,7 @@ class Qwen2Audio(Salmonn):
         self.config, self.tokenizer, self.second, self.front_end = config, tokenizer, None, None
         self.own_names = self.inherited_names = frozenset()
         self.llm = join_llm(loaded, core)
+        keep_unpacked_(self.llm)
         self.whisper = ear_of_tower(core.audio_tower)  # what a student shares
         self.pool = core.audio_tower.avg_pooler
         self.project = core.multi_modal_projector.linear

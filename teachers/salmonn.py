@@ -19,6 +19,7 @@ from shards.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from teachers.batch import Batch, RowTokenizer, collate
 from teachers.ending import EndSequence, cut_after_end
+from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
 from teachers.logits import head_logits
 from teachers.one_frontend import OneFrontEnd, measure_approximation
@@ -94,6 +95,7 @@ class Salmonn(nn.Module):
     def __init__(self, config: SalmonnConfig, llm: nn.Module, tokenizer, whisper: nn.Module,
                  second: nn.Module | None = None):  # fmt: skip
         super().__init__()
+        keep_unpacked_(llm)
         self.config, self.llm, self.tokenizer, self.whisper, self.second = config, llm, tokenizer, whisper, second
         self.own_names: frozenset[str] | None = None  # tensors it was loaded with; None: those that are trainable
         self.inherited_names: frozenset[str] = frozenset()  # frozen tensors that are in no part's own checkpoint
