@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shards.augment import mask_mel_
 from shards.sample import MelMask
+from teachers.convolution import convolve_in_float32_
 from teachers.frontend import HOP_SAMPLES, MAX_SAMPLES, WINDOW_SAMPLES, KaldiFbank, check_lengths
 from teachers.weights import load_strictly_, read_torch_file
 
@@ -73,6 +74,7 @@ class BeatsEar(nn.Module):
         self.post_extract_proj = nn.Linear(config.embed_dim, width) if is_projected else nn.Identity()
         self.encoder = BeatsEncoder(config)
         self.predictor = None if config.predictor_class is None else nn.Linear(width, config.predictor_class)
+        convolve_in_float32_(self)
         self.eval()
 
     @classmethod

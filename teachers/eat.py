@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from shards.augment import mask_mel_
 from shards.sample import MelMask
+from teachers.convolution import convolve_in_float32_
 from teachers.frontend import HOP_SAMPLES, MAX_SAMPLES, WINDOW_SAMPLES, KaldiFbank, check_lengths
 from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors, read_torch_file
 
@@ -73,6 +74,7 @@ class EatEar(nn.Module):
         if config.num_classes is not None:
             self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.head_norm_eps)
             self.head = nn.Linear(config.embed_dim, config.num_classes)
+        convolve_in_float32_(self)
         self.eval()
 
     @classmethod

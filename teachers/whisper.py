@@ -16,6 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from shards.augment import mask_mel_
 from shards.sample import MelMask
+from teachers.convolution import convolve_in_float32_
 from teachers.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
 from teachers.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
 
@@ -32,6 +33,7 @@ class WhisperEar(nn.Module):
         super().__init__()
         config = encoder.config
         self.encoder = encoder.eval()
+        convolve_in_float32_(self)
         self.log_mel = WhisperLogMel(config.num_mel_bins, 2 * config.max_source_positions)
         self.width = config.d_model
         self.max_samples = config.max_source_positions * FRAME_SAMPLES
