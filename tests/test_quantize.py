@@ -35,7 +35,7 @@ from teachers.fourbit import FLAG, bnb, keep_unpacked_
 from teachers.lora import Lora, add_lora_
 
 ROOT = Path(__file__).resolve().parents[1]
-LORA = Lora(rank=4)
+LORA = Lora(rank=4, targets=("q_proj", "v_proj"))
 SIZES = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
 ROUTED = {**SIZES, "intermediate_size": 64, "num_experts_per_tok": 2}
