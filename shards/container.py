@@ -1,23 +1,30 @@
 """What an audio file says it holds and what it does hold, in its own rate and channels. Knows no manifest and no tar.
 
-Everything a decoder passes over in silence is looked at here: a header that lies, a file cut short, NaN, a rate no
-recorder has, an hour in a few kilobytes. What cannot be trusted raises `AudioError` with a `reason` to count by.
+Everything a decoder passes over in silence is looked at here: a header that lies, a file cut short or joined of
+several, NaN, a rate no recorder has, an hour in a few kilobytes. The length is counted by a walk over the container
+(`shards.parts`), and what is decoded is held to it: to the sample, for MP3 to a frame and the decoder's delay. What
+cannot be trusted raises `AudioError` with a `reason` to count by.
 
 Shape letters: N audio samples, C channels.
 """
 
-import io
+import hashlib
+import mmap
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
+from shards.chunks import walk_chunks
+from shards.flac import walk_flac
+from shards.mpeg import tag_size, walk_mpeg
+from shards.ogg import walk_ogg
+from shards.parts import DamageError, Data, Joined, Part
 from shards.sample import MAX_SECONDS
 
 MIN_RATE, MAX_RATE = 8_000, 192_000  # Hz
@@ -25,6 +32,8 @@ MAX_PEAK = 2.0  # a lossy decoder overshoots 1.0 a little; integers stored as fl
 BLOCK_FRAMES = 1 << 16  # small: the seek after each block is what finds a FLAC whose header lies
 END_TOLERANCE_SECONDS = 0.05  # a transcript may name an end this far after the recording's
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's count for a stream that does not say how long it is
+COUNTED = ("WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "NIST", "FLAC", "OGG", "MP3")  # whose walk there is
+INTEGERS = {"PCM_16": ("int16", 2), "PCM_S8": ("int16", 1), "PCM_24": ("int32", 3)}  # as read, and stored bytes
 
 
 class AudioError(ValueError):
@@ -68,6 +77,7 @@ class AudioHeader:
     rate: int  # Hz
     channels: int
     frames: int | None  # samples a channel; None: the header does not say
+    is_hash_wrong: bool = False  # the file's MD5 was made of other samples than are decoded
 
     @property
     def seconds(self) -> float | None:
@@ -103,29 +113,42 @@ def read_samples(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS
     Raises:
         AudioError: see `decode_audio`.
     """
-    with _open(io.BytesIO(data), name) as file:
-        header = _read_header(file)
-        check_header(header, name=name, limits=limits)
-        samples_NC = _read_blocks(file, int(limits.max_seconds * header.rate) + 1)
-    _check_length(samples_NC, header, data, name=name, limits=limits)
+    parts = find_parts(data, name=name)
+    blocks, header = [], None
+    for part in parts:
+        with _open(part, name) as file:
+            own = _read_header(file)
+            if header is None:
+                header = replace(own, frames=_sum_frames(parts, own))
+                check_header(header, name=name, limits=limits)
+            _check_alike(header, own, name)
+            left = int(limits.max_seconds * header.rate) + 1 - sum(map(len, blocks))
+            samples_NC, is_hash_wrong = _read_part(file, part, own, left, name=name, limits=limits)
+            blocks.append(samples_NC)
+            header = replace(header, is_hash_wrong=header.is_hash_wrong or is_hash_wrong)
+    samples_NC = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+    _check_length(samples_NC, header, name=name, limits=limits)
     _check_values(samples_NC, name=name)
     return samples_NC[: int(limits.max_seconds * header.rate)], header
 
 
 def read_header(path: Path) -> AudioHeader:
-    """What a file says about itself.
+    """What a file holds, by a walk over all of it; nothing is decoded.
 
     Raises:
-        AudioError: reason decode.
+        OSError: it is not there, or must not be read.
+        AudioError: see `decode_audio`.
     """
-    with path.open("rb") as data, _open(data, str(path)) as file:
-        return _read_header(file)
+    surveyed = _survey_file(path)
+    first = surveyed[0][1]
+    frames = [header.frames for _, header in surveyed]
+    return replace(first, frames=None if None in frames else sum(frames))
 
 
 def read_segment(
     path: Path, start: float, end: float, *, limits: AudioLimits = DEFAULT_LIMITS
 ) -> tuple[np.ndarray, AudioHeader]:
-    """Decode a part of a long recording, as `read_samples` does a whole one; only that part is read.
+    """Decode a part of a long recording, as `read_samples` does a whole one; only that part is decoded.
 
     Args:
         path: the recording; it may be hours long.
@@ -136,21 +159,134 @@ def read_segment(
         AudioError: see `decode_audio`; also where the recording ends before the part does.
     """
     name = f"{path} ({start:g} to {end:g} s)"
-    with path.open("rb") as data, _open(data, name) as file:
-        header = _read_header(file)
-        part = AudioHeader(header.format, header.rate, header.channels, round((end - start) * header.rate))
-        check_header(part, name=name, limits=limits)
-        if header.frames is None or header.seconds < end - END_TOLERANCE_SECONDS:
-            raise AudioError(
-                "truncated",
-                f"{name} must be there to its end, but the recording has {header.seconds} s; fetch it again.",
-                {"seconds": header.seconds, "end": end},
-            )
-        file.seek(round(start * header.rate))
-        samples_NC = _read_blocks(file, min(part.frames, int(limits.max_seconds * header.rate)))
-    _check_length(samples_NC, replace(part, frames=None), b"", name=name, limits=limits)
+    surveyed, whole = _survey_file(path), read_header(path)
+    part = replace(whole, frames=round((end - start) * whole.rate))
+    check_header(part, name=name, limits=limits)
+    if whole.frames is None or whole.seconds < end - END_TOLERANCE_SECONDS:
+        raise AudioError(
+            "truncated",
+            f"{name} must be there to its end, but the recording has {whole.seconds} s; fetch it again.",
+            {"seconds": whole.seconds, "end": end},
+        )
+    first, left, blocks = round(start * whole.rate), min(part.frames, int(limits.max_seconds * whole.rate)), []
+    for stream, header in surveyed:
+        if first < header.frames and left > 0:
+            with _open(stream, name) as file:
+                file.seek(first)
+                blocks.append(_to_floats(_read_blocks(file, min(left, header.frames - first))))
+            left -= len(blocks[-1])
+        first = max(first - header.frames, 0)
+    samples_NC = np.concatenate(blocks) if blocks else np.zeros((0, whole.channels), np.float32)
+    if len(samples_NC) < part.frames - END_TOLERANCE_SECONDS * whole.rate and not limits.cut:
+        raise _mismatch(name, part.frames, len(samples_NC), whole.rate)
+    _check_length(samples_NC, part, name=name, limits=limits)
     _check_values(samples_NC, name=name)
     return samples_NC, part
+
+
+def find_parts(data: Data, *, name: str) -> list[Part]:
+    """The streams of a file as a decoder is to read them, each with the length that a walk over it counts.
+
+    Raises:
+        AudioError: something of the file is missing, damaged, or cannot be placed.
+    """
+    start = 0
+    while data[start : start + 3] == b"ID3" and (tag := tag_size(data, start)):
+        start += tag
+    mark = data[start : start + 4]
+    try:
+        if mark == b"fLaC":
+            return walk_flac(data, start)
+        if mark == b"OggS":
+            return walk_ogg(data, start) or [Part((memoryview(data),))]
+        return walk_chunks(data, start) or walk_mpeg(data, start) or [Part((memoryview(data),))]
+    except DamageError as error:
+        raise AudioError(error.reason, f"{name} {error.problem}", error.numbers) from error
+
+
+def _survey_file(path: Path) -> tuple[tuple[Part, AudioHeader], ...]:
+    status = path.stat()
+    return _survey(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # rows about one recording stand side by side
+def _survey(path: Path, size: int, _: int) -> tuple[tuple[Part, AudioHeader], ...]:
+    """The parts of a file on the disk, each with its header, which tells the walk's count."""
+    if not size or not path.is_file():
+        raise AudioError("decode", f"{path} is no file with something in it; mend the manifest or fetch it again.")
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    surveyed = []
+    for part in find_parts(data, name=str(path)):
+        with _open(part, str(path)) as file:
+            header = _read_header(file)
+        surveyed.append((part, replace(header, frames=_sum_frames([part], header))))
+        _check_alike(surveyed[0][1], header, str(path))
+    return tuple(surveyed)
+
+
+def _sum_frames(parts: list[Part], header: AudioHeader) -> int | None:
+    """The walk's count at the decoder's rate; that of a part that no walk counts is the decoder's, if it is alone."""
+    if len(parts) == 1 and parts[0].frames is None:
+        return header.frames
+    if any(part.frames is None for part in parts):
+        return None
+    return sum(round(part.frames * header.rate / (part.rate or header.rate)) for part in parts)
+
+
+def _check_alike(first: AudioHeader, other: AudioHeader, name: str) -> None:
+    if other.format not in COUNTED:
+        raise AudioError(
+            "decode", f"{name} is {other.format}, a form whose length nothing vouches for; make it WAV or FLAC."
+        )
+    if (other.rate, other.channels) != (first.rate, first.channels):
+        raise AudioError(
+            "header_mismatch",
+            f"{name} joins {first.rate} Hz of {first.channels} channels and {other.rate} Hz of {other.channels}; split "
+            "it.",
+        )
+
+
+def _mismatch(name: str, announced: int, held: int, rate: int) -> AudioError:
+    gap = abs(announced - held) / rate
+    return AudioError(
+        "header_mismatch",
+        f"{name} announces {announced} samples, but has {held} ({gap:.3f} s apart); fetch the file again, or allow a "
+        "max_header_gap_seconds.",
+        {"rate": rate, "header_frames": announced, "decoded_frames": held},
+    )
+
+
+def _read_part(
+    file: soundfile.SoundFile, part: Part, own: AudioHeader, num_frames: int, *, name: str, limits: AudioLimits
+) -> tuple[np.ndarray, bool]:
+    """Up to `num_frames` of one stream, held to the walk's count where all is read, and whether the hash is wrong."""
+    integers_NC = _read_blocks(file, num_frames)
+    samples_NC = _to_floats(integers_NC)
+    expected = _sum_frames([part], own)
+    if len(samples_NC) == num_frames and (expected is None or expected >= num_frames):
+        return samples_NC, False
+    slack = part.slack_frames * own.rate / (part.rate or own.rate)
+    gap = 0 if expected is None else abs(len(samples_NC) - expected)
+    if gap > max(slack, limits.max_header_gap_seconds * own.rate):
+        raise _mismatch(name, expected, len(samples_NC), own.rate)
+    is_hash_wrong = part.md5 is not None and _hash(integers_NC, file.subtype) not in (None, part.md5)
+    if is_hash_wrong and len(part.pieces) > 1:  # then the header was wrong twice
+        raise AudioError(
+            "header_mismatch", f"{name} announces neither its {len(samples_NC)} samples nor their MD5; fetch it again."
+        )
+    return samples_NC, is_hash_wrong
+
+
+def _hash(integers_NC: np.ndarray, subtype: str) -> bytes | None:
+    """MD5 of samples as FLAC has it: of little-endian integers, as wide as they are stored."""
+    if subtype not in INTEGERS or integers_NC.dtype == np.float32:
+        return None
+    width, size = INTEGERS[subtype][1], integers_NC.dtype.itemsize
+    if width == size:
+        return hashlib.md5(np.ascontiguousarray(integers_NC)).digest()
+    stored = (integers_NC >> 8 * (size - width)).reshape(-1, 1).view(np.uint8)[:, :width]
+    return hashlib.md5(np.ascontiguousarray(stored)).digest()
 
 
 def check_header(header: AudioHeader, *, name: str, limits: AudioLimits) -> None:
@@ -186,10 +322,10 @@ def check_header(header: AudioHeader, *, name: str, limits: AudioLimits) -> None
 
 
 @contextmanager
-def _open(data: BinaryIO, name: str) -> Iterator[soundfile.SoundFile]:
-    """libsndfile on a file, its errors turned into ours."""
+def _open(part: Part, name: str) -> Iterator[soundfile.SoundFile]:
+    """libsndfile on a part, its errors turned into ours."""
     try:
-        with soundfile.SoundFile(data) as file:
+        with soundfile.SoundFile(Joined(part.pieces)) as file:
             yield file
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         text = str(error).rpartition(">: ")[2]  # libsndfile names the Python object, not the file
@@ -202,43 +338,39 @@ def _read_header(file: soundfile.SoundFile) -> AudioHeader:
 
 
 def _read_blocks(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
-    """Up to `num_frames` frames, float32; in blocks, because a header may claim 2**63 of them."""
-    is_16_bit = file.subtype == "PCM_16"  # libsndfile takes longer to make floats of it than numpy does, of equal bits
+    """Up to `num_frames` frames, as they are stored or float32; in blocks, because a header may claim 2**63 of them."""
+    # libsndfile takes longer to make floats of integers than numpy does, of equal bits
+    dtype = INTEGERS[file.subtype][0] if file.subtype in INTEGERS else "float32"
     blocks = []
     while num_frames > 0:
         wanted = min(BLOCK_FRAMES, num_frames)
         # `read` also seeks to where it stopped, which fails, as it should, in a stream whose header lies.
-        blocks.append(file.read(wanted, dtype="int16" if is_16_bit else "float32", always_2d=True))
+        blocks.append(file.read(wanted, dtype=dtype, always_2d=True))
         num_frames -= wanted
         if len(blocks[-1]) < wanted:
             break
-    samples_NC = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
-    return np.multiply(samples_NC, np.float32(2**-15), dtype=np.float32) if is_16_bit else samples_NC
+    if not blocks:
+        return np.zeros((0, file.channels), np.float32)
+    return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
 
 
-def _check_length(samples_NC: np.ndarray, header: AudioHeader, data: bytes, *, name: str, limits: AudioLimits) -> None:
-    num_frames, longest = len(samples_NC), int(limits.max_seconds * header.rate)
-    numbers = {"rate": header.rate, "header_frames": header.frames, "decoded_frames": num_frames}
-    if missing := _missing_bytes(data):
-        raise AudioError(
-            "truncated", f"{name} ends {missing} bytes early; fetch the file again.", numbers | {"missing": missing}
-        )
-    if num_frames > longest and not limits.cut:
+def _to_floats(stored_NC: np.ndarray) -> np.ndarray:
+    """float32 within [-1, 1] of integers that fill their type."""
+    if stored_NC.dtype == np.float32:
+        return stored_NC
+    scale = np.float32(2.0 ** (1 - 8 * stored_NC.dtype.itemsize))
+    return np.multiply(stored_NC, scale, dtype=np.float32, casting="unsafe")
+
+
+def _check_length(samples_NC: np.ndarray, header: AudioHeader, *, name: str, limits: AudioLimits) -> None:
+    num_frames = len(samples_NC)
+    if num_frames > int(limits.max_seconds * header.rate) and not limits.cut:
         raise too_long_error(name, num_frames / header.rate, limits.max_seconds)
-    if num_frames <= longest and header.frames is not None:
-        gap = abs(header.frames - num_frames)
-        if gap > limits.max_header_gap_seconds * header.rate:
-            raise AudioError(
-                "header_mismatch",
-                f"{name} announces {header.frames} samples, but has {num_frames} ({gap / header.rate:.3f} s apart); "
-                "fetch the file again, or allow a max_header_gap_seconds.",
-                numbers,
-            )
     if num_frames < limits.min_seconds * header.rate:
         raise AudioError(
             "too_short",
             f"{name} has {num_frames / header.rate:.4f} s, but at least {limits.min_seconds:g} s is needed; drop it.",
-            numbers,
+            {"rate": header.rate, "header_frames": header.frames, "decoded_frames": num_frames},
         )
 
 
@@ -252,33 +384,6 @@ def _check_values(samples_NC: np.ndarray, *, name: str) -> None:
         raise AudioError(
             "out_of_range", f"{name} has peak {peak:g}, but float audio stays within 1.0; rescale it.", {"peak": peak}
         )
-
-
-def _missing_bytes(data: bytes) -> int:
-    """Bytes that the container announces and the file does not have; libsndfile shortens such files without a word."""
-    if data[:4] == b"OggS":
-        return _missing_ogg_bytes(data)
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return 0
-    position = 12
-    while position + 8 <= len(data):
-        chunk, size = struct.unpack_from("<4sI", data, position)
-        if chunk == b"data":
-            unknown = size in (0, 0xFFFFFFFF)  # written to a pipe: the length was not known
-            return 0 if unknown else max(0, position + 8 + size - len(data))
-        position += 8 + size + size % 2
-    return 0
-
-
-def _missing_ogg_bytes(data: bytes) -> int:
-    """What the last page lacks; at least 1 where it is not flagged as the stream's last (RFC 3533, section 6)."""
-    page = data.rfind(b"OggS")
-    header = data[page : page + 27]
-    if len(header) < 27:
-        return 27 - len(header)
-    num_segments = header[26]
-    missing = page + 27 + num_segments + sum(data[page + 27 : page + 27 + num_segments]) - len(data)
-    return max(missing, 0 if header[5] & 4 else 1)
 
 
 def too_long_error(name: str, seconds: float, limit: float) -> AudioError:

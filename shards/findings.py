@@ -48,6 +48,7 @@ REASONS = {
     "decode": Reason("no decoder reads it", "drop", _ONLY_DROP),
     "truncated": Reason("the file ends early", "drop", _ONLY_DROP),
     "header_mismatch": Reason("the header's length is not that of the samples", "drop", _FIX),
+    "checksum": Reason("the samples are not those that the file's MD5 was made of", "keep", _DROP),
     "impossible_rate": Reason("below 8 kHz or above 192 kHz", "drop", _ONLY_DROP),
     "too_large": Reason("over an hour, or half a gigabyte when decoded", "drop", _ONLY_DROP),
     "too_short": Reason("no samples, or under 0.1 s", "drop", _ONLY_DROP),
@@ -190,6 +191,8 @@ def _measure_file(path: Path, start: float, end: float | None, limits: AudioLimi
         findings.append(Finding("stereo", f"{path} has {header.channels} channels", {"channels": header.channels}))
     if header.rate != SAMPLE_RATE:
         findings.append(Finding("wrong_rate", f"{path} has {header.rate} Hz", {"rate": header.rate}))
+    if header.is_hash_wrong:
+        findings.append(Finding("checksum", f"{path} has other samples than its MD5 was made of", {}))
     level_NC = np.abs(samples_NC)
     share = float((level_NC >= FULL_SCALE).mean())
     if share > CLIPPED_SHARE:

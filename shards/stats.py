@@ -12,7 +12,7 @@ import soundfile
 
 from shards.audio import GAP_SECONDS
 from shards.catalog import read_listing
-from shards.container import UNKNOWN_FRAMES
+from shards.container import UNKNOWN_FRAMES, AudioError, read_header
 from shards.manifest import Entry, missing_file_error, read_manifest
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 
@@ -131,11 +131,14 @@ def _measure_piece(entries: list[Entry]) -> list[float]:
 
 
 def _header_seconds(path: Path) -> float:
+    """By the header; an MP3, and what says no length, is counted."""
     try:
         info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError, RuntimeError):
+        if info.format == "MP3" or info.frames >= UNKNOWN_FRAMES:
+            return read_header(path).seconds or float("nan")
+    except (soundfile.SoundFileError, AudioError, OSError, RuntimeError):
         return float("nan")
-    return float("nan") if info.frames >= UNKNOWN_FRAMES else info.frames / info.samplerate
+    return info.frames / info.samplerate
 
 
 def _listed_samples(path: Path, root: Path | None, workers: int | None) -> Iterator[tuple[str, str, bool, float]]:

@@ -45,11 +45,11 @@ def with_wav_rate(rate: int) -> bytes:
         "garbage": ("decode", bytes(range(256)) * 40),
         "html page": ("decode", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"),
         "header-only flac": ("decode", FLAC[:42]),
-        "flac cut in its data": ("decode", FLAC[: len(FLAC) // 2]),
+        "flac cut in its data": ("truncated", FLAC[: len(FLAC) // 2]),
         "wav cut in its data": ("truncated", WAV[: len(WAV) // 2]),
         "ogg cut in a page": ("truncated", OGG[: len(OGG) // 2]),
         "ogg without its last page": ("truncated", LONG_OGG[: LONG_OGG.rindex(b"OggS")]),
-        "mp3 cut in half": ("header_mismatch", MP3[: len(MP3) // 2]),
+        "mp3 cut in half": ("truncated", MP3[: len(MP3) // 2]),
         "wav of no samples": ("too_short", to_bytes(np.zeros(0, np.float32))),
         "one sample": ("too_short", to_bytes(np.ones(1, np.float32))),
         "under a tenth of a second": ("too_short", to_bytes(tone(0.09))),
@@ -94,7 +94,7 @@ def test_a_flac_that_announces_more_than_it_has_is_refused():
     position = 21  # of the number of samples in STREAMINFO: the low 36 bits of eight bytes from byte 18
     assert struct.unpack(">I", FLAC[position + 1 : position + 5])[0] == 80_000
     longer = FLAC[: position + 1] + struct.pack(">I", 81_600) + FLAC[position + 5 :]
-    assert refusal(longer).reason == "decode"  # libsndfile cannot seek to where it says it is
+    assert refusal(longer).reason == "truncated"
 
 
 def test_a_wav_written_to_a_pipe_has_no_length_and_is_read_to_its_end():
@@ -188,19 +188,14 @@ def test_a_part_of_a_long_recording_is_what_the_whole_has_there(tmp_path, form, 
 
 @pytest.mark.shared
 def test_every_odd_file_gets_the_verdict_its_listing_implies(shared):
-    verdicts = {"ok": None, "decode_error": "decode", "open_error": "decode", "header_mismatch": "header_mismatch"}
+    # libsndfile guesses the length of an MP3 without an index, and stops where a wrong header says; the walk does not
+    verdicts = {"ok": None, "decode_error": "decode", "open_error": "decode", "header_mismatch": None}
+    true_frames = {"audio/flac_test__faulty__05_-_wrong_total_number_of_samples.flac": 109_487}
     for file in json.loads((shared / "data/odd/files.json").read_text()):
         data = (shared / "data/odd" / file["path"]).read_bytes()
         expected = verdicts[file["status"].partition(":")[0]]
         if expected is None:
-            seconds = file["decoded_frames"] / file["sr"]
+            seconds = true_frames.get(file["path"], file["decoded_frames"]) / file["sr"]
             assert abs(len(decode_audio(data, name=file["path"])) / 16_000 - seconds) < 1e-3, file["path"]
         else:
             assert refusal(data).reason == expected, file["path"]
-
-
-@pytest.mark.shared
-def test_a_header_gap_that_is_allowed_is_read_as_it_decodes(shared):
-    data = (shared / "data/odd/audio/lhotse__common_voice_en_651325.mp3").read_bytes()
-    waveform_N = decode_audio(data, name="mp3", limits=AudioLimits(max_header_gap_seconds=0.05))
-    assert len(waveform_N) == 114_048 // 3

@@ -28,7 +28,7 @@ BAD = {
     "html": ({"flac": b"<html>404</html>"}, "decode"),
     "empty": ({"flac": b""}, "decode"),
     "header only": ({"flac": encode_flac(make_waveform(1))[:42]}, "decode"),
-    "cut": ({"flac": make_members(1)["flac"][:-300]}, "decode"),
+    "cut": ({"flac": make_members(1)["flac"][:-300]}, "truncated"),
     "one sample": ({"flac": encode_flac(make_waveform(1)[:1])}, "too_short"),
     "not a number": ({"flac": wav(NAN, "FLOAT")}, "nonfinite"),
     "45 s": ({"flac": encode_flac(np.tile(make_waveform(1, 1.0), 45))}, "too_long"),
