@@ -212,6 +212,8 @@ def describe(error: Exception) -> str:
             f"{error.filename or 'a file'} cannot be used ({error.strerror}), but this command needs it; check its "
             f"path, its rights and the free space."
         )
+    if isinstance(error, OSError):  # a library's may fill a page, as that of a hub which is offline
+        return " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
         return (
             f"memory of the GPU is full ({'. '.join(str(error).split('. ')[:3])}), but a step must fit; lower "

@@ -7,6 +7,8 @@ is told to forget those it has.
 import json
 from pathlib import Path
 
+from shards.manifest import naming
+
 METRICS, VALIDATION, EVENTS = "metrics.jsonl", "validation.jsonl", "tensorboard"
 
 
@@ -44,7 +46,7 @@ class RunLog:
     def _write(self, name: str, record: dict[str, float], group: str) -> None:
         if not self.is_main:
             return
-        with open(self.folder / name, "a") as file:
+        with naming(self.folder / name), open(self.folder / name, "a") as file:
             file.write(json.dumps(record) + "\n")
         for key, value in record.items():
             if key != "step":

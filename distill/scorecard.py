@@ -5,7 +5,9 @@ Run with `distill evaluate CONFIG [key=value …]`.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +15,17 @@ import torch
 from distill.card import ModelFigures, Scorecard, print_scorecard, write_scorecard
 from distill.config import Config
 from distill.evaluate import Cost, answer, measure_cost
+from distill.keptanswers import keep_answers, locate, read_answers
 from distill.metrics import Prediction, retained_quality, score
 from distill.ranks import resolve_precision
 from distill.report import read_metrics, write_report
 from distill.run import student_llm
+from distill.runlock import RunLock
 from distill.runlog import METRICS
 from distill.teacher import load_teacher, teacher_path
 from shards.stream import ShardStream
 from students.student import load_student
+from teachers.loading import CONFIG
 from teachers.salmonn import Salmonn
 from teachers.saving import write_atomically
 
@@ -28,14 +33,22 @@ from teachers.saving import write_atomically
 def evaluate_run(config: Config) -> Scorecard:
     """Score both models on the test split, print the scorecard, and write it and every answer into the run's folder."""
     folder = config.run_folder / "student"
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"student is {folder}, but there is no saved student; finish `distill run` of name={config.name}, or give "
+            f"the name= of a run that is finished."
+        )
+    with RunLock(config.run_folder):
+        return score_models(config, folder)
+
+
+def score_models(config: Config, folder: Path) -> Scorecard:
+    """As `evaluate_run`, in a folder that nobody else writes into, of the student saved in `folder`."""
     student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization})"
-    loaders = {
-        "teacher": lambda: load_teacher(config),
-        "student": lambda: load_student(folder, dtype=resolve_precision(config.precision)),
-    }
-    answers, costs = {}, {}
-    for name, load in loaders.items():  # one after the other: a peak of memory is to be one model's
-        answers[name], costs[name] = examine(load, name, config)
+    answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's
+    answers["teacher"], costs["teacher"] = examine_teacher(config)
+    loader = partial(load_student, folder, dtype=resolve_precision(config.precision))
+    answers["student"], costs["student"] = examine(loader, "student", config)
     write_answers(answers, config.run_folder / "answers.jsonl")
     card = Scorecard(
         name=config.name,
@@ -50,12 +63,29 @@ def evaluate_run(config: Config) -> Scorecard:
     return card
 
 
+def examine_teacher(config: Config) -> tuple[list[Prediction], Cost]:
+    """What the teacher answers and costs, as it was kept of an evaluation of another student, or made now and kept."""
+    path = locate(config)
+    kept = read_answers(path)
+    if kept is not None:
+        print(f"teacher: its answers are in {path}, used again", file=sys.stderr)
+        return kept
+    answers, cost = examine(lambda: load_teacher(config), "teacher", config)
+    keep_answers(path, answers, cost)
+    return answers, cost
+
+
 def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
     """Load a model, let it answer the test split, measure what it costs, and let it go."""
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
     answers = answer(model, config.shards("test"), config.eval, title=name)
     stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
-    return answers, measure_cost(model, next(iter(stream))[0])
+    readable = next((samples[0] for samples in stream if samples), None)  # one that cannot be read is left out
+    if readable is None:
+        raise ValueError(
+            f"{config.shards('test')} has no clip that can be read, but a model is to answer some; pack it."
+        )
+    return answers, measure_cost(model, readable)
 
 
 def figures(name: str, cost: Cost, answers: list[Prediction], path: Path, config: Config) -> ModelFigures:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from shards.archive import MAX_MEMBER_BYTES, Member, ShardError, Walk
-from shards.manifest import temporary_path
+from shards.manifest import naming, temporary_path
 
 SIDECAR_SUFFIX = ".idx"
 AS_WRITTEN = 0
@@ -160,7 +160,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name beside `path`, sync, rename."""
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -179,7 +179,7 @@ def open_atomically(path: Path, mode: str = "w"):
     """A file that gets its name, by fsync and rename, only when the block ends without an exception."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -187,6 +187,17 @@ def open_atomically(path: Path, mode: str = "w"):
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path):
+    """A block whose failed writes name their file: the system's word for a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None and error.strerror == os.strerror(error.errno):
+            error.filename = str(path)
+        raise
 
 
 def temporary_path(path: Path) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shards.container import AudioLimits
 from shards.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
+from shards.lock import hold
 from shards.manifest import Entry, check_paths, check_tasks, scan_manifest
 from shards.packfolder import PackFolder
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
@@ -26,6 +27,7 @@ ROWS_A_PIECE = 16
 SHARD_SAMPLES = 2000
 SHARD_BYTES = 256_000_000
 MAX_BAD_SHARE, MIN_MAX_BAD = 0.001, 10
+LOCK = ".pack.lock"
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,21 @@ def pack(
     workers = count_cpus() if workers is None else workers
     options = options or EncodeOptions()
     num_rows, some = _survey(manifest, root, tasks, questions)
-    packing = PackFolder(manifest, out, name or manifest.stem, shard_samples, shard_bytes, options)
-    resumed = packing.resume()
-    if not packing.complete:
-        longest = math.inf if options.too_long == "chunk" else options.limits.max_seconds
-        needed = estimate_bytes(some, num_rows - packing.next_row, longest=longest)
-        check_space(out, needed, "shards", remedy="free some space, or give a folder on another disk")
-        max_bad = max(MIN_MAX_BAD, math.ceil(max_bad_share * num_rows))
-        rows = scan_manifest(manifest, root=root, questions=questions)
-        rows = dropwhile(lambda row: row.number < packing.next_row, rows)
-        encoded = map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
-        with progress_bar(f"packing {packing.name}", num_rows, show=show_progress) as advance:
-            advance(packing.next_row)
-            packing.write(encoded, max_bad, num_rows, advance)
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out / LOCK, f"{out} is being packed by {{holder}}, but a folder takes one pack at a time; wait for it."):
+        packing = PackFolder(manifest, out, name or manifest.stem, shard_samples, shard_bytes, options)
+        resumed = packing.resume()
+        if not packing.complete:
+            longest = math.inf if options.too_long == "chunk" else options.limits.max_seconds
+            needed = estimate_bytes(some, num_rows - packing.next_row, longest=longest)
+            check_space(out, needed, "shards", remedy="free some space, or give a folder on another disk")
+            max_bad = max(MIN_MAX_BAD, math.ceil(max_bad_share * num_rows))
+            rows = scan_manifest(manifest, root=root, questions=questions)
+            rows = dropwhile(lambda row: row.number < packing.next_row, rows)
+            encoded = map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
+            with progress_bar(f"packing {packing.name}", num_rows, show=show_progress) as advance:
+                advance(packing.next_row)
+                packing.write(encoded, max_bad, num_rows, advance)
     return PackReport(
         out=out,
         num_shards=len(packing.shards),

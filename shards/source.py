@@ -23,6 +23,7 @@ from shards.archive import ShardError
 SHARD_SUFFIX = ".tar"
 TARGETS_SUFFIX = ".targets.tar"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OFFLINE = "OfflineModeIsEnabled"  # huggingface_hub's error, which no other try helps; it may not be installed
 NUM_TRIES = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled after each failed try
 TIMEOUT_SECONDS = 60.0  # without a byte
@@ -90,6 +91,8 @@ def retry(call: Callable[[], _Result], name: str, *, first_wait_seconds: float =
             if error.errno in DISK_IS_FULL:
                 raise
             last = error
+            if type(error).__name__ == OFFLINE:
+                raise ShardError(f"{name} could not be read: {last} Else copy the shards here.") from error
             if attempt + 1 < NUM_TRIES:
                 time.sleep(first_wait_seconds * 2**attempt)
     raise ShardError(
@@ -185,7 +188,13 @@ def _expand_pattern(name: str) -> list[str]:
         if name.startswith(("http://", "https://")):
             raise ShardError(f"shards is {name!r}, but http(s) lists no folder; give a brace range {{000000..000017}}.")
         filesystem, path = _filesystem(f"{name}*{SHARD_SUFFIX}" if name.endswith("/") else name)
-        found = [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]
+        try:
+            found = [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]
+        except OSError as error:
+            raise ShardError(
+                f"shards is {name!r}, but what is there cannot be listed ({' '.join(str(error).split())}); look at the "
+                f"network, or copy the shards here."
+            ) from error
     elif os.path.isdir(name):
         found = glob.glob(os.path.join(glob.escape(name), f"*{SHARD_SUFFIX}"))
     elif glob.has_magic(name):

@@ -28,6 +28,7 @@ from shards.archive import MAX_MEMBER_BYTES
 from shards.augmentation import Augmentation
 from shards.catalog import open_catalog
 from shards.localcopy import ShardCache
+from shards.manifest import naming
 from shards.parent import end_with_parent, is_in_main_thread
 from shards.plan import Order, Plan, Position
 from shards.reader import BadSample, Reader
@@ -249,7 +250,7 @@ class ShardStream(IterableDataset):
         for sample in bad:
             _log.warning("left out: %s", sample.message)
         if bad and self.bad_samples is not None:
-            with open(self.bad_samples, "a") as file:
+            with naming(Path(self.bad_samples)), open(self.bad_samples, "a") as file:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
         limit = max(MIN_MAX_BAD, self.max_bad * self.num_read)
         if self.num_bad.total() > limit:

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 from shards.archive import BLOCK, RECORD
-from shards.manifest import sync_folder
+from shards.manifest import naming, sync_folder
 
 MODIFIED = 946_684_800  # 2000-01-01; `tar` complains of 1970
 
@@ -37,9 +37,10 @@ class TarWriter:
         """End the archive, sync it and give it its name; returns its SHA-256 in hex."""
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self.size % RECORD))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         os.replace(self._temporary, self.path)
         sync_folder(self.path.parent)
         return self._digest.hexdigest()
@@ -47,12 +48,14 @@ class TarWriter:
     def discard(self) -> None:
         """Remove what was written, if it has not got its name yet."""
         try:
-            self._file.close()  # on a full disk this fails too
+            with naming(self.path):
+                self._file.close()  # on a full disk this fails too
         finally:
             self._temporary.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        with naming(self.path):
+            self._file.write(data)
         self._digest.update(data)
         self.size += len(data)
 

@@ -14,16 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import tiny
 from clips import to_bytes, tone, write_annotation, write_clips
 
+from distill.cli import main
 from shards import pack as pack_module
 from shards import space
 from shards.audio import decode_audio, hash_waveform, load_audio
 from shards.audit import audit
 from shards.container import AudioLimits
 from shards.encode import EncodeOptions, StopPacking
+from shards.lock import FileLock
 from shards.manifest import read_manifest
-from shards.pack import pack
+from shards.pack import LOCK, pack
 from shards.pool import IN_FLIGHT, map_in_order
 from shards.stream import ShardStream
 from shards.verify import verify
@@ -32,6 +35,25 @@ from shards.verify import verify
 @pytest.fixture
 def manifest(tmp_path) -> Path:
     return write_annotation(tmp_path / "train.json", write_clips(tmp_path, 40))
+
+
+def test_a_second_pack_into_one_folder_is_refused_by_the_firsts_process_and_a_killed_one_is_not(tmp_path):
+    tiny.make_shards(tmp_path, num_samples=2)
+    lock = FileLock.acquire(tmp_path / "train" / LOCK)
+    told = rf"train is being packed by .*\(process {os.getpid()} on .*since .*\), but a folder takes one pack at a time"
+    with pytest.raises(FileExistsError, match=told):
+        pack(tmp_path / "train.json", tmp_path / "train", name="train", workers=1)
+    lock.release()
+    assert pack(tmp_path / "train.json", tmp_path / "train", name="train", shard_samples=5, workers=1).num_samples == 2
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_a_full_disk_while_packing_is_one_line_with_the_files_name(tmp_path, capsys, limit):
+    tiny.make_shards(tmp_path, num_samples=4)
+    with tiny.full_disk(limit):
+        assert main(["pack", str(tmp_path / "train.json"), str(tmp_path / "out"), "--workers", "1"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"error: {tmp_path}/out/train" in errors[0] and "(File too large)" in errors[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

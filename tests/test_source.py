@@ -12,8 +12,30 @@ from tars import make_key, write_shard, write_shards
 from shards.archive import ShardError
 from shards.index import load_index
 from shards.localcopy import ShardCache
-from shards.source import NUM_TRIES, expand_shards, retry
+from shards.source import NUM_TRIES, expand_shards, read_small, retry
 from shards.stream import ShardStream
+
+
+def test_a_hub_that_is_offline_is_said_on_one_line_with_the_shards_name_and_tried_once(monkeypatch):
+    class OfflineModeIsEnabled(ConnectionError):
+        pass
+
+    tries = []
+
+    def refuse(*_):
+        tries.append(1)
+        raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled.\n\nUnset HF_HUB_OFFLINE.")
+
+    filesystem = type("Hub", (), {"glob": refuse, "open": refuse, "info": refuse})()
+    monkeypatch.setattr("shards.source._filesystem", lambda name: (filesystem, name))
+    with pytest.raises(
+        ShardError, match=r"^shards is 'hf://datasets/a/b/', but .* \(Cannot reach .*FLINE\.\); look"
+    ) as e:
+        expand_shards("hf://datasets/a/b/")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ShardError, match=r"hf://datasets/a/b/index\.json could not be read: Cannot reach the hub"):
+        read_small("hf://datasets/a/b/index.json")
+    assert len(tries) == 2
 
 
 def touch(folder, *names):
