@@ -155,7 +155,7 @@ class Salmonn(nn.Module):
     # What a clip becomes
 
     def num_heard(self, num_samples: int) -> int:
-        """Audio samples that the ears hear of a clip of so many: a clip under 1 s counts in everything as one of 1 s."""
+        """Audio samples that the ears hear of a clip of so many: one under 1 s counts everywhere as one of 1 s."""
         return max(num_samples, min(LEAST_SAMPLES, self.max_samples))
 
     def num_frames(self, num_samples: int) -> int:
