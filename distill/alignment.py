@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teachers.ending import End
+
 NO_CHUNK = -1
 
 
@@ -95,6 +97,35 @@ def byte_ends(ids: Sequence[int], pieces: Sequence[bytes], text: str) -> list[in
             f"write the text as the tokenizer normalises it (often Unicode NFC)."
         )
     return [max(0, end - extra) for end in ends]
+
+
+def answer_ends(ids: Sequence[int], pieces: Sequence[bytes], text: str, end: End) -> list[int | None]:
+    """Where each token of an answer ends in its bytes: its end tokens one behind the last, or nowhere if it was cut.
+
+    A token that is the answer's last character and the beginning of an end that is text belongs to the end.
+
+    Args:
+        ids: the answer's tokens with its end tokens.
+        pieces: bytes of every id, from `token_bytes`.
+        text: the answer.
+        end: of its model.
+
+    Raises:
+        ValueError: the tokens do not spell the text.
+    """
+    num_bytes, num_ends = len(text.encode()), len(end.ids)
+    if end.text and len(ids) >= len(end.tail):
+        whole = text.removesuffix(end.text) + end.text
+        try:
+            spelled = byte_ends(ids[: len(ids) - len(end.tail)], pieces, whole)
+        except ValueError:
+            spelled = []  # it was cut, and the end stands alone
+        if spelled and spelled[-1] == len(whole.encode()):
+            num_bytes = len(whole.encode()) - len(end.text.encode())
+            return [n if n <= num_bytes else num_bytes + 1 for n in spelled] + [num_bytes + 1] * len(end.tail)
+    said = byte_ends(ids[: len(ids) - num_ends], pieces, text)
+    is_whole = (said[-1] if said else 0) == num_bytes
+    return said + [num_bytes + 1 if is_whole else None] * num_ends
 
 
 @dataclass(frozen=True)

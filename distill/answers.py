@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from distill.cache import FIGURES, describe_teacher, write_missing
 from distill.capture import Capturer, seeded_generator
@@ -36,6 +36,7 @@ from shards.source import expand_shards
 from shards.targets import TargetRecord
 from students.start import identify_student
 from students.student import load_student
+from teachers.ending import TextEnd, find_end
 from teachers.loading import CONFIG
 from teachers.salmonn import Salmonn
 
@@ -98,19 +99,28 @@ class Answerer:
         options, drawn = {"max_new_tokens": self.config.on_policy.max_new_tokens}, self.config.on_policy
         if drawn.temperature:
             names = [f"{self.config.seed}/{drawn.round}/{sample.key}" for sample in samples]
-            options["logits_processor"] = LogitsProcessorList([Draw(names, drawn.temperature, drawn.max_new_tokens)])
+            options["logits_processor"] = [Draw(names, drawn.temperature, drawn.max_new_tokens)]
         batch = self.student.collate(samples, with_answer=False).to(self.student.device)
         rows = self.student.generate_ids(batch, **options)
         return [self._put(sample, ids) for sample, ids in zip(samples, rows)]
 
     def _put(self, sample: Sample, ids: list[int]) -> Sample:
         """The student's own tokens where the teacher has the same, else their text."""
-        end = next((end for end in self.student.ends if ids[-len(end) :] == end), [])
-        ids = ids[: len(ids) - len(end)][: self.student.rows.max_answer_tokens]
-        sample = replace(sample, text=self.student.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        if self.is_crossed or max(ids, default=0) >= self.num_shared:
+        student, rows, num_said = self.student, self.student.rows, len(ids)
+        sample = replace(sample, text=student.read(ids))
+        end = find_end(ids, student.ends)
+        if isinstance(end, TextEnd):
+            before = end.before(ids)
+            is_whole = before is None and end.spells(ids) and num_said <= rows.max_answer_tokens
+        else:
+            before, is_whole = ids[: len(ids) - len(end)] if end else ids, False
+        if self.is_crossed or max(ids, default=0) >= self.num_shared or (before is None and not is_whole):
             return sample
-        return replace(sample, answer_ids=(*ids, *self.capture.teacher.rows.end_ids))
+        if is_whole:  # a token is both answer and end
+            return replace(sample, answer_ids=tuple(ids))
+        before = before[: rows.max_answer_tokens]
+        text = student.tokenizer.decode(before, skip_special_tokens=True).strip()
+        return replace(sample, text=text, answer_ids=(*before, *self.capture.teacher.rows.end_ids))
 
 
 class Draw(LogitsProcessor):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.alignment import byte_ends, token_bytes
+from distill.alignment import answer_ends, token_bytes
 from distill.config import CacheConfig, Config
 from distill.metrics import error_rate
 from distill.ranks import resolve_precision
@@ -156,14 +156,14 @@ class Capturer:
 
     def _byte_ends(self, answer: list[int], text: str) -> np.ndarray:
         """Where each token ends in the answer's bytes, its end tokens with the last; NO_BYTES where that is unknown."""
-        num_ends = len(self.model.rows.end_ids)
         try:
             if self.pieces is None:
                 raise ValueError("the tokenizer's pieces are no bytes")
-            ends = byte_ends(answer[: len(answer) - num_ends], self.pieces, text)
+            ends = answer_ends(answer, self.pieces, text, self.model.rows.end)
         except ValueError:
             return np.full(len(answer), NO_BYTES, np.int32)
-        return np.asarray(ends + [len(text.encode())] * num_ends, np.int32)
+        num_bytes = len(text.encode())
+        return np.asarray([num_bytes if end is None else min(end, num_bytes) for end in ends], np.int32)
 
     def _note_transcript(self, sample: Sample, own: str) -> dict[str, str]:
         """The teacher's own answer beside a label, and its error rate where the task has one."""

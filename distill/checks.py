@@ -180,7 +180,7 @@ def check_positions(case: Case) -> str:
         for tensor in seen.values():
             tensor.retain_grad()
 
-    handle = case.student.llm.model.register_forward_hook(keep, with_kwargs=True)
+    handle = case.student.llm.base_model.register_forward_hook(keep, with_kwargs=True)
     try:
         case.compute(m, only(case.loss, "ce"), m.counts).backward()
     finally:

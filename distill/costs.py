@@ -255,7 +255,7 @@ def _count_body(model: Salmonn, length: int) -> int:
     embeddings = model.llm.get_input_embeddings()
     embeds_BTD = _empty(1, length, embeddings.embedding_dim, like=embeddings)
     mask = _empty(1, 1, length, length, like=embeddings)  # given whole: transformers looks into smaller ones
-    return count_flops(lambda: model.llm.model(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))
+    return count_flops(lambda: model.llm.base_model(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))
 
 
 def _empty(*shape: int, like: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:

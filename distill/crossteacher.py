@@ -43,7 +43,7 @@ class CrossTeacher:
         self.model, self.cache_folder, self.widths = teacher.model, teacher.cache_folder, teacher.widths
         self.vocab = Vocabulary.of(student.tokenizer)
         self.rows = teacher.rows
-        self.translator = Translator(self.rows.tokenizer, student.tokenizer, self.rows.end_ids, student.rows.end_ids)
+        self.translator = Translator(self.rows.tokenizer, student.tokenizer, self.rows.end, student.rows.end)
         self.num_unaligned = 0  # answers that one side's tokens do not spell: cross-entropy alone learns from them
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:

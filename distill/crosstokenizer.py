@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.alignment import NO_CHUNK, Alignment, align, byte_ends, token_bytes
+from distill.alignment import NO_CHUNK, Alignment, align, answer_ends, token_bytes
 from distill.fused import fused_ce_kl
 from distill.losses import check_temperature, expect, move_into_bucket, widen
+from teachers.ending import End
 
 NO_TWIN = -1
 CERTAIN = -1e-6  # nats; the gradient of log(1 - p) has no float32 value nearer to 0
@@ -152,15 +153,15 @@ class Translator:
     Args:
         teacher_tokenizer: fast tokenizer of the model that was cached.
         student_tokenizer: the student's.
-        teacher_end_ids: the tokens that end the teacher's answers.
-        student_end_ids: the student's; they are a twin of the teacher's when both are one token.
+        teacher_end: what ends the teacher's answers.
+        student_end: the student's; they are twins when both are one control token.
     """
 
-    def __init__(self, teacher_tokenizer, student_tokenizer, teacher_end_ids: Sequence[int],
-                 student_end_ids: Sequence[int]):  # fmt: skip
+    def __init__(self, teacher_tokenizer, student_tokenizer, teacher_end: End, student_end: End):
         self.teacher_pieces, self.student_pieces = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
-        self.num_ends = len(teacher_end_ids), len(student_end_ids)
-        ends = {teacher_end_ids[0]: student_end_ids[0]} if self.num_ends == (1, 1) else {}
+        self.teacher_end, self.student_end = teacher_end, student_end
+        is_twin = all(not end.text and len(end.ids) == 1 for end in (teacher_end, student_end))
+        ends = {teacher_end.ids[0]: student_end.ids[0]} if is_twin else {}
         self.twin_V = twin_ids(self.teacher_pieces, self.student_pieces, ends)
 
     def align(self, text: str, teacher_ids: Sequence[int], student_ids: Sequence[int]) -> Alignment:
@@ -169,14 +170,9 @@ class Translator:
         Raises:
             ValueError: the tokens of one side do not spell the text.
         """
-        sides = (
-            (teacher_ids, self.teacher_pieces, self.num_ends[0]),
-            (student_ids, self.student_pieces, self.num_ends[1]),
-        )
-        teacher, student = (
-            byte_ends(ids[: len(ids) - num_ends], pieces, text) + [0] * num_ends for ids, pieces, num_ends in sides
-        )
-        return align(teacher, student, len(text.encode()), *self.num_ends)
+        teacher = answer_ends(teacher_ids, self.teacher_pieces, text, self.teacher_end)
+        student = answer_ends(student_ids, self.student_pieces, text, self.student_end)
+        return align(teacher, student, len(text.encode()), 0, 0)  # the end tokens have their places already
 
     def translate(
         self,

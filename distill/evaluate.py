@@ -66,7 +66,7 @@ def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[
             task=sample.task,
             source=sample.source,
             references=(sample.text,),
-            hypothesis=model.tokenizer.decode(row, skip_special_tokens=True).strip(),
+            hypothesis=model.read(row),
             ended=has_ended(row, model.ends),
         )
         for sample, row in zip(samples, rows)

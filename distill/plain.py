@@ -20,8 +20,11 @@ TINY = 1e-300
 
 def answer_of(student: Salmonn, sample: Sample) -> list[int]:
     """The ids that the student should say: the text's, cut where the student cuts, and its end token."""
-    ids = student.tokenizer.encode(sample.text, add_special_tokens=False)
-    return ids[: student.rows.max_answer_tokens] + student.rows.end_ids
+    rows = student.rows
+    ids = rows.text.encode(sample.text)
+    if len(ids) > rows.max_answer_tokens:
+        return ids[: rows.max_answer_tokens] + rows.end_ids
+    return rows.text.encode(sample.text + rows.end.text) + list(rows.end.tail)
 
 
 def answer_logits(student: Salmonn, sample: Sample, vocab_size: int, frames: list[Tensor] | None) -> Tensor:

@@ -8,7 +8,7 @@ from distill.ranks import resolve_precision
 from teachers.checkpoint import load_checkpoint
 from teachers.loading import load_salmonn, read_config
 from teachers.qwen2_audio import describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
-from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
 from teachers.targets import HEAD_INPUT, OnlineTeacher
 
 
@@ -45,10 +45,14 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
     parts = config.teacher
     if path.is_dir() and is_qwen2_audio(path):
         check_settings(parts, describe_qwen2_audio(path, parts.prompts), path)
-        return load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
+        model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
+        print(f"teacher {path}: {describe_end(model, 'its chat')}", file=sys.stderr)
+        return model
     if path.is_dir():
         check_settings(parts, read_config(path)["model"], path)
-        return load_salmonn(path, dtype=dtype, llm_weights=llm_weights)
+        model = load_salmonn(path, dtype=dtype, llm_weights=llm_weights)
+        print(f"teacher {path}: {describe_end(model, 'its config.json')}", file=sys.stderr)
+        return model
     for name in ("llm", "whisper"):
         if not getattr(parts, name):
             raise ValueError(

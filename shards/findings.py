@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,12 @@ FULL_SCALE = 0.999  # of 1.0: a sample there is taken for clipped
 CLIPPED_SHARE = 0.01  # of a file's samples
 MAX_CHARS_A_SECOND, MIN_MAX_CHARS = 50, 100  # of a transcript; the fastest readers reach 30
 MAX_CHARS = 4000  # of any answer
+# What the tokenizers of the usual LLMs and SALMONN's prompts call their control tokens; a LLM's own list is its own
+CONTROL_TEXT = re.compile(
+    r"</?s>|<(?:unk|pad|bos|eos|mask)>|<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<(?:start|end)_of_(?:turn|image)>|"
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|\[(?:PAD|CLS|SEP|MASK|UNK|gMASK)\]|"
+    r"<</?SYS>>|</?(?:think|tool_call|tool_response)>|</?Speech>|<SpeechHere>|<0x[0-9A-F]{2}>"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ REASONS = {
     "empty_text": Reason("the answer is empty", "drop", _ONLY_DROP),
     "missing_question": Reason("the task's prompt is the row's question, which is missing", "drop", _ONLY_DROP),
     "long_text": Reason("nobody says so much in so little time", "drop", _DROP),
+    "control_text": Reason("answer or question spells a control token, which is learned as text", "keep", _DROP),
     "missing": Reason("no such file", "drop", _ONLY_DROP),
     "unreadable": Reason("the file cannot be opened, or is none", "drop", _ONLY_DROP),
     "decode": Reason("no decoder reads it", "drop", _ONLY_DROP),
@@ -131,6 +139,10 @@ def _audit_entry(entry: Entry) -> RowAudit:
     files = [_audit_file(path, entry.start, entry.end) for path in entry.paths]
     # one finding a reason: the first file's
     findings = list({finding.reason: finding for file in reversed(files) for finding in file.findings}.values())
+    spelled = CONTROL_TEXT.search(f"{entry.text or ''}\n{entry.question or ''}")
+    if spelled:
+        message = f"{entry.place} spells {spelled[0]}, a control token of some LLMs; it is learned as text"
+        findings.append(Finding("control_text", message, {"token": spelled[0]}))
     if any(file.hash is None for file in files):
         return RowAudit(tuple(findings))
     seconds = sum(file.seconds for file in files) + GAP_SECONDS * (len(files) - 1)

@@ -22,6 +22,7 @@ from students.ears import (
     share_or_load_ears,
 )
 from students.quantize import check_whole, quantize_4bit_
+from teachers.batch import RowTokenizer
 from teachers.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
@@ -87,7 +88,7 @@ def build_student(
 
 
 def choose_end_token(teacher: Salmonn, llm: str, say: Callable[[str], None]) -> str:
-    """The text that ends a student's answers: the teacher's, or none where its own tokenizer takes that to pieces.
+    """The text that ends a student's answers: the teacher's, or none where its own tokenizer reads that otherwise.
 
     A student of another family then ends with its own end token: one step to generate instead of several, and one
     position to compare with the teacher's.
@@ -96,10 +97,11 @@ def choose_end_token(teacher: Salmonn, llm: str, say: Callable[[str], None]) -> 
     if not text:
         return ""
     tokenizer = AutoTokenizer.from_pretrained(llm)
-    num_pieces = len(tokenizer.encode(text, add_special_tokens=False))
-    if num_pieces <= len(teacher.rows.end_ids) or tokenizer.eos_token is None:
+    own = RowTokenizer(tokenizer, teacher.rows.prompts, text, teacher.config.max_answer_tokens).end
+    is_alike = own == teacher.rows.end or (len(own.tail) == 1 and not own.text)
+    if is_alike or tokenizer.eos_token is None:
         return text
-    say(f"answers end with {tokenizer.eos_token}, as {text} is {num_pieces} tokens of this student")
+    say(f"answers end with {tokenizer.eos_token}, as {text} is {len(own.ids)} tokens of this student")
     return ""
 
 

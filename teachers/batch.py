@@ -10,9 +10,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards.sample import MelMask, Sample
+from teachers.controls import TextEncoder
+from teachers.ending import End
 from teachers.prompts import Prompts
 
 
@@ -70,6 +72,9 @@ class Batch:
 class RowTokenizer:
     """Turns a sample into a `Row`: prompt pieces are tokenised apart, without special tokens, as SALMONN does.
 
+    A control token that template or prompts spell is that token: their author means it. One that a sample's question
+    or text spells is text.
+
     Args:
         tokenizer: the LLM's tokenizer.
         prompts: the prompts by task.
@@ -79,23 +84,61 @@ class RowTokenizer:
 
     def __init__(self, tokenizer, prompts: Prompts, end_token: str, max_answer_tokens: int):
         self.tokenizer, self.prompts, self.max_answer_tokens = tokenizer, prompts, max_answer_tokens
-        self.end_ids = self.encode(end_token) if end_token else [self._own_end_id()]
+        self._text = TextEncoder(tokenizer)
+        self.end = self._read_end(end_token) if end_token else self._own_end()
+        self.end_ids = list(self.end.ids)  # where the end stands alone
         self.bos_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[-1]
 
-    def _own_end_id(self) -> int:
-        if self.tokenizer.eos_token_id is None:
+    @property
+    def text(self) -> TextEncoder:
+        """Encodes what is data: the questions and answers of samples."""
+        if self._text.tokenizer is not self.tokenizer:
+            self._text = TextEncoder(self.tokenizer)
+        return self._text
+
+    def _own_end(self) -> End:
+        index = self.tokenizer.eos_token_id
+        if index is None:
             raise ValueError(
                 f"eos_token of {self.tokenizer.name_or_path} is None, but answers must end; set teacher.end_token."
             )
-        return self.tokenizer.eos_token_id
+        return End("", (index,), (index,))
+
+    def _read_end(self, end_token: str) -> End:
+        """Text up to the first control token, and the ids from there on."""
+        found = self.text.pattern.search(end_token)
+        head = end_token[: found.start()] if found else end_token
+        tail = self.encode(end_token[len(head) :]) if found else []
+        return End(head, tuple(tail), (*(self.text.encode(head) if head else ()), *tail))
 
     def encode(self, text: str) -> list[int]:
+        """Ids of what template, prompts and config say; control tokens in it are those tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def answer_ids(self, text: str) -> list[int]:
-        """The answer's ids with the end token."""
-        return self.encode(text)[: self.max_answer_tokens] + self.end_ids
+        """The answer's ids with the end token.
+
+        An end that is text is tokenised in one piece with the answer, as SALMONN's trainers do, and is not written
+        twice where the answer has it already. Only where an answer is cut it stands alone.
+        """
+        if self.end.text and not self.end.tail:
+            text = text.removesuffix(self.end.text)
+        ids = self.text.encode(text)
+        if len(ids) > self.max_answer_tokens or not self.end.text:
+            return ids[: self.max_answer_tokens] + self.end_ids
+        return self.text.encode(text + self.end.text) + list(self.end.tail)
+
+    def prompt_ids(self, text: str, question: str | None) -> list[int]:
+        """Ids of a part of a prompt, in which a question may stand that is a sample's own."""
+        if not question or question not in text or not self.text.pattern.search(question):
+            return self.encode(text)
+        head, _, rest = text.partition(question)
+        start = max((match.end() for match in self.text.pattern.finditer(head)), default=0)
+        found = self.text.pattern.search(rest)
+        stop = found.start() if found else len(rest)
+        own = self.text.encode(head[start:] + question + rest[:stop])
+        return [*(self.encode(head[:start]) if start else []), *own, *(self.encode(rest[stop:]) if found else [])]
 
     def row(self, sample: Sample, *, with_answer: bool, first_prompt: bool, num_audio_tokens: int = 0) -> Row:
         """One sample's row; an unlabelled sample has no row with an answer.
@@ -116,10 +159,27 @@ class RowTokenizer:
                 f"(they bring its own answer) or set data.labelled_only=true."
             )
         answer = self._answer(sample) if with_answer else []
-        return Row(self.bos_ids + self.encode(before), num_audio_tokens, self.encode(after), answer)
+        before_ids = self.prompt_ids(before, sample.question)
+        if before_ids[: len(self.bos_ids)] != self.bos_ids:  # a template may write it itself
+            before_ids = self.bos_ids + before_ids
+        return Row(before_ids, num_audio_tokens, self.prompt_ids(after, sample.question), answer)
 
     def _answer(self, sample: Sample) -> list[int]:
         return self.answer_ids(sample.text) if sample.answer_ids is None else list(sample.answer_ids)
+
+
+def check_pad_id(pad_id: int, llm: nn.Module) -> None:
+    """Refuse padding that has no row in the LLM's embeddings, before it ends a step in the middle of a lookup.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    num_rows = llm.get_input_embeddings().weight.shape[0]
+    if not 0 <= pad_id < num_rows:
+        raise ValueError(
+            f"pad id of the tokenizer is {pad_id}, but the embeddings of {llm.config.name_or_path or 'the LLM'} have "
+            f"{num_rows} rows; give the tokenizer a pad_token that its LLM has, such as a reserved one, and add none."
+        )
 
 
 def collate(samples: Sequence[Sample], rows: Sequence[Row], pad_id: int) -> Batch:

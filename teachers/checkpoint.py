@@ -14,7 +14,7 @@ from torch import Tensor
 
 from teachers.loading import build_salmonn
 from teachers.lora import SALMONN_LORA, Lora
-from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
 from teachers.saving import write_atomically
 from teachers.weights import put_, read_torch_file
 
@@ -51,9 +51,11 @@ class KeyReport:
     loaded: list[str]
     leftover: list[str]  # in the file, and rightly not loaded
     frozen: list[str]  # parts that are expected from elsewhere
+    end: str  # what ends its answers, and who says so
 
     def __str__(self) -> str:
-        return f"{len(self.loaded)} tensors loaded, {len(self.leftover)} leftovers, frozen: {', '.join(self.frozen)}"
+        parts = f"{len(self.loaded)} tensors loaded, {len(self.leftover)} leftovers, frozen: {', '.join(self.frozen)}"
+        return f"{parts}; {self.end}"
 
 
 def our_name(key: str) -> str | None:
@@ -98,13 +100,34 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     state = content["model"]
     names = _translate(state, path)
     model = build_salmonn(config, lora=lora, dtype=dtype, llm_weights=llm_weights)
-    _check_mels(model, _read_config(content), path)
+    theirs = _read_config(content)
+    _check_mels(model, theirs, path)
+    if not config.end_token:
+        check_end(model, path)
     own = {name: state[key] for key, name in names.items() if name is not None}
     _load_strictly_(model, own, path)
     model.own_names = frozenset(own)
     frozen = [f"{part} ({name})" for part, name in (("llm", llm), ("whisper", whisper), ("second", second)) if name]
-    report = KeyReport([k for k, n in names.items() if n], [k for k, n in names.items() if n is None], frozen)
+    source = "teacher.end_token" if settings.get("end_token") else "the file's config"
+    end = describe_end(model, source)
+    report = KeyReport([k for k, n in names.items() if n], [k for k, n in names.items() if n is None], frozen, end)
     return model.eval().requires_grad_(False), report
+
+
+def check_end(model: Salmonn, path: str | Path) -> None:
+    """Refuse to guess with which of several tokens a file's answers end that does not say so itself.
+
+    Raises:
+        ValueError: naming them.
+    """
+    tokenizer = model.tokenizer
+    ids = dict.fromkeys([tokenizer.eos_token_id, *model.end_ids])
+    names = [tokenizer.convert_ids_to_tokens(index) for index in ids if index is not None and index < len(tokenizer)]
+    if len(names) > 1:
+        raise ValueError(
+            f"{path} does not say what ends its answers, but {model.config.llm} knows {', '.join(names)}; set "
+            f"teacher.end_token to the one that it was trained with."
+        )
 
 
 def describe_checkpoint(content: dict, path: str | Path, lora_alpha: float | None = None,

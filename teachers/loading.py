@@ -75,8 +75,9 @@ def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Modul
     Raises:
         FileNotFoundError: `path` is no folder here and cannot be had from the hub.
         ValueError: its weights are a pickle that would run code.
-        ValueError: its weights are damaged.
+        ValueError: its weights are damaged, or it is an adapter.
     """
+    refuse_adapter(path)
     try:
         if weights:
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -94,6 +95,21 @@ def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Modul
             f"llm {path} has weights whose pickle runs code, but none is run here; get its safetensors files, or save "
             f"it again with transformers' save_pretrained."
         ) from error
+
+
+def refuse_adapter(folder: str) -> None:
+    """Refuse a folder of an adapter: transformers would quietly load its base and put the adapter on it.
+
+    Raises:
+        ValueError: naming the base.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if path.is_file():
+        base = read_json(path).get("base_model_name_or_path")
+        raise ValueError(
+            f"llm is {folder}, but that folder holds a PEFT adapter on {base}, no LLM; merge it (peft's "
+            f"merge_and_unload), save the result with its tokenizer, and name that folder."
+        )
 
 
 def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = None) -> None:

@@ -38,7 +38,7 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
     if missing:
         raise ValueError(
             f"LoRA targets are {list(lora.targets)}, but {type(llm).__name__} has no layer named {missing}; "
-            f"choose among its linear layers."
+            f"choose among its linear layers: {', '.join(linear_names(llm))}."
         )
     inject_adapter_in_model(
         LoraConfig(
@@ -50,3 +50,11 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
         ),
         llm,
     )
+
+
+def linear_names(llm: "nn.Module") -> list[str]:
+    """The names of the layers with one matrix, without the head: what LoRA can go on."""
+    head = llm.get_output_embeddings()
+    kinds = ("Linear", "Conv1D", "Linear4bit")  # GPT-2's is a Conv1D
+    found = (name for name, module in llm.named_modules() if type(module).__name__ in kinds and module is not head)
+    return sorted({name.rsplit(".", 1)[-1] for name in found})

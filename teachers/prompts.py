@@ -67,15 +67,16 @@ class Prompts:
             raise ValueError(f"task of sample {key} is {task!r}, but the prompts know {known}{guess}")
         digest = hashlib.sha256(key.encode()).digest()
         prompt = prompts[0 if first else int.from_bytes(digest[:4], "big") % len(prompts)]
+        parts = self.template.replace("{}", prompt, 1).split(AUDIO_PLACE, 1)
         if "{}" in prompt:
             if not question:
                 raise ValueError(
                     f"Q of sample {key} is {question!r}, but the prompt of task {task!r} asks for a question; "
                     f"give the manifest's row a Q."
                 )
-            prompt = prompt.replace("{}", question, 1)
-        before, after = self.template.replace("{}", prompt, 1).split(AUDIO_PLACE, 1)
-        return before, after
+            place = 0 if "{}" in parts[0] else 1  # split before: a question may spell the audio's place
+            parts[place] = parts[place].replace("{}", question, 1)
+        return parts[0], parts[1]
 
 
 def load_prompts(path: str | Path | None, template: str) -> Prompts:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
-from teachers.batch import Batch, RowTokenizer
+from teachers.batch import Batch, RowTokenizer, check_pad_id
 from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
 from teachers.loading import CONFIG
@@ -60,6 +60,7 @@ class Qwen2Audio(Salmonn):
         by_task = {t: tuple(p.replace(SALMONN_PLACE, PLACE) for p in own) for t, own in prompts.by_task.items()}
         own_prompts = Prompts(by_task, config.template)
         self.rows = RowTokenizer(tokenizer, own_prompts, config.end_token, config.max_answer_tokens)
+        check_pad_id(self.rows.pad_id, self.llm)
         self.eval().requires_grad_(False)
 
     def num_frames(self, num_samples: int) -> int:

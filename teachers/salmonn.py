@@ -9,18 +9,19 @@ Source: Tang et al., "SALMONN", ICLR 2024 (arXiv 2310.13289), and bytedance/SALM
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
 
 from shards.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
-from teachers.batch import Batch, RowTokenizer, collate
-from teachers.ending import EndSequence, cut_after_end
+from teachers.batch import Batch, RowTokenizer, check_pad_id, collate
+from teachers.ending import Ends, TextEnd, cut_after_end, read_answer
 from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
+from teachers.generation import generate_neutrally, own_end_ids
 from teachers.logits import head_logits
 from teachers.one_frontend import OneFrontEnd, measure_approximation
 from teachers.prompts import load_prompts
@@ -123,6 +124,7 @@ class Salmonn(nn.Module):
             config.end_token,
             config.max_answer_tokens,
         )
+        check_pad_id(self.rows.pad_id, llm)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, llm: str, whisper: str, beats: str = "", eat: str = "",
@@ -261,7 +263,7 @@ class Salmonn(nn.Module):
 
     def answer_states(self, batch: Batch, heard: Heard) -> Tensor:
         """The LLM's last hidden states at the positions that predict the labels: hidden_SD."""
-        states_BTD = self.llm.model(
+        states_BTD = self.llm.base_model(  # `model`, `transformer`, `gpt_neox`: every family has its own name for it
             inputs_embeds=self.embed(batch, heard), attention_mask=batch.attention_mask_BT, use_cache=False
         ).last_hidden_state
         return states_BTD.flatten(0, 1)[batch.predicting_S]
@@ -284,32 +286,60 @@ class Salmonn(nn.Module):
         ids = self.generate_ids(self.collate(samples, with_answer=False, first_prompt=True).to(self.device),
                                 max_new_tokens=max_new_tokens, num_beams=num_beams,
                                 repetition_penalty=repetition_penalty, length_penalty=length_penalty)  # fmt: skip
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        return [self.read(row) for row in ids]
+
+    def read(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids, without its end."""
+        return read_answer(self.tokenizer, ids, self.ends)
 
     @torch.no_grad()
-    def generate_ids(self, batch: Batch, **options) -> list[list[int]]:
-        """The new ids of each row up to and with its end token; a beam search's are those of its best beam."""
+    def generate_ids(self, batch: Batch, *, logits_processor: Sequence = (), **options) -> list[list[int]]:
+        """The new ids of each row up to and with its end token; a beam search's are those of its best beam.
+
+        Nothing of the LLM's own `generation_config` counts but the ids that end an answer.
+
+        Args:
+            batch: without answers.
+            logits_processor: applied last.
+            options: `max_new_tokens`, `num_beams` and others of transformers' `GenerationConfig`.
+        """
         heard = self.hear(batch)
-        ids_BT = self.llm.generate(
-            inputs_embeds=self.embed(batch, heard),
-            attention_mask=batch.attention_mask_BT,
-            do_sample=False,
-            eos_token_id=self.end_ids or None,
-            pad_token_id=self.rows.pad_id,
-            stopping_criteria=StoppingCriteriaList([EndSequence(self.rows.end_ids)]),
-            **options,
-        ).tolist()
+        ids_BT = generate_neutrally(
+            self.llm, self.embed(batch, heard), batch.attention_mask_BT, ends=self.ends, pad_id=self.rows.pad_id,
+            num_tokens=self.num_tokens, processors=logits_processor, **options,
+        )  # fmt: skip
         return [cut_after_end(row, self.ends) for row in ids_BT]
 
+    @cached_property
+    def num_tokens(self) -> int:
+        """Ids that stand for a token; a padded head has more, and they are no answers."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
     @property
-    def ends(self) -> list[list[int]]:
-        """Every sequence of ids that ends an answer."""
-        return [self.rows.end_ids, *([token] for token in self.end_ids)]
+    def ends(self) -> Ends:
+        """Everything that ends an answer: our own end, and the ids that end one of the LLM's."""
+        own = TextEnd(self.tokenizer, self.rows.end) if self.rows.end.text else self.rows.end_ids
+        return [own, *([token] for token in self.end_ids)]
 
     @property
     def end_ids(self) -> list[int]:
         """Single ids that end an answer: our end token when it is one id, and the LLM's own."""
-        own = self.llm.generation_config.eos_token_id
-        own = [] if own is None else own if isinstance(own, list) else [own]
-        single = self.rows.end_ids if len(self.rows.end_ids) == 1 else []
-        return list(dict.fromkeys([*single, *own]))
+        single = self.rows.end_ids if len(self.rows.end.tail) == 1 and not self.rows.end.text else []
+        return list(dict.fromkeys([*single, *own_end_ids(self.llm)]))
+
+
+def describe_end(model: Salmonn, source: str) -> str:
+    """One line on what ends a model's answers, and on who says so.
+
+    Args:
+        model: the model.
+        source: who names the end where its config does.
+    """
+    end = model.config.end_token or model.tokenizer.convert_ids_to_tokens(model.rows.end_ids[0])
+    kind = "text, tokenised with the answer, " if model.rows.end.text else ""
+    line = f"answers end with {end} ({kind}from {source if model.config.end_token else 'the tokenizer'})"
+    others = [index for index in model.end_ids if index not in model.rows.end.tail]
+    if others:
+        names = ", ".join(str(model.tokenizer.convert_ids_to_tokens(index)) for index in others)
+        line += f", and stop at {names} (from the LLM's generation_config)"
+    return line

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from shards.cache import TargetReader
@@ -253,7 +253,7 @@ def record_blocks(model: Salmonn, layers: Sequence[int]) -> Iterator[dict[int, T
     Raises:
         ValueError: the LLM has no such block.
     """
-    blocks, outputs = model.llm.model.layers, {}
+    blocks, outputs = llm_blocks(model.llm), {}
     handles = []
     for number in layers:
         if not 1 <= number <= len(blocks):
@@ -271,6 +271,21 @@ def record_blocks(model: Salmonn, layers: Sequence[int]) -> Iterator[dict[int, T
     finally:
         for handle in handles:
             handle.remove()
+
+
+def llm_blocks(llm: nn.Module) -> nn.ModuleList:
+    """The blocks of a LLM of any family: `layers`, `h` or what it calls the longest list in its decoder.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    lists = [module for module in llm.get_decoder().children() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(
+            f"{type(llm).__name__} keeps its blocks in no list, but cache.hidden_layers numbers them; leave it empty "
+            f"({HEAD_INPUT} alone works), or use a LLM such as Llama, Qwen, GPT-2, GPT-NeoX or BLOOM."
+        )
+    return max(lists, key=len)
 
 
 def hidden_name(layer: int) -> str:

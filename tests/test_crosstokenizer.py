@@ -20,6 +20,7 @@ from distill.crosstokenizer import (
 )
 from distill.losses import ce, forward_kl
 from distill.tokenizer import train_tokenizer
+from teachers.ending import End
 
 CORPUS = ["the cat sat on the mat", "a dog barks at the cat in the garden", "café naïve", "one two three four five"] * 5
 TEXTS = [
@@ -311,7 +312,9 @@ class CrossBatch:
 
     def __init__(self, teacher, student, temperature: float):
         texts, generator = ["the cat sat", "café 🐈 dog"], torch.Generator().manual_seed(0)
-        translator = Translator(teacher, student, [teacher.eos_token_id], [student.eos_token_id])
+        translator = Translator(
+            teacher, student, *(End("", (t.eos_token_id,), (t.eos_token_id,)) for t in (teacher, student))
+        )
         answers = [[[*encode(t, text)[0], t.eos_token_id] for t in (teacher, student)] for text in texts]
         alignment = Alignment.concatenate([translator.align(text, *pair) for text, pair in zip(texts, answers)])
         theirs, self.labels_S = (torch.tensor([i for pair in answers for i in pair[side]]) for side in (0, 1))

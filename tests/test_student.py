@@ -42,7 +42,7 @@ def test_a_student_of_another_family_ends_with_its_own_end_token(parts, tmp_path
     assert student.rows.end_ids == [student.tokenizer.eos_token_id]
     assert len(lines) == 1 and f"as {END} is " in lines[0]
     translator = CrossTeacher(OnlineTeacher(teacher), student, 1.0).translator
-    assert translator.num_ends == (1, 1)
+    assert translator.twin_V[teacher.rows.end_ids[0]] == student.rows.end_ids[0]
     save_student(student, tmp_path, lora=LORA, quantization="none")
     assert load_student(tmp_path).rows.end_ids == student.rows.end_ids
 
