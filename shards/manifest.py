@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.records import RowError, read_array, read_lines
+from shards.records import RowError, read_rows
 
 ARRAY = "annotation"
 LINES_SUFFIXES = (".jsonl", ".ndjson")
+MAX_CHARS_A_ROW = 200_000  # a shard takes a megabyte, and a character up to four bytes
 NUM_NAMES_SCANNED = 100_000  # of a folder, when names near a missing one are looked for
 
 
@@ -55,7 +56,8 @@ def read_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry]:
     """Entries of a manifest in its order.
 
     Args:
-        path: SALMONN's JSON, or JSON Lines when its suffix is .jsonl or .ndjson.
+        path: SALMONN's JSON or JSON Lines, told by what it holds; where that may be either, by the suffix (.jsonl and
+            .ndjson are lines). UTF-8, or UTF-16 with its mark.
         root: the folder that paths are relative to, even those that begin with a slash; by default the manifest's own,
             and absolute paths stand as they are.
 
@@ -78,10 +80,10 @@ def scan_manifest(
         path, root: as there.
         questions: tasks whose rows must bring a question.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise missing_file_error(path)
-    rows = read_lines(path) if path.suffix in LINES_SUFFIXES else read_array(path, ARRAY)
+    rows = read_rows(path, ARRAY, is_lines=path.suffix in LINES_SUFFIXES)
     source = path.resolve().parent.name
     for number, place, value in rows:
         if isinstance(value, RowError):
@@ -101,13 +103,18 @@ def check_tasks(entries: Iterable[Entry], tasks: Collection[str] | None) -> Iter
     """
     for entry in entries:
         if tasks is not None and entry.task not in tasks:
-            near = difflib.get_close_matches(entry.task, tasks, 1)
-            hint = f"did you mean {near[0]!r}? Else " if near else ""
-            raise ValueError(
-                f"task of {entry.place} is {entry.task!r}, but there are prompts for {', '.join(sorted(tasks))} alone; "
-                f"{hint}give the prompts it was made for: --prompts FILE, or teacher.prompts in a config."
-            )
+            raise ValueError(describe_unknown_task(entry, tasks))
         yield entry
+
+
+def describe_unknown_task(entry: Entry, tasks: Collection[str]) -> str:
+    """That the entry's task is none of `tasks`, and the nearest one."""
+    near = difflib.get_close_matches(entry.task, tasks, 1)
+    hint = f"did you mean {near[0]!r}? Else " if near else ""
+    return (
+        f"task of {entry.place} is {entry.task!r}, but there are prompts for {', '.join(sorted(tasks))} alone; "
+        f"{hint}give the prompts it was made for: --prompts FILE, or teacher.prompts in a config."
+    )
 
 
 def check_paths(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -231,6 +238,7 @@ def _to_entry(
     for field in ("path", "task"):
         if not _is_string(value.get(field)) or not value[field].strip():
             raise fail(f".{field}", "type", f"is {_describe(value.get(field))}, but must be a string; mend the row.")
+    value = {**value, "speaker": _read_speaker(value.get("speaker"))}
     for field in ("text", "Q", "source", "speaker"):
         if value.get(field) is not None and not _is_string(value[field]):
             raise fail(f".{field}", "type", f"is {_describe(value[field])}, but must be a string; mend the row.")
@@ -243,6 +251,8 @@ def _to_entry(
     more = value.get("expand_wav") or []
     if not isinstance(more, list) or not all(map(_is_string, more)):
         raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")
+    if sum(map(len, (value["path"], *more, text or "", value.get("Q") or ""))) > MAX_CHARS_A_ROW:
+        raise fail("", "too_large", f"has over {MAX_CHARS_A_ROW} characters, which no clip's answer has; mend the row.")
     start, end = _read_part(value, more, fail)
     content = [value["path"], more, text, value["task"], value.get("Q"), start, end]
     first, *rest = (_locate(name, path, root) for name in (value["path"], *more))
@@ -276,6 +286,13 @@ def _read_part(value: dict, more: list, fail: Callable) -> tuple[float, float | 
     return float(start), float(end)
 
 
+def _read_speaker(value: object) -> object:
+    """A number as its digits: tables write 7 as 7.0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(int(value)) if value == int(value) else str(value)
+
+
 def _is_string(value: object) -> bool:
     """Whether it is text that can be written as UTF-8 and, as a path, opened."""
     try:
@@ -285,6 +302,8 @@ def _is_string(value: object) -> bool:
 
 
 def _locate(name: str, manifest: Path, root: Path | None) -> Path:
+    if name.startswith("~/"):
+        return Path(name).expanduser()
     return manifest.parent / name if root is None else root / name.lstrip("/")
 
 

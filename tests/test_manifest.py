@@ -1,9 +1,11 @@
 """Manifests: what is read, what each refusal names, and that memory does not grow."""
 
+import gzip
 import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clips import write_annotation
 
@@ -90,7 +92,9 @@ def test_a_line_that_is_not_json_is_one_bad_row(tmp_path, line):
         '{"annotation": [',
         '{"annotation": [{"path": "a", "task": "asr"} {',
         '{"annotation": [{]}',
-        '{"annotation": [NaN]}',
+        '{"annotation": []} {"annotation": []}',
+        '{"annotation": [], "annotation": []}',
+        "[] []",
     ],
 )
 def test_a_broken_array_is_an_error_that_names_the_file_and_the_line(tmp_path, text):
@@ -209,3 +213,96 @@ def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(tmp_path):
 )
 def test_real_manifests_give_their_rows_and_all_recordings_are_there(shared, name, count):
     assert sum(1 for _ in check_paths(read_manifest(shared / f"data/{name}.json"))) == count
+
+
+FORMS = {
+    "byte-order mark": lambda rows: ("m.json", b"\xef\xbb\xbf" + json.dumps({"annotation": rows}).encode()),
+    "UTF-16": lambda rows: ("m.json", json.dumps({"annotation": rows}, ensure_ascii=False).encode("utf-16")),
+    "lines with a mark": lambda rows: ("m.jsonl", b"\xef\xbb\xbf" + to_lines(rows)),
+    "lines in UTF-16": lambda rows: ("m.jsonl", to_lines(rows).decode().encode("utf-16")),
+    "lines named .json": lambda rows: ("m.json", to_lines(rows)),
+    "one line named .json": lambda rows: ("m.json", to_lines(rows[:1]) + b"\n" + to_lines(rows[1:])),
+    "an array named .jsonl": lambda rows: ("m.jsonl", json.dumps(rows, indent=1).encode()),
+    "an array on a line named .jsonl": lambda rows: ("m.jsonl", json.dumps(rows).encode()),
+    "SALMONN's form named .jsonl": lambda rows: ("m.jsonl", json.dumps({"annotation": rows}, indent=1).encode()),
+    "lines that end in CR LF, some empty": lambda rows: ("m.jsonl", to_lines(rows).replace(b"\n", b"\r\n \r\n")),
+}
+
+
+def to_lines(rows: list) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_read_in_whatever_form_they_come(tmp_path, form):
+    rows = [{**ROW, "speaker": 7}, {**ROW, "text": "zwei é", "speaker": 8.0}, {**ROW, "speaker": None, "Q": None}]
+    name, data = FORMS[form](rows)
+    (tmp_path / name).write_bytes(data)
+    entries = list(read_manifest(tmp_path / name))
+    assert [entry.text for entry in entries] == ["one", "zwei é", "one"]
+    assert [entry.speaker for entry in entries] == ["7", "8", None]
+
+
+BAD_ROWS = {
+    "a number that is infinite": '{"path": "a.wav", "text": "x", "task": "asr", "duration": 1e999}',
+    "NaN": '{"path": "a.wav", "text": "x", "task": "asr", "start": NaN, "end": 1}',
+    "Infinity": '{"path": "a.wav", "text": "x", "task": "asr", "start": 0, "end": -Infinity}',
+    "400 digits": f'{{"path": "a.wav", "text": "x", "task": "asr", "start": 0, "end": 1{"0" * 400}}}',
+    "5000 digits": f'{{"path": "a.wav", "text": "x", "task": "asr", "duration": 1{"0" * 5000}}}',
+    "half a surrogate": '{"path": "a.wav", "text": "x\\ud83d", "task": "asr"}',
+    "half a surrogate in the path": '{"path": "\\udc00.wav", "text": "x", "task": "asr"}',
+    "a key twice": '{"path": "a.wav", "text": "x", "text": "y", "task": "asr"}',
+    "over a megabyte": json.dumps({**ROW, "text": "word " * 300_000}),
+    "no UTF-8": '{"path": "a.wav", "text": "caf\udce9", "task": "asr"}',
+    "no object": '"a.wav"',
+    "no task": '{"path": "a.wav", "text": "x", "task": null}',
+    "a speaker that is true": '{"path": "a.wav", "text": "x", "task": "asr", "speaker": true}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_a_bad_row_is_one_bad_row_and_the_rest_is_read(tmp_path, name, kind):
+    good, path = json.dumps(ROW), tmp_path / name
+    text = f"{good}\n{BAD_ROWS[kind]}\n{good}\n"
+    if name == "m.json":
+        text = f'{{"annotation": [{good},\n{BAD_ROWS[kind]},\n{good}]}}'
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    first, bad, last = scan_manifest(path)
+    assert (first.text, last.text, last.number) == ("one", "one", 2)
+    assert isinstance(bad, RowError)
+    assert bad.number == 1
+    str(bad).encode()
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_annotation(tmp_path / "m.json", [{**ROW, "path": "~/audio/a.wav", "expand_wav": ["~/b.wav"]}])
+    (entry,) = read_manifest(Path("~/m.json"))
+    assert entry.paths == (tmp_path / "audio/a.wav", tmp_path / "b.wav")
+
+
+def test_a_compressed_manifest_is_refused_with_the_way_to_read_it(tmp_path):
+    (tmp_path / "m.json").write_bytes(gzip.compress(json.dumps([ROW]).encode()))
+    with pytest.raises(ValueError, match=r"is compressed, .* run gunzip"):
+        list(read_manifest(tmp_path / "m.json"))
+
+
+def test_a_manifest_that_was_cut_or_spoilt_anywhere_is_read_or_refused_by_name(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [{**ROW, "text": f"row {number}", "start": 0, "end": 1.5, "Q": None} for number in range(4)]
+    for form in (json.dumps({"version": 1, "annotation": rows}, indent=1), to_lines(rows).decode(), json.dumps(rows)):
+        for _ in range(150):
+            data, at = bytearray(form.encode()), int(rng.integers(len(form)))
+            if rng.random() < 0.5:
+                data = data[:at]
+            else:
+                data[at : at + int(rng.integers(3))] = rng.bytes(int(rng.integers(3)))
+            path = tmp_path / f"m.{rng.choice(['json', 'jsonl'])}"
+            path.write_bytes(data)
+            try:
+                found = list(scan_manifest(path))
+            except ValueError as error:
+                assert str(path) in str(error)
+            else:
+                assert all(isinstance(row, RowError) or row.task for row in found)
