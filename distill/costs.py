@@ -24,7 +24,7 @@ from distill.teach import build_llm, build_whisper, teacher_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
 from students.ears import choose_ears
-from students.quantize import nf4_bytes
+from students.quantize import is_fused, nf4_bytes, weight_names
 from teachers.beats import BEATS_FBANK, BeatsConfig, read_cfg
 from teachers.checkpoint import describe_checkpoint
 from teachers.eat import EatConfig
@@ -191,6 +191,7 @@ def measure_sizes(
     model = build_on_meta(blueprint, given or {})
     head = model.llm.get_output_embeddings()
     linears = {m.weight for m in model.llm.modules() if isinstance(m, nn.Linear) and m is not head}
+    linears |= {m.get_parameter(name) for m in model.llm.modules() if is_fused(m) for name in weight_names(m)}
     if blueprint.lora is not None:
         with torch.device("meta"):
             add_lora_(model.llm, blueprint.lora)

@@ -42,6 +42,7 @@ from distill.ranks import build_accelerator, resolve_precision, say
 from distill.run import make_student, open_training_stream, wrap_teacher
 from distill.teacher import load_teacher
 from distill.weighing import active_terms, build_schedules, loss_at
+from distill.weightchecks import check_answer, check_convolutions, check_share
 from shards.sample import Sample
 
 CHECKS: dict[str, Callable[[Case], str]] = {
@@ -57,6 +58,9 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "splits": check_splits,
     "KL(teacher‖teacher)": check_zero,
     "gradients": check_gradients,
+    "after an answer": check_answer,
+    "4 bits": check_share,
+    "convolutions": check_convolutions,
     "memory": check_memory,
 }
 NUM_BATCHES = 4  # of the run that are read

@@ -1,6 +1,7 @@
 """Doctor passes on sound runs, and finds each fault that trains silently."""
 
 import dataclasses
+import re
 import weakref
 
 import pytest
@@ -20,6 +21,8 @@ from distill.config import load_config
 from distill.doctor import build_case, doctor, examine
 from distill.tokenizer import train_byte_tokenizer
 from shards.distributions import Distribution
+from teachers.convolution import _InFloat32
+from teachers.fourbit import FLAG
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def failing(case, *names: str) -> dict[str, str]:
 def test_a_sound_run_passes(toys, words, capsys):
     code = doctor(load_config(toys / "toy.yaml", words))
     lines = capsys.readouterr().out.splitlines()
-    assert code == 0 and len(lines) == 13
+    assert code == 0 and len(lines) == 16
     assert all(line.startswith("pass") for line in lines)
 
 
@@ -61,13 +64,13 @@ def test_a_sound_run_on_cached_frames_passes(toys, tmp_path, kind, capsys):
     code = doctor(config)
     lines = capsys.readouterr().out.splitlines()
     assert code == 0, lines
-    assert all(line.startswith("pass") for line in lines[-13:])
+    assert all(line.startswith("pass") for line in lines[-16:])
 
 
 def test_a_cached_teacher_is_freed_when_it_has_been_asked_and_an_online_one_is_not(toys):
     case = build_case(load_config(toys / "toy.yaml"))
     teacher = weakref.ref(case.teacher.llm)
-    assert [passed for _, passed, _ in examine(case)] == [True] * 12
+    assert [passed for _, passed, _ in examine(case)] == [True] * 15
     assert teacher() is None
     case = build_case(load_config(toys / "toy.yaml", ["teacher.online=true"]))
     assert all(passed for _, passed, _ in examine(case)) and case.teacher is not None
@@ -113,6 +116,26 @@ def test_a_sound_run_across_tokenizers_passes(toys, capsys):
     words = [f"student.llm={toys / 'qwen'}", "loss.cross_tokenizer=chunk", "loss.hidden=0"]
     assert doctor(load_config(toys / "toy.yaml", words)) == 0
     assert "alignment" in capsys.readouterr().out
+
+
+def test_a_gradient_that_an_answer_changes_is_found(toys):
+    case = build_case(load_config(toys / "toy.yaml"))
+    for module in case.student.llm.modules():
+        if hasattr(module, FLAG):
+            setattr(module, FLAG, True)  # as bitsandbytes makes it on AVX512-BF16: an answer packs the layer
+    assert failing(case, "after an answer")
+
+
+def test_a_convolution_that_is_wrong_in_the_precision_of_the_run_is_found(toys, monkeypatch):
+    true = _InFloat32._conv_forward
+    monkeypatch.setattr(_InFloat32, "_conv_forward", lambda *args: true(*args) * (1.5 if args[1].itemsize < 8 else 1))
+    text = faults(toys, "convolutions")["convolutions"]
+    assert text.startswith("whisper.encoder.conv") and "is off by 50.0% in float32, but 2% is what" in text
+
+
+def test_the_share_in_4_bits_is_said(toys):
+    said = {name: text for name, _, text in examine(build_case(load_config(toys / "toy.yaml")), ["4 bits"])}
+    assert re.match(r"\d+\.\d% of the LLM's weights are in 4 bits \(", said["4 bits"])
 
 
 def plant_in_collate(monkeypatch, change):
