@@ -44,7 +44,8 @@ FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers",
 def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
     """Everything the targets depend on; its hash is the cache's fingerprint."""
     settings, cache = asdict(teacher.config), config.cache
-    paths = {name: settings.pop(name) for name in ("llm", "whisper", "second", "prompts")}
+    for name in ("llm", "whisper", "second", "prompts"):  # places; hashes of their contents are below
+        settings.pop(name)
     codec = build_codec(cache)
     head = {}
     if isinstance(codec, Hidden):
@@ -54,7 +55,7 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
             "teacher_weights": {"own": hash_tensors(own_tensors(teacher)), **hash_frozen_parts(teacher)},
             "teacher_config": settings,
             "llm_width": teacher.project.out_features,
-            "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": Path(paths["llm"]).name},
+            "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": "cached"},
             "prompts": hash_prompts(teacher.rows.prompts),
             "front_end": "teachers.frontend 2",  # 2: clips under 1 s are heard with silence up to it
             "dtype": str(resolve_precision(config.precision)),

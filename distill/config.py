@@ -60,7 +60,7 @@ class TeacherConfig:
     """The frozen model that is learned from."""
 
     path: str = ""  # a saved folder, or a SALMONN checkpoint (.pth) together with the names below
-    llm: str = ""  # the checkpoint's LLM: folder or hub id
+    llm: str = ""  # the checkpoint's LLM: folder or hub id; of a saved folder: where it lies now
     whisper: str = ""  # the checkpoint's Whisper: folder or hub id
     second: str = ""  # the checkpoint's second encoder: BEATs or EAT file; empty: none
     second_kind: str = ""  # "beats" or "eat"

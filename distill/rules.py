@@ -178,6 +178,7 @@ def check_config(config) -> None:
     check_targets(config)
     check_augmentation(config)
     check_round(config)
+    check_scratch(config)
 
 
 def check_name(config) -> None:
@@ -251,6 +252,23 @@ def check_round(config) -> None:
             f"on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
             f"cross-entropy to learn from; set loss.kl above 0, or on_policy.share=0."
         )
+
+
+def check_scratch(config) -> None:
+    """Refuse to describe a teacher that is made here: `scratch` says all of it.
+
+    Raises:
+        ValueError: naming both settings.
+    """
+    if not config.scratch.steps or config.teacher.path:
+        return
+    for name in ("llm", "whisper", "second", "second_kind", "end_token", "prompts"):
+        if getattr(config.teacher, name):
+            raise ValueError(
+                f"teacher.{name} is {getattr(config.teacher, name)!r}, but scratch.steps is "
+                f"{config.scratch.steps} and makes a teacher of its own; leave teacher.{name} out, or set "
+                f"scratch.steps=0 and teacher.path."
+            )
 
 
 def check_augmentation(config) -> None:

@@ -22,8 +22,9 @@ from shards.catalog import hash_shards
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
 from shards.stream import ShardStream
-from students.start import start_from_
+from students.start import identify_student, start_from_
 from students.student import build_student, save_student
+from teachers.loading import identify_checkpoint
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.saving import write_atomically
@@ -128,15 +129,26 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
 
 
 def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict:
-    """What must stay as it was for a run to go on, as plain data; the teacher by its weights, wherever it lies."""
+    """What must stay as it was for a run to go on, as plain data: every model by its contents, wherever it lies."""
     from distill.cache import describe_teacher
 
     return {
-        "student": asdict(config.student),
+        "student": identify_settings(config),
         "loss": asdict(config.loss),
         "teacher": {"online": config.teacher.online},
         "targets": (teacher.header or describe_teacher(teacher.model, config)).identity,
     }
+
+
+def identify_settings(config: Config) -> dict:
+    """The student's settings, with the hash of what each path leads to in the path's place."""
+    student = asdict(config.student) | {"llm": identify_checkpoint(student_llm(config))}
+    for name in ("whisper", "second"):
+        if student[name]:
+            student[name] = identify_checkpoint(student[name])
+    if student["start"]:
+        student["start"] = identify_student(student["start"])
+    return student
 
 
 def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:

@@ -44,13 +44,17 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
         )
     parts = config.teacher
     if path.is_dir() and is_qwen2_audio(path):
-        check_settings(parts, describe_qwen2_audio(path, parts.prompts), path)
+        own = describe_qwen2_audio(path, parts.prompts)
+        check_settings(parts, own, path)
+        moved_parts(parts, {"model": own, "frozen": {}}, path)
         model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
         print(f"teacher {path}: {describe_end(model, 'its chat')}", file=sys.stderr)
         return model
     if path.is_dir():
-        check_settings(parts, read_config(path)["model"], path)
-        model = load_salmonn(path, dtype=dtype, llm_weights=llm_weights)
+        saved = read_config(path)
+        check_settings(parts, saved["model"], path)
+        places = moved_parts(parts, saved, path)
+        model = load_salmonn(path, dtype=dtype, llm_weights=llm_weights, places=places)
         print(f"teacher {path}: {describe_end(model, 'its config.json')}", file=sys.stderr)
         return model
     for name in ("llm", "whisper"):
@@ -83,13 +87,32 @@ def check_settings(parts: TeacherConfig, saved: SalmonnConfig, path: Path) -> No
         ValueError: naming the setting and both values.
     """
     default = TeacherConfig()
-    for name in ("front_end", "end_token", "prompts"):
+    for name in ("front_end", "end_token", "prompts", "second_kind"):
         asked, there = getattr(parts, name), getattr(saved, name)
         if asked not in (getattr(default, name), there):
             raise ValueError(
                 f"teacher.{name} is {asked!r}, but {path} was saved with {there!r} and such a folder's own settings "
                 f"hold; leave teacher.{name} out."
             )
+
+
+def moved_parts(parts: TeacherConfig, saved: dict, path: Path) -> dict[str, str]:
+    """Where a config says that a saved teacher's parts lie now, by name; `load_salmonn` proves them by their hashes.
+
+    Raises:
+        ValueError: a part is named whose weights are the folder's own, so that no hash could prove it, or that the
+            teacher does not have.
+    """
+    named = {name: getattr(parts, name) for name in ("llm", "whisper", "second") if getattr(parts, name)}
+    places = {name: place for name, place in named.items() if place != getattr(saved["model"], name)}
+    for name, place in places.items():
+        there = getattr(saved["model"], name)
+        if name not in saved["frozen"]:
+            raise ValueError(
+                f"teacher.{name} is {place!r}, but {path} was saved with {there!r} and holds those weights itself or "
+                f"has none; leave teacher.{name} out."
+            )
+    return places
 
 
 def teach_online(config: Config, model: Salmonn) -> OnlineTeacher:

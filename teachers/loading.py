@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from teachers.encoders import load_encoder
+from teachers.hashes import remember_hash
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import staged
@@ -159,15 +160,19 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None,
-                 llm_weights: bool = True) -> Salmonn:  # fmt: skip
+                 llm_weights: bool = True, places: Mapping[str, str] | None = None) -> Salmonn:  # fmt: skip
     """Load a folder that `save_salmonn` wrote, in evaluation mode and frozen; arguments as `build_salmonn` takes them.
+
+    Args:
+        places: where frozen parts (llm, whisper, second) lie now, if not where they lay when the folder was saved.
 
     Raises:
         FileNotFoundError: no model there, or one of its parts is gone.
         ValueError: a frozen part is not the one that the model was trained with, or the tensors do not fit.
     """
     config = read_config(folder)
-    model = build_salmonn(config["model"], lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,
+    parts = dataclasses.replace(config["model"], **(places or {}))
+    model = build_salmonn(parts, lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,
                           tokenizer_path=Path(folder) / TOKENIZER, llm_weights=llm_weights)  # fmt: skip
     load_own_tensors_(model, Path(folder) / WEIGHTS)
     model.own_names = frozenset(read_names(Path(folder) / WEIGHTS))
@@ -175,8 +180,9 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
         expected = config["frozen"].get(part)
         if found != expected:
             raise ValueError(
-                f"{part} of {folder} has hash {found[:16]}, but the model was trained with {str(expected)[:16]}; "
-                f"put the original weights back under the path in {CONFIG}."
+                f"{part} of {folder} has hash {found[:16]} ({getattr(parts, part)}), but the model was trained with "
+                f"{str(expected)[:16]}; put the original weights back under the path in {CONFIG}, or name where they "
+                f"lie now."
             )
     return model.eval().requires_grad_(False)
 
@@ -233,14 +239,29 @@ def hash_frozen_parts(model: Salmonn, names: Sequence[str] = ("llm", "whisper", 
 
 def hash_checkpoint(path: str) -> str:
     """sha256 over the weight files of a folder, of a hub id's local copy, or of one file."""
-    place = Path(path)
-    if not place.exists():
-        place = Path(cached_file(path, "config.json")).parent
+    place = find_place(path)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+    return hash_files(files)
+
+
+def identify_checkpoint(path: str) -> str:
+    """As `hash_checkpoint`, with config and tokenizer beside the weights: all that answers come from."""
+    place = find_place(path)
+    beside = [] if place.is_file() else [*place.glob("config.json"), *place.glob("tokenizer*")]
+    rest = hash_files(sorted(file for file in beside if file.is_file()))
+    return hashlib.sha256(f"{hash_checkpoint(path)} {rest}".encode()).hexdigest()
+
+
+def find_place(path: str) -> Path:
+    """A local file or folder, or a hub id's local copy."""
+    return Path(path) if Path(path).exists() else Path(cached_file(path, CONFIG)).parent
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """sha256 over the hashes of files, in order."""
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(remember_hash(file)))
     return digest.hexdigest()
 
 

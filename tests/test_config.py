@@ -328,3 +328,11 @@ def test_the_defaults_of_python_are_those_of_the_command_line():
     assert build["lora"].default == lora_of(Config()) == Lora()
     for name in ("quantization", "connector", "qformer_dropout", "windows", "whisper", "second", "second_kind"):
         assert build[name].default == getattr(config, name), name
+
+
+@pytest.mark.parametrize("field", ["llm", "whisper", "second", "second_kind", "end_token", "prompts"])
+def test_what_a_config_says_of_a_teacher_that_is_made_here_is_refused(tmp_path, field):
+    (tmp_path / "c.yaml").write_text("scratch: {steps: 9}\n")
+    with pytest.raises(ValueError, match=rf"teacher\.{field} is 'x', but scratch\.steps is 9 and makes a teacher"):
+        load_config(tmp_path / "c.yaml", [f"teacher.{field}=x"])
+    load_config(tmp_path / "c.yaml", [f"teacher.{field}=x", "teacher.path=saved"])

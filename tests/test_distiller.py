@@ -1,6 +1,7 @@
 """The loop: split batches, cached targets, resumed runs and bad steps give the losses they should."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from distill.cache import cache
 from distill.checkpoint import find_checkpoint, prune, save_checkpoint
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
-from distill.run import run, wrap_teacher
+from distill.resuming import compare
+from distill.run import identify_settings, run, wrap_teacher
 from distill.stopping import BadStepsError
 from shards.pack import pack
 from shards.stream import ShardStream
 from students.student import build_student, load_student, save_student
+from teachers import hashes
 from teachers.loading import load_salmonn, own_tensors
 from teachers.lora import Lora
 from teachers.targets import CachedTeacher, OnlineTeacher
@@ -372,6 +375,47 @@ def test_a_teacher_that_was_moved_is_the_same_teacher(toys, tmp_path):
     run(load_config(toys / "toy.yaml", [*words, "train.stop_after=1"]))
     (tmp_path / "teacher").rename(tmp_path / "moved")
     assert run(load_config(toys / "toy.yaml", [*words[:3], f"teacher.path={tmp_path}/moved", words[-1]])) == 0
+
+
+def test_a_students_parts_are_known_by_their_contents_wherever_they_lie(toys, tmp_path):
+    for name in ("student-llm", "whisper"):
+        shutil.copytree(toys / "parts" / name, tmp_path / "there" / name)
+
+    def identify(folder):
+        words = [f"student.llm={folder}/student-llm", f"student.whisper={folder}/whisper"]
+        return identify_settings(load_config(toys / "toy.yaml", words))
+
+    began = identify(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / "moved")
+    assert identify(tmp_path / "moved") == began
+    for part, name in (("llm", "student-llm"), ("whisper", "whisper")):
+        for file in ("model.safetensors", "config.json"):
+            path = tmp_path / "moved" / name / file
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            assert [field for field, _ in compare(began, identify(tmp_path / "moved"))] == [part]
+            path.write_bytes(data)
+    assert identify(tmp_path / "moved") == began
+
+
+def test_a_large_files_hash_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, data = tmp_path / "weights", bytes(hashes.LEAST_BYTES)
+    path.write_bytes(data)
+    assert hashes.remember_hash(path) == hashlib.sha256(data).hexdigest()
+    assert not hashes.memory_path().exists()  # it was written just now, and may be again
+    monkeypatch.setattr(hashes, "SETTLED_SECONDS", 0.0)
+    hashes.remember_hash(path)
+    monkeypatch.setattr(hashlib, "file_digest", None)  # a second reading would fail
+    assert hashes.remember_hash(path) == hashlib.sha256(data).hexdigest()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    times = path.stat()
+    path.write_bytes(data[:-1] + b"1")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert hashes.remember_hash(path) == hashlib.sha256(data[:-1] + b"1").hexdigest()
+    hashes.memory_path().write_text("garbage")
+    assert hashes.remember_hash(path) == hashlib.sha256(data[:-1] + b"1").hexdigest()
 
 
 def test_resume_must_and_never_are_obeyed(toys, tmp_path):

@@ -328,6 +328,25 @@ def test_weights_that_are_not_there_are_named(parts, tmp_path):
         load_salmonn(tmp_path / "model")
 
 
+def test_a_saved_teachers_parts_are_taken_from_where_the_config_says_they_lie_if_they_are_the_same(tmp_path):
+    tiny.make_parts(tmp_path / "parts")
+    model = tiny.make_teacher(tmp_path / "parts").eval()
+    save_salmonn(model, tmp_path / "teacher")
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    moved = {name: str(tmp_path / "moved" / name) for name in ("llm", "whisper")}
+    loaded = load_named(tmp_path / "teacher", **moved)
+    assert torch.equal(logits(loaded, SAMPLES)[0], logits(model, SAMPLES)[0])
+    assert loaded.config.llm == moved["llm"]
+    tiny.make_parts(tmp_path / "other", seed=1)
+    for name in moved:
+        with pytest.raises(ValueError, match=rf"{name} of .* has hash \w{{16}} \(.*other.*\), but .* \w{{16}}; put"):
+            load_named(tmp_path / "teacher", **moved | {name: str(tmp_path / "other" / name)})
+    with pytest.raises(ValueError, match=r"teacher\.second is 'beats\.pt', but .* was saved with '' and"):
+        load_named(tmp_path / "teacher", second="beats.pt", **moved)
+    with pytest.raises(ValueError, match=r"teacher\.second_kind is 'beats', but .* was saved with ''"):
+        load_named(tmp_path / "teacher", second_kind="beats", **moved)
+
+
 @pytest.mark.parametrize(
     "setting",
     [{"front_end": "shared"}, {"end_token": "<end>"}, {"prompts": "prompts.json"}],
