@@ -1,8 +1,10 @@
 """Ends of answers: an end that is text, joined to the last word or not; text that spells control tokens; leftovers."""
 
 import dataclasses
+import io
 
 import pytest
+import sentencepiece
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +18,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from distill.alignment import answer_ends, token_bytes
 from distill.config import EvalConfig
@@ -329,3 +332,21 @@ def test_a_student_of_another_family_hears_answers_and_is_saved(parts, tmp_path,
     assert torch.equal(load_student(tmp_path / "student")(batch)[0], logits_SV)
     with pytest.raises(ValueError, match=rf"no layer named \['q_proj'\]; choose among its linear layers: .*{target}"):
         add_lora_(load_llm(str(tmp_path / "llm"), torch.float32), Lora(targets=("q_proj",)))
+
+
+def test_a_sentencepiece_tokenizer_run_by_itself_spells_its_control_pieces(tmp_path):
+    texts = ["one two three </p> <b> <s", *tiny.WORDS] * 3
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=330, hard_vocab_limit=False,
+        byte_fallback=True, character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    tokenizer = SentencePieceBackend(vocab_file=str(tmp_path / "spiece.model"), bos_token="<s>", eos_token="</s>",
+                                     unk_token="<unk>", add_bos_token=False)  # fmt: skip
+    encoder = TextEncoder(tokenizer)
+    for name in ("<s>", "</s>"):
+        assert encoder.controls[name] in tokenizer.encode(f"one {name} two", add_special_tokens=False)
+        ids = encoder.encode(f"one {name} two")
+        assert encoder.controls[name] not in ids
+        assert tokenizer.decode(ids) == f"one {name} two"
