@@ -32,7 +32,15 @@ from distill.runlog import RunLog
 from distill.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
 from distill.validation import Best, check_split, validate
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
-from distill.zero import configure_deepspeed, gathered, hide_frozen_, is_zero3, join_
+from distill.zero import (
+    configure_deepspeed,
+    describe_build_locks,
+    gathered,
+    hide_frozen_,
+    is_zero3,
+    join_,
+    say_of_build,
+)
 from shards.sample import SAMPLE_RATE, Sample
 from shards.stream import ShardStream
 from teachers.loading import own_tensors
@@ -114,7 +122,8 @@ class Distiller:
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
         self.stop = StopRequest(self.options.max_minutes)
-        self.hang_watch = HangWatch(self.options.hang_minutes)
+        explain = describe_build_locks if is_deepspeed(self.accelerator) else str
+        self.hang_watch = HangWatch(self.options.hang_minutes, explain)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
         self.lock = RunLock(self.run_folder).acquire()
         tell = partial(say, self.accelerator)
@@ -150,7 +159,8 @@ class Distiller:
             return self._fit()
 
     def _fit(self) -> FitResult:
-        start = self._prepare()
+        with self.hang_watch("preparation"):
+            start = self._prepare()
         losses: list[float] = []
         with (
             self.stop,
@@ -159,7 +169,7 @@ class Distiller:
         ):
             batches = iter(self.stream)
             for step in range(start, self.options.steps):
-                with self.hang_watch:
+                with self.hang_watch(f"step {step + 1}"):
                     record = self._step(step, batches)
                 losses.append(record["loss"])
                 progress.advance(f"loss {record['loss']:.3f}")
@@ -187,6 +197,7 @@ class Distiller:
         )
         if is_deepspeed(self.accelerator):
             configure_deepspeed(self.accelerator, self.options, self.num_micro_batches)
+            say_of_build(partial(say, self.accelerator))
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches
@@ -269,9 +280,11 @@ class Distiller:
         self.log.step({key: value for key, value in record.items() if key != "stop"})
         is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
         if is_due and self.valid is not None:
-            self._validate(step)
+            with self.hang_watch(f"validation after step {step}"):
+                self._validate(step)
         if is_last or record["stop"] or step % self.options.save_every == 0 or self.best.step == step:
-            self._save(step)
+            with self.hang_watch(f"saving step {step}"):
+                self._save(step)
 
     def _save(self, step: int) -> None:
         began = time.perf_counter()
@@ -295,7 +308,9 @@ class Distiller:
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
         with gathered(self.accelerator, self.objective):
-            found = validate(self.student, self.valid, self.answers, self.accelerator, step)
+            found = validate(
+                self.student, self.valid, self.answers, self.accelerator, step, on_batch=self.hang_watch.beat
+            )
         if self.best.error is None or found.error < self.best.error:
             self.best = found
         self.log.validation(step, found.error, found.scores)

@@ -4,6 +4,7 @@ Knows how to ask a model and whom to ask for scores; the scores themselves are i
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from teachers.salmonn import Salmonn
 
 
 def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
-           title: str = "evaluate") -> list[Prediction]:  # fmt: skip
+           title: str = "evaluate", on_batch: Callable[[], None] = lambda: None) -> list[Prediction]:  # fmt: skip
     """Let the model answer every labelled clip of a folder of shards once, however many texts it has (`clips.py`).
 
     Every rank takes its part and gets all.
@@ -32,6 +33,8 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
         folder: the split's shards.
         options: batch size, length and beams.
         accelerator: the processes; None: this one alone.
+        title: of the progress line.
+        on_batch: is called after each batch.
     """
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     clips = find_clips(folder)
@@ -47,6 +50,7 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
             answered = predict(model, samples, options) if samples else []
             predictions += [replace(p, references=clips.references[p.key]) for p in answered]
             progress.advance(units=len(samples) * size)
+            on_batch()
     return predictions if accelerator is None else gather(accelerator, predictions)
 
 
@@ -74,9 +78,9 @@ def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[
 
 
 def evaluate(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
-             title: str = "evaluate") -> dict[str, TaskScore]:  # fmt: skip
+             title: str = "evaluate", on_batch: Callable[[], None] = lambda: None) -> dict[str, TaskScore]:  # fmt: skip
     """Scores by task of a model on a split, whose clips are each answered once."""
-    return score(answer(model, folder, options, accelerator, title), normalise=options.normalise)
+    return score(answer(model, folder, options, accelerator, title, on_batch), normalise=options.normalise)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ import faulthandler
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from shards.parent import is_in_main_thread
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order, as the shell counts it
+SAY_SECONDS = 1.0  # between the words of a hang watch and the end that it makes
 SAME_SECONDS = 1.0  # between two signals that are one request
 NUM_SHOWN = 8  # keys of a bad step that are named
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # of queues, people, terminals
@@ -58,25 +61,54 @@ class StopRequest:
 
 
 class HangWatch:
-    """Ends the process, with the stacks of all its threads on stderr, when the block takes too long.
+    """Ends the process, with the stacks of all its threads on stderr, when a part of a run takes too long.
 
     A rank that waits for another in a collective waits in C, where no Python signal handler runs; the timer is a thread
     of C too. The launcher then ends the other ranks.
 
     Args:
-        minutes: that a block may take; 0: no end.
+        minutes: that a part may take; 0: no end.
+        explain: gives what may be the cause, when it is too late; "" where it knows of none.
     """
 
-    def __init__(self, minutes: float):
-        self.minutes = minutes
+    def __init__(self, minutes: float, explain: Callable[[], str] = str):
+        self.minutes, self.explain = minutes, explain
+        self._timer: threading.Timer | None = None
+        self._part = ""
 
-    def __enter__(self) -> None:
-        if self.minutes:
-            faulthandler.dump_traceback_later(60 * self.minutes, exit=True, file=sys.__stderr__)
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """A block that is watched, such as `step 12`."""
+        self._part = part
+        self.beat()
+        try:
+            yield
+        finally:
+            self._cancel()
 
-    def __exit__(self, *_) -> None:
+    def beat(self) -> None:
+        """Count from now on again: a part of many pieces has done one."""
+        self._cancel()
         if self.minutes:
+            faulthandler.dump_traceback_later(60 * self.minutes + SAY_SECONDS, exit=True, file=sys.__stderr__)
+            self._timer = threading.Timer(60 * self.minutes, self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
             faulthandler.cancel_dump_traceback_later()
+            self._timer = None
+
+    def _say(self) -> None:
+        print(
+            f"error: {self._part} takes longer than {self.minutes:g} minutes, but train.hang_minutes is that; the "
+            f"stacks below show where it waits, and the same command goes on from the last checkpoint. "
+            f"{self.explain()}".rstrip(),
+            file=sys.__stderr__,
+            flush=True,
+        )
 
 
 def warn_of_slow_save(seconds: float, say: Callable[[str], None]) -> None:

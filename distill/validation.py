@@ -3,6 +3,7 @@
 Knows answers and scores, no training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,10 +27,20 @@ class Best:
     scores: dict[str, float] = field(default_factory=dict)  # by task
 
 
-def validate(student: Salmonn, folder: str | Path, answers: EvalConfig, accelerator: Accelerator, step: int) -> Best:
-    """Let a student in training answer a split; it is in training mode again afterwards. Every rank must call it."""
+def validate(
+    student: Salmonn,
+    folder: str | Path,
+    answers: EvalConfig,
+    accelerator: Accelerator,
+    step: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Best:
+    """Let a student in training answer a split; it is in training mode again afterwards. Every rank must call it.
+
+    `on_batch` is called after each batch of answers.
+    """
     student.eval()
-    scores = evaluate(student, folder, answers, accelerator, title="valid")
+    scores = evaluate(student, folder, answers, accelerator, title="valid", on_batch=on_batch)
     student.train()
     return Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
 

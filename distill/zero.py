@@ -4,8 +4,11 @@ Only trainable tensors are given to it. Frozen ones stay whole on every rank: in
 weight, and the head is read row by row, outside its own layer. Knows DeepSpeed, nothing of models.
 """
 
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
@@ -33,6 +36,50 @@ def configure_deepspeed(accelerator: Accelerator, options: TrainConfig, num_micr
     if is_zero3(accelerator):  # the Q-Former's queries belong to no layer's call, so what is trained stays gathered
         config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
         config["zero_optimization"]["stage3_model_persistence_threshold"] = WHOLE
+
+
+def build_root() -> Path:
+    """Where torch compiles extensions: folders of operators, or of Python and CUDA versions with such folders."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def find_build_locks() -> list[Path]:
+    """Lock files of operators that are being compiled, or whose compiler was killed."""
+    root = build_root()
+    return sorted(path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern))
+
+
+def describe_build_locks() -> str:
+    """What locks of DeepSpeed's compiler there are and what to do; nothing where there are none.
+
+    torch waits for them without a word and without end, and nothing tells a compiler at work from one that was killed.
+    """
+    locks = find_build_locks()
+    if not locks:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(path.stat().st_mtime for path in locks)))
+    names = ", ".join(map(str, locks))
+    return (
+        f"{names} is there since {since}, and DeepSpeed waits until it is gone: if no other launch compiles now, one "
+        f"was killed while it did; remove the file."
+    )
+
+
+def say_of_build(say: Callable[[str], None]) -> None:
+    """Tell why DeepSpeed's start may take its time: it compiles operators once, or waits for who does."""
+    text = describe_build_locks()
+    if text:
+        say(text)
+    elif not is_built():
+        say("DeepSpeed compiles its operators at the first start on a machine: that takes a minute or two")
+
+
+def is_built() -> bool:
+    """Whether DeepSpeed has compiled something here before."""
+    root = build_root()
+    return any(any(root.glob(pattern)) for pattern in ("*/*.so", "*/*/*.so"))
 
 
 def hide_frozen_(module: nn.Module) -> None:

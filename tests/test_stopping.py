@@ -14,11 +14,17 @@ import tiny
 from distill import runlock, stopping
 from distill.cache import cache
 from distill.checkpoint import find_checkpoint
-from distill.config import Config, load_config
+from distill.config import Config, TrainConfig, load_config
+from distill.distiller import Distiller
 from distill.run import run
 from distill.runlock import make_run_folder
 from distill.runlog import RunLog
-from distill.stopping import BadSteps, BadStepsError, StopRequest, warn_of_slow_save
+from distill.stopping import BadSteps, BadStepsError, HangWatch, StopRequest, warn_of_slow_save
+from distill.zero import describe_build_locks, say_of_build
+from students.student import build_student
+from teachers.loading import load_salmonn
+from teachers.lora import Lora
+from teachers.targets import OnlineTeacher
 
 NUM_STEPS = 16  # that are compared, of a run that is to have many more
 
@@ -173,15 +179,52 @@ def test_a_step_that_hangs_ends_the_process_and_shows_where():
         "from distill.stopping import HangWatch\n"
         "def wait_for_a_peer():\n"
         "    threading.Event().wait()\n"
-        "with HangWatch(minutes=0):\n"
+        "with HangWatch(minutes=0)('no end'):\n"
         "    pass\n"
-        "with HangWatch(minutes=0.2 / 60):\n"
+        "with HangWatch(minutes=0.2 / 60, explain=lambda: 'utils/lock is there')('saving step 3'):\n"
         "    wait_for_a_peer()\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr
     assert "wait_for_a_peer" in ended.stderr
+    assert "error: saving step 3 takes longer than 0.00333333 minutes, but train.hang_minutes" in ended.stderr
+    assert "the same command goes on from the last checkpoint. utils/lock is there\n" in ended.stderr
+
+
+def test_preparation_steps_validation_and_saving_are_each_watched(toys, monkeypatch, tmp_path):
+    watched, beats = [], []
+    monkeypatch.setattr(HangWatch, "beat", lambda self: beats.append(self._part))
+    monkeypatch.setattr(HangWatch, "_cancel", lambda self: watched.append(self._part))
+    tiny.make_shards(tmp_path, split="valid", num_samples=2)
+    model = load_salmonn(toys / "teacher")
+    student = build_student(
+        model, str(toys / "parts" / "student-llm"), lora=Lora(4), connector="new", quantization="none"
+    )
+    Distiller(
+        OnlineTeacher(model),
+        student,
+        train=toys / "data" / "train",
+        valid=tmp_path / "valid",
+        options=TrainConfig(steps=1, batch_size=2, micro_batch_size=2, warmup_steps=0),
+        run_folder=tmp_path / "run",
+    ).fit()
+    assert watched == ["preparation", "step 1", "validation after step 1", "saving step 1"]
+    assert beats == ["preparation", "step 1", *["validation after step 1"] * 2, "saving step 1"]
+
+
+def test_a_lock_that_a_killed_compiler_left_is_named_with_what_to_do_and_a_first_start_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    told = []
+    say_of_build(told.append)
+    assert "compiles its operators at the first start" in told[-1]
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "utils.so").touch()
+    say_of_build(told.append)
+    assert len(told) == 1 and describe_build_locks() == ""
+    (tmp_path / "utils" / "lock").touch()
+    say_of_build(told.append)
+    assert f"{tmp_path}/utils/lock is there since 2" in told[-1] and "remove the file" in told[-1]
 
 
 def test_a_slow_checkpoint_is_told_of_and_a_fast_one_not():
