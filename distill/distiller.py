@@ -132,7 +132,7 @@ class Distiller:
             check_changes(
                 self.saved.state["identity"],
                 self.identity,
-                name=str(self.saved.folder),
+                checkpoint=self.saved.folder,
                 done=self.saved.step,
                 options=self.options,
                 has_schedules=bool(self.loss.schedules),

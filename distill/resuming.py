@@ -6,6 +6,7 @@ Knows settings and how they differ; no file and no model.
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 from distill.config import TrainConfig
 from distill.optimizer import learning_rate
@@ -26,7 +27,7 @@ def check_changes(
     there: dict,
     here: dict,
     *,
-    name: str,
+    checkpoint: Path,
     done: int,
     options: TrainConfig,
     has_schedules: bool,
@@ -37,7 +38,7 @@ def check_changes(
     Args:
         there: the identity of the run as its checkpoint knows it, as plain data.
         here: that of the run now.
-        name: of the checkpoint, for messages.
+        checkpoint: its folder, inside `checkpoints` of the run's; for messages.
         done: steps that it has behind it.
         options: of the run now; `allow_change` names fields that may differ.
         has_schedules: whether weights of the loss move with the steps.
@@ -46,20 +47,21 @@ def check_changes(
     Raises:
         ValueError: each field that differs is named.
     """
+    run_folder = checkpoint.parent.parent
     changes = dict(compare(there, json.loads(json.dumps(here))))
     if STEPS in changes and STEPS in there:
         told = explain_steps(there[STEPS], done, options, has_schedules)
         if told is not None:
-            say(f"{name}: {told}")
+            say(f"{run_folder} {told}")
             del changes[STEPS]
     refused = [f"{field}: {values}" for field, values in changes.items() if field not in options.allow_change]
     if refused:
         raise ValueError(
-            f"{name} is of a run with other settings ({'; '.join(refused)}), but a run goes on as it began; "
+            f"{checkpoint} is of a run with other settings ({'; '.join(refused)}), but a run goes on as it began; "
             f"choose another name= for a new run, put them back, or name them in train.allow_change."
         )
     for field, values in changes.items():
-        say(f"{name} goes on with another {field}, as train.allow_change says: {values}")
+        say(f"{run_folder} goes on with another {field}, as train.allow_change says: {values}")
 
 
 def explain_steps(before: int, done: int, options: TrainConfig, has_schedules: bool) -> str | None:
