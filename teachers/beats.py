@@ -9,7 +9,9 @@ Shapes: B batch, N audio samples, X mel frames (10 ms), M mel bins, R encoder fr
 E encoder width, H attention heads.
 """
 
+import argparse
 import math
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -248,6 +250,7 @@ def read_cfg(cfg: Mapping, path: str | Path) -> BeatsConfig:
     Raises:
         ValueError: a size is missing, or the cfg asks for what no official BEATs has.
     """
+    cfg = vars(cfg) if isinstance(cfg, (argparse.Namespace, types.SimpleNamespace)) else cfg
     sizes = [field.name for field in fields(BeatsConfig) if field.name != "predictor_class"]
     for name in [*FIXED_CFG, *sizes]:
         if name not in cfg:
@@ -257,7 +260,8 @@ def read_cfg(cfg: Mapping, path: str | Path) -> BeatsConfig:
                 f"{path} has {name} {cfg[name]!r}, but every official BEATs has {FIXED_CFG[name]!r}; "
                 f"name a BEATs checkpoint."
             )
-    if "predictor_class" in cfg:
+    # vars() of the original's config names 527 classes for any model; finetuned_model says whether it has them
+    if "predictor_class" in cfg and ("finetuned_model" not in cfg or cfg["finetuned_model"]):
         sizes.append("predictor_class")
     return BeatsConfig(**{name: cfg[name] for name in sizes})
 

@@ -24,6 +24,10 @@ LEFTOVER = re.compile(
     r"speech_Qformer\.bert\.embeddings\.position_ids$|.*relative_attention_bias\.weight$|.*lm_head\.weight$|.*inv_freq$"
 )
 QFORMER = "speech_Qformer.bert."
+TRAINED_EARS = {
+    "speech_encoder": "Whisper",
+    "beats": "BEATs",
+}  # where freeze_*: false
 DIRECT = {
     "speech_query_tokens": "qformer.query",
     "speech_llama_proj.weight": "project.weight",
@@ -138,6 +142,8 @@ def describe_checkpoint(content: dict, path: str | Path, lora_alpha: float | Non
         ValueError: it is no SALMONN's.
     """
     state = content.get("model")
+    if isinstance(state, dict):
+        _check_connector(state, content, path)
     if not isinstance(state, dict) or "speech_query_tokens" not in state:
         raise ValueError(f"{path} holds no SALMONN: speech_query_tokens is missing under 'model'; give its checkpoint.")
     theirs = _read_config(content)
@@ -177,6 +183,19 @@ def their_name(name: str) -> str | None:
     return None
 
 
+def _check_connector(state: dict[str, Tensor], content: dict, path) -> None:
+    """Refuse the file of a training whose Q-Former or projection was frozen: it holds neither."""
+    if not any(key.startswith(("ln_speech.", "speech_llama_proj.", "llama_model.")) for key in state):
+        return
+    lost = [key for key in ("speech_query_tokens", "speech_llama_proj.weight") if key not in state]
+    if lost:
+        source = _read_config(content).get("ckpt") or "the checkpoint that it started from"
+        raise ValueError(
+            f"{path} holds no {lost[0]}, as where that part of the connector was frozen in training, but a teacher "
+            f"needs all of it; take the missing tensors from {source} into this file's 'model'."
+        )
+
+
 def _translate(state: dict[str, Tensor], path) -> dict[str, str | None]:
     names, unknown = {}, []
     for key in state:
@@ -184,6 +203,13 @@ def _translate(state: dict[str, Tensor], path) -> dict[str, str | None]:
             names[key] = our_name(key)
         except KeyError:
             unknown.append(key)
+    trained = sorted({key.split(".", 1)[0] for key in unknown} & TRAINED_EARS.keys())
+    if trained:
+        raise ValueError(
+            f"{path} holds tensors of {' and '.join(TRAINED_EARS[name] for name in trained)}, which {trained[0]} says "
+            f"were trained too, but ears are read from files of their own; save them as such files, name those, and "
+            f"take them out of the checkpoint."
+        )
     if unknown:
         raise ValueError(
             f"{path} holds {len(unknown)} tensors that no SALMONN has ({', '.join(unknown[:3])}), but every tensor "

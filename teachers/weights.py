@@ -6,6 +6,7 @@ Knows nothing of any architecture.
 import argparse
 import json
 import pickle
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.utils import cached_file
 # What fairseq's trainer leaves beside the tensors: its options and the numbers of its meters. None of them runs code.
 HARMLESS_TYPES = [
     argparse.Namespace,
+    types.SimpleNamespace,
     np.dtype,
     np.dtypes.Float64DType,
     np.dtypes.Float32DType,

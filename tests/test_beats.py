@@ -1,7 +1,9 @@
 """BEATs against its authors' numbers, its batch rule, and what its loader refuses."""
 
+import argparse
 import json
 import pickle
+import types
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,20 @@ def test_an_official_file_loads_back_to_the_same_frames(ear, tmp_path):
     loaded = BeatsEar.from_pretrained(tmp_path / "beats.pt").requires_grad_(False)
     batch = make_batch(20_000)
     assert relative(loaded(*batch)[0], ear(*batch)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [dict, argparse.Namespace, types.SimpleNamespace])
+def test_a_file_that_was_saved_again_with_all_fields_of_its_config_loads(ear, tmp_path, kind):
+    content = make_official(ear)
+    every = {"predictor_class": 527, "predictor_dropout": 0.1, "finetuned_model": False}
+    cfg = {**every, **content["cfg"]}
+    if ear.predictor is not None:
+        cfg["finetuned_model"] = True
+    torch.save({"cfg": kind(**cfg), "model": content["model"]}, tmp_path / "again.pt")
+    again = BeatsEar.from_pretrained(tmp_path / "again.pt")
+    assert again.config == ear.config
+    waveforms_BN, num_samples_B = make_batch(9_000)
+    torch.testing.assert_close(again(waveforms_BN, num_samples_B)[0], ear(waveforms_BN, num_samples_B)[0])
 
 
 class Bomb:

@@ -265,6 +265,29 @@ def test_a_missing_tensor_is_refused_by_name(parts, tmp_path, key, message):
         load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
 
 
+@pytest.mark.parametrize(
+    ("lost", "added", "message"),
+    [
+        ("speech_query_tokens", "", r"holds no speech_query_tokens, as where .* frozen in training.* from first\.pth"),
+        ("speech_llama_proj.weight", "", r"holds no speech_llama_proj\.weight, as where .* frozen in training"),
+        ("", "speech_encoder.conv1.weight", r"holds tensors of Whisper, .*trained too, but ears are read from files"),
+        ("", "beats.encoder.layer_norm.bias", r"holds tensors of BEATs, .*trained too, but ears are read from files"),
+    ],
+)
+def test_a_training_that_froze_the_connector_or_trained_the_ears_is_refused_by_what_it_did(
+    parts, tmp_path, lost, added, message
+):
+    save_checkpoint(make_salmonn(parts), tmp_path / "c.pth")
+    content = torch.load(tmp_path / "c.pth", weights_only=True)
+    content["model"] = {key: x for key, x in content["model"].items() if key != lost} | (
+        {added: torch.zeros(3)} if added else {}
+    )
+    content["config"]["model"]["ckpt"] = "first.pth"
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "c.pth", **names_of(parts))
+
+
 def test_parts_of_another_width_are_refused(parts, tmp_path):
     save_checkpoint(make_salmonn(parts), tmp_path / "salmonn.pth")
     with pytest.raises(ValueError, match=r"holds \(4, 64\) for llm.*lora_A.*, but these parts need \(4, 32\)"):
