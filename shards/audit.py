@@ -9,10 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
+from shards.container import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
 from shards.findings import REASONS, Finding, RowAudit, audit_rows, choose_verdict, make_policy
-from shards.manifest import Entry, check_tasks, open_atomically, scan_manifest, write_rows
+from shards.manifest import Entry, describe_unknown_task, open_atomically, scan_manifest, to_path, write_rows
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.records import RowError
 
@@ -53,6 +56,7 @@ def audit(
     tasks: Collection[str] | None = None,
     questions: Collection[str] = (),
     policy: dict[str, str] | None = None,
+    limits: AudioLimits = DEFAULT_LIMITS,
     stop_above: float = 1.0,
     workers: int | None = None,
     show_progress: bool = False,
@@ -66,26 +70,27 @@ def audit(
         manifests: see `shards.manifest.read_manifest`.
         out: folder for audit.jsonl and the cleaned manifests.
         root: the folder that paths are relative to, if not the manifest's own.
-        tasks: those that exist; None accepts all.
+        tasks: those that exist; a row of another is dropped. None accepts all.
         questions: those whose rows must bring a question.
         policy: reason -> keep, fix or drop, over the defaults of `shards.findings.REASONS`.
+        limits: the shortest and longest clip; a pack must be made with the same.
         stop_above: a greater share of dropped rows in a manifest is an error, and its cleaned manifest is not written.
         workers: processes; by default one a CPU.
         show_progress: draw a bar on stderr.
 
     Raises:
         FileNotFoundError: there is no such manifest.
-        ValueError: unknown task or reason, or too large a share was dropped.
+        ValueError: unknown reason, or too large a share was dropped.
     """
     policy = make_policy(policy or {})
-    manifests, out = [Path(path) for path in manifests], Path(out)
+    manifests, out = [Path(path).expanduser() for path in manifests], Path(out).expanduser()
     for path in manifests:
         if path.is_dir() or not path.suffix:
             raise ValueError(
                 f"manifests is {path} in part, but that is no file of rows; for the results say --out {path}."
             )
     workers = count_cpus() if workers is None else workers
-    num_rows = [_count_rows(path, tasks) for path in manifests]
+    num_rows = [sum(1 for _ in scan_manifest(path)) for path in manifests]
     out.mkdir(parents=True, exist_ok=True)
     report, later, failures = AuditReport(), set(), []
     with (
@@ -93,9 +98,9 @@ def audit(
         progress_bar("auditing", sum(num_rows), show=show_progress) as advance,
     ):
         for path in reversed(manifests):
-            auditing = _Auditing(path, policy, later, report, log)
+            auditing = _Auditing(path, policy, tasks, later, report, log)
             pieces = batched(scan_manifest(path, root=root, questions=questions), ROWS_A_PIECE)
-            found = map_in_order(_audit_piece, pieces, workers=workers)
+            found = map_in_order(partial(_audit_piece, limits=limits), pieces, workers=workers)
             try:
                 auditing.clean(out / _cleaned_name(path, manifests), found, stop_above, advance)
             except TooManyDropped as error:
@@ -115,8 +120,16 @@ class TooManyDropped(ValueError):
 class _Auditing:
     """One manifest on its way through: what was seen of it so far."""
 
-    def __init__(self, path: Path, policy: dict[str, str], later: set[int], report: AuditReport, log):
-        self.path, self.policy, self.later, self.report, self.log = path, policy, later, report, log
+    def __init__(
+        self,
+        path: Path,
+        policy: dict[str, str],
+        tasks: Collection[str] | None,
+        later: set[int],
+        report: AuditReport,
+        log: TextIO,
+    ):
+        self.path, self.policy, self.tasks, self.later, self.report, self.log = path, policy, tasks, later, report, log
         self.file_hashes: set[int] = set()
         self.first_rows: dict[int, int] = {}  # of each clip, task and question
         self.num_rows = self.num_dropped = 0
@@ -142,7 +155,7 @@ class _Auditing:
     def _kept(self, found: Iterator[list[tuple[Entry | RowError, RowAudit]]], advance: Callable) -> Iterator[Entry]:
         """The entries that stay; every finding is logged and counted on the way."""
         for row, audited in (pair for piece in found for pair in piece):
-            findings = [*audited.findings, *self._find_copies(row, audited)]
+            findings = [*self._find_task(row), *audited.findings, *self._find_copies(row, audited)]
             verdicts = [choose_verdict(row, finding, self.policy) for finding in findings]
             for finding, verdict in zip(findings, verdicts):
                 self._log(row, finding, verdict)
@@ -156,6 +169,10 @@ class _Auditing:
                 self.report.seconds += audited.seconds
                 self.file_hashes.update(audited.file_hashes)
                 yield row
+
+    def _find_task(self, row: Entry | RowError) -> Iterator[Finding]:
+        if self.tasks is not None and isinstance(row, Entry) and row.task not in self.tasks:
+            yield Finding("unknown_task", describe_unknown_task(row, self.tasks), {"task": row.task})
 
     def _find_copies(self, row: Entry | RowError, audited: RowAudit) -> Iterator[Finding]:
         if not audited.file_hashes:
@@ -183,16 +200,17 @@ class _Auditing:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill audit` takes."""
-    parser.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST", help="train first, test last")
+    parser.add_argument("manifests", type=to_path, nargs="+", metavar="MANIFEST", help="train first, test last")
     parser.add_argument(
-        "--out", type=Path, default=Path("audit"), help="folder of audit.jsonl and what is kept (%(default)s)"
+        "--out", type=to_path, default=Path("audit"), help="folder of audit.jsonl and what is kept (%(default)s)"
     )
-    parser.add_argument("--root", type=Path, help="folder that the manifests' paths are relative to (their own)")
+    parser.add_argument("--root", type=to_path, help="folder that the manifests' paths are relative to (their own)")
     for verdict in ("keep", "fix", "drop"):
         parser.add_argument(
             f"--{verdict}", nargs="+", default=[], metavar="REASON", help=f"reasons to {verdict} rows for"
         )
-    parser.add_argument("--prompts", type=Path, help="JSON file of the prompts whose tasks there are (the library's)")
+    add_limit_arguments(parser)
+    parser.add_argument("--prompts", type=to_path, help="JSON file of the prompts whose tasks exist (the library's)")
     parser.add_argument("--stop-above", type=float, default=1.0, help="fail if a larger share is dropped (%(default)g)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes (%(default)s)")
 
@@ -206,6 +224,7 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
         tasks=tasks,
         questions=questions,
         policy={reason: verdict for verdict in ("keep", "fix", "drop") for reason in getattr(args, verdict)},
+        limits=read_limits(args),
         stop_above=args.stop_above,
         workers=args.workers,
         show_progress=True,
@@ -215,18 +234,8 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
     return 0
 
 
-def _audit_piece(rows: list[Entry | RowError]) -> list[tuple[Entry | RowError, RowAudit]]:
-    return list(zip(rows, audit_rows(rows)))
-
-
-def _count_rows(path: Path, tasks: Collection[str] | None) -> int:
-    """Number of rows; an unknown task ends the audit before it begins."""
-    count = 0
-    for row in scan_manifest(path):
-        count += 1
-        if isinstance(row, Entry):
-            next(check_tasks([row], tasks))
-    return count
+def _audit_piece(rows: list[Entry | RowError], limits: AudioLimits) -> list[tuple[Entry | RowError, RowAudit]]:
+    return list(zip(rows, audit_rows(rows, limits)))
 
 
 def _cleaned_name(path: Path, manifests: Sequence[Path]) -> str:

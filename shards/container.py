@@ -8,6 +8,7 @@ cannot be trusted raises `AudioError` with a `reason` to count by.
 Shape letters: N audio samples, C channels.
 """
 
+import argparse
 import hashlib
 import mmap
 import stat
@@ -65,8 +66,35 @@ class AudioLimits:
     max_file_bytes: int = 2_000_000_000  # of a file as it lies on the disk
     max_header_gap_seconds: float = 0.0  # how far the decoded length may be from the header's
 
+    def __post_init__(self):
+        if not 0 <= self.min_seconds < self.max_seconds:
+            raise ValueError(
+                f"min_seconds is {self.min_seconds:g}, but must be from 0 to below max_seconds, which is "
+                f"{self.max_seconds:g}; change one of them."
+            )
+
 
 DEFAULT_LIMITS = AudioLimits()
+
+
+def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shortest and longest clip, as `distill audit` and `distill pack` take them."""
+    least, most = DEFAULT_LIMITS.min_seconds, DEFAULT_LIMITS.max_seconds
+    parser.add_argument("--min-seconds", type=float, default=least, help="of the shortest clip (%(default)g)")
+    parser.add_argument("--max-seconds", type=float, default=most, help="of the longest clip (%(default)g, the most)")
+
+
+def read_limits(args: argparse.Namespace, *, max_header_gap_seconds: float = 0.0) -> AudioLimits:
+    """The limits that were asked for.
+
+    Raises:
+        ValueError: more than the ears take, or less than nothing.
+    """
+    if not args.max_seconds <= MAX_SECONDS:
+        raise ValueError(
+            f"--max-seconds is {args.max_seconds:g}, but a sample holds {MAX_SECONDS:g} at most; give a smaller one."
+        )
+    return AudioLimits(args.min_seconds, args.max_seconds, max_header_gap_seconds=max_header_gap_seconds)
 
 
 @dataclass(frozen=True)
@@ -251,8 +279,8 @@ def _mismatch(name: str, announced: int, held: int, rate: int) -> AudioError:
     gap = abs(announced - held) / rate
     return AudioError(
         "header_mismatch",
-        f"{name} announces {announced} samples, but has {held} ({gap:.3f} s apart); fetch the file again, or allow a "
-        "max_header_gap_seconds.",
+        f"{name} announces {announced} samples, but has {held} ({gap:.3f} s apart); fetch the file again, or pack "
+        "it with a larger --max-header-gap.",
         {"rate": rate, "header_frames": announced, "decoded_frames": held},
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shards.manifest import Entry, missing_file_error, write_manifest
+from shards.manifest import Entry, missing_file_error, to_path, write_manifest
 from shards.records import read_array
 from shards.sample import MAX_SECONDS
 
@@ -320,10 +320,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill manifest` takes."""
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument(
-        "labels", type=Path, help="LibriSpeech, MusicNet, WavCaps: a folder; the others: their JSON or CSV"
+        "labels", type=to_path, help="LibriSpeech, MusicNet, WavCaps: a folder; the others: their JSON or CSV"
     )
-    parser.add_argument("out", type=Path, help="manifest to write: .json (SALMONN's) or .jsonl")
-    parser.add_argument("--audio", type=Path, help="folder of the recordings (that of the labels)")
+    parser.add_argument("out", type=to_path, help="manifest to write: .json (SALMONN's) or .jsonl")
+    parser.add_argument("--audio", type=to_path, help="folder of the recordings (that of the labels)")
     parser.add_argument(
         "--task", help="another than the data set's own: audiocaption_v2, LibriSpeech's gender_recognition"
     )
@@ -334,7 +334,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GigaSpeech: M, DEV …; LibriSpeech: dev-clean …; default: for training",
     )
     parser.add_argument(
-        "--exclude", action="append", type=Path, default=[], help="WavCaps: blacklist files (the tests' one)"
+        "--exclude", action="append", type=to_path, default=[], help="WavCaps: blacklist files (the tests' one)"
     )
 
 

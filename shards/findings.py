@@ -16,11 +16,11 @@ from shards.audio import (
     hash_waveform,
     mix_down,
 )
-from shards.container import AudioError, AudioLimits, read_file, read_samples, read_segment
+from shards.container import DEFAULT_LIMITS, AudioError, AudioLimits, read_file, read_samples, read_segment
 from shards.encode import choose_too_long, covers_whole_clip, says_silence
 from shards.manifest import Entry
 from shards.records import RowError
-from shards.sample import MAX_SECONDS, SAMPLE_RATE
+from shards.sample import SAMPLE_RATE
 
 FULL_SCALE = 0.999  # of 1.0: a sample there is taken for clipped
 CLIPPED_SHARE = 0.01  # of a file's samples
@@ -48,6 +48,7 @@ REASONS = {
     "json": Reason("the row is not JSON", "drop", _ONLY_DROP),
     "type": Reason("a field is missing or of the wrong type", "drop", _ONLY_DROP),
     "empty_text": Reason("the answer is empty", "drop", _ONLY_DROP),
+    "unknown_task": Reason("there is no prompt for the task", "drop", _ONLY_DROP),
     "missing_question": Reason("the task's prompt is the row's question, which is missing", "drop", _ONLY_DROP),
     "long_text": Reason("nobody says so much in so little time", "drop", _DROP),
     "control_text": Reason("answer or question spells a control token, which is learned as text", "keep", _DROP),
@@ -59,14 +60,14 @@ REASONS = {
     "checksum": Reason("the samples are not those that the file's MD5 was made of", "keep", _DROP),
     "impossible_rate": Reason("below 8 kHz or above 192 kHz", "drop", _ONLY_DROP),
     "too_large": Reason("over an hour, or half a gigabyte when decoded", "drop", _ONLY_DROP),
-    "too_short": Reason("no samples, or under 0.1 s", "drop", _ONLY_DROP),
+    "too_short": Reason("no samples, or under --min-seconds", "drop", _ONLY_DROP),
     "nonfinite": Reason("NaN or infinite samples", "drop", _ONLY_DROP),
     "out_of_range": Reason("float samples far above 1.0", "drop", _ONLY_DROP),
     "silent": Reason("never above -60 dBFS, and the label is not about silence", "drop", _ONLY_DROP),
     "clipped": Reason("over 1 % of the samples at full scale", "drop", _DROP),
     "two_splits": Reason("a later manifest has the same recording", "drop", _DROP),
     "duplicate": Reason("an earlier row has the same audio, task and question", "keep", _DROP),
-    "too_long": Reason("over 30 s: cut, or dropped where the answer covers all of it", "auto", ("auto", *_FIX)),
+    "too_long": Reason("over --max-seconds: cut, or dropped where the answer covers it all", "auto", ("auto", *_FIX)),
     "under_window": Reason("under one Q-Former window: padded", "fix", _FIX),
     "wrong_rate": Reason("not 16 kHz: resampled", "fix", _FIX),
     "stereo": Reason("several channels: mixed down", "fix", _FIX),
@@ -87,7 +88,7 @@ class RowAudit:
     """What was found in a row, and the hashes that copies of it are recognised by."""
 
     findings: tuple[Finding, ...]
-    seconds: float = 0.0  # at most MAX_SECONDS
+    seconds: float = 0.0  # at most the longest that is accepted
     clip_hash: int = 0  # of audio, task, question, and of the answer where a clip may have several
     file_hashes: tuple[int, ...] = ()  # of the decoded samples of each recording; empty if one cannot be decoded
 
@@ -125,18 +126,18 @@ def choose_verdict(row: Entry | RowError, finding: Finding, policy: dict[str, st
     return "drop" if choose_too_long(row, "auto") == "skip" else "fix"
 
 
-def audit_rows(rows: list[Entry | RowError]) -> list[RowAudit]:
+def audit_rows(rows: list[Entry | RowError], limits: AudioLimits = DEFAULT_LIMITS) -> list[RowAudit]:
     """What is found in each row, by itself; copies are for the caller, who sees them all."""
     _audit_file.cache_clear()  # the files may have changed since another call
-    return [_audit_error(row) if isinstance(row, RowError) else _audit_entry(row) for row in rows]
+    return [_audit_error(row) if isinstance(row, RowError) else _audit_entry(row, limits) for row in rows]
 
 
 def _audit_error(error: RowError) -> RowAudit:
     return RowAudit((Finding(error.reason, str(error), {"field": error.field}),))
 
 
-def _audit_entry(entry: Entry) -> RowAudit:
-    files = [_audit_file(path, entry.start, entry.end) for path in entry.paths]
+def _audit_entry(entry: Entry, limits: AudioLimits) -> RowAudit:
+    files = [_audit_file(path, entry.start, entry.end, limits) for path in entry.paths]
     # one finding a reason: the first file's
     findings = list({finding.reason: finding for file in reversed(files) for finding in file.findings}.values())
     spelled = CONTROL_TEXT.search(f"{entry.text or ''}\n{entry.question or ''}")
@@ -146,19 +147,19 @@ def _audit_entry(entry: Entry) -> RowAudit:
     if any(file.hash is None for file in files):
         return RowAudit(tuple(findings))
     seconds = sum(file.seconds for file in files) + GAP_SECONDS * (len(files) - 1)
-    findings += _check_whole(entry, seconds, max(file.peak for file in files))
+    findings += _check_whole(entry, seconds, max(file.peak for file in files), limits.max_seconds)
     hashes = tuple(file.hash for file in files)
     several = None if covers_whole_clip(entry) else entry.text  # a clip has one transcript, but many captions
     clip_hash = _short_hash(repr((hashes, entry.task, entry.question, several)).encode())
-    return RowAudit(tuple(findings), min(seconds, MAX_SECONDS), clip_hash, hashes)
+    return RowAudit(tuple(findings), min(seconds, limits.max_seconds), clip_hash, hashes)
 
 
-def _check_whole(entry: Entry, seconds: float, peak: float) -> list[Finding]:
+def _check_whole(entry: Entry, seconds: float, peak: float, longest: float) -> list[Finding]:
     """Findings about the joined clip and its answer."""
     findings = []
     numbers = {"seconds": round(seconds, 3)}
-    if seconds > MAX_SECONDS:
-        findings.append(Finding("too_long", f"{entry.path} has {seconds:.1f} s of at most {MAX_SECONDS:g}", numbers))
+    if seconds > longest:
+        findings.append(Finding("too_long", f"{entry.path} has {seconds:.1f} s of at most {longest:g}", numbers))
     if seconds < WINDOW_SECONDS:
         findings.append(Finding("under_window", f"{entry.path} has {seconds:.3f} s of {WINDOW_SECONDS:.3f}", numbers))
     if peak < SILENT_PEAK and not says_silence(entry):
@@ -174,8 +175,10 @@ def _check_whole(entry: Entry, seconds: float, peak: float) -> list[Finding]:
 
 
 @lru_cache(maxsize=64)  # rows about one recording stand side by side
-def _audit_file(path: Path, start: float, end: float | None) -> _FileAudit:
-    limits = AudioLimits(max_seconds=MAX_SECONDS + 1, cut=True)  # a second more tells a long stream of unknown length
+def _audit_file(path: Path, start: float, end: float | None, limits: AudioLimits) -> _FileAudit:
+    limits = replace(
+        limits, max_seconds=limits.max_seconds + 1, cut=True
+    )  # a second more tells a long stream of unknown length
     try:
         return _measure_file(path, start, end, limits)
     except FileNotFoundError:

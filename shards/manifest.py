@@ -181,6 +181,11 @@ def write_rows(file, path: Path, entries: Iterable[Entry]) -> int:
     return count
 
 
+def to_path(text: str) -> Path:
+    """A path as a user types it; a shell leaves `~` alone behind `--root=`."""
+    return Path(text).expanduser()
+
+
 @contextmanager
 def open_atomically(path: Path, mode: str = "w"):
     """A file that gets its name, by fsync and rename, only when the block ends without an exception."""

@@ -14,10 +14,10 @@ from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
-from shards.container import AudioLimits
+from shards.container import add_limit_arguments, read_limits
 from shards.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
 from shards.lock import hold
-from shards.manifest import Entry, check_paths, check_tasks, scan_manifest
+from shards.manifest import Entry, check_paths, check_tasks, scan_manifest, to_path
 from shards.packfolder import PackFolder
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.records import RowError
@@ -86,7 +86,7 @@ def pack(
         ValueError: unknown task, too many bad samples, or `out` holds another pack.
         OSError: the disk has too little room.
     """
-    manifest, out = Path(manifest), Path(out)
+    manifest, out = Path(manifest).expanduser(), Path(out).expanduser()
     workers = count_cpus() if workers is None else workers
     options = options or EncodeOptions()
     num_rows, some = _survey(manifest, root, tasks, questions)
@@ -118,16 +118,17 @@ def pack(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill pack` takes."""
-    parser.add_argument("manifest", type=Path, help="SALMONN's JSON or JSON Lines; with --verify, the packed folder")
-    parser.add_argument("out", type=Path, nargs="?", help="folder for the shards, index.json and bad_samples.jsonl")
+    parser.add_argument("manifest", type=to_path, help="SALMONN's JSON or JSON Lines; with --verify, the packed folder")
+    parser.add_argument("out", type=to_path, nargs="?", help="folder for the shards, index.json and bad_samples.jsonl")
     parser.add_argument("--name", help="of the shards (the manifest's)")
-    parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (the manifest's)")
-    parser.add_argument("--prompts", type=Path, help="JSON file of the prompts whose tasks there are (the library's)")
+    parser.add_argument("--root", type=to_path, help="folder that its paths are relative to (the manifest's)")
+    parser.add_argument("--prompts", type=to_path, help="JSON file of the prompts whose tasks exist (the library's)")
     parser.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="most samples a shard (%(default)s)")
     parser.add_argument(
         "--shard-mb", type=float, default=SHARD_BYTES / 1e6, help="most megabytes a shard (%(default)g)"
     )
     parser.add_argument("--too-long", choices=TOO_LONG, default="auto", help="over 30 s; auto skips asr, cuts the rest")
+    add_limit_arguments(parser)
     parser.add_argument(
         "--max-bad", type=float, default=MAX_BAD_SHARE, help="share of bad samples to stop above, if over 10"
     )
@@ -149,7 +150,7 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
         return 0
     if args.out is None:
         raise ValueError("out is missing, but shards need a folder; run distill pack MANIFEST OUT.")
-    limits = AudioLimits(max_header_gap_seconds=args.max_header_gap)
+    limits = read_limits(args, max_header_gap_seconds=args.max_header_gap)
     report = pack(
         args.manifest,
         args.out,

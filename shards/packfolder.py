@@ -134,7 +134,7 @@ class PackFolder:
             self._write_bad()
             raise ValueError(
                 f"bad samples are {len(self.bad)} of {num_rows} ({describe_reasons(self.bad)}), but {max_bad} are "
-                f"accepted at most; see {self.out / BAD_SAMPLES}, run distill audit, or raise max_bad_share."
+                f"accepted at most; see {self.out / BAD_SAMPLES}, run distill audit, or raise --max-bad."
             )
 
     def _end(self, num_rows: int) -> None:

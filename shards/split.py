@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.manifest import Entry, read_manifest, write_manifest
+from shards.manifest import Entry, read_manifest, to_path, write_manifest
 
 BY = ("speaker", "source", "recording")
 
@@ -142,14 +142,14 @@ def _draw(sizes: Counter, valid_share: float, seed: int, by: str, manifest: Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill split` takes."""
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("train", type=Path, help="manifest to write")
-    parser.add_argument("valid", type=Path, help="manifest to write")
+    parser.add_argument("manifest", type=to_path)
+    parser.add_argument("train", type=to_path, help="manifest to write")
+    parser.add_argument("valid", type=to_path, help="manifest to write")
     parser.add_argument("--valid-share", type=float, default=0.05, help="of the rows, at most (%(default)g)")
     parser.add_argument("--by", choices=BY, default="speaker", help="what may be on one side only (%(default)s)")
     parser.add_argument("--speaker-pattern", metavar="REGEX", help="its first group is the speaker in a path")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (its own)")
+    parser.add_argument("--root", type=to_path, help="folder that the manifest's paths are relative to (its own)")
 
 
 def main(args: argparse.Namespace) -> int:

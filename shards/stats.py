@@ -13,7 +13,7 @@ import soundfile
 from shards.audio import GAP_SECONDS
 from shards.catalog import read_listing
 from shards.container import UNKNOWN_FRAMES, AudioError, read_header
-from shards.manifest import Entry, missing_file_error, read_manifest
+from shards.manifest import Entry, missing_file_error, read_manifest, to_path
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 
 ROWS_A_PIECE = 256
@@ -102,7 +102,7 @@ def measure(path: Path, *, root: Path | None = None, workers: int | None = None,
     Raises:
         FileNotFoundError: neither is there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     counts: dict[tuple[str, str], Count] = {}
     samples = _packed_samples(path) if path.is_dir() else _listed_samples(path, root, workers)
     total = _num_rows(path, root) if show_progress else 0
@@ -183,9 +183,9 @@ def _bin_name(number: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill stats` takes."""
-    parser.add_argument("path", type=Path, help="a manifest, or a packed folder")
-    parser.add_argument("--png", type=Path, help="draw the histogram here")
-    parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (its own)")
+    parser.add_argument("path", type=to_path, help="a manifest, or a packed folder")
+    parser.add_argument("--png", type=to_path, help="draw the histogram here")
+    parser.add_argument("--root", type=to_path, help="folder that the manifest's paths are relative to (its own)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes that read headers (%(default)s)")
 
 

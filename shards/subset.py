@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.manifest import Entry, read_manifest, write_manifest
+from shards.manifest import Entry, read_manifest, to_path, write_manifest
 from shards.pool import count_cpus
 from shards.stats import measure_seconds
 
@@ -134,14 +134,14 @@ def _choose_hours(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill subset` takes."""
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("out", type=Path, help="manifest to write")
+    parser.add_argument("manifest", type=to_path)
+    parser.add_argument("out", type=to_path, help="manifest to write")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these")
     parser.add_argument("--share", type=float, default=1.0, help="of each task's rows (%(default)g)")
     parser.add_argument("--rows", type=int, help="of each task, at most")
     parser.add_argument("--hours", type=float, help="of audio, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, help="folder that the manifest's paths are relative to (its own)")
+    parser.add_argument("--root", type=to_path, help="folder that the manifest's paths are relative to (its own)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes that read headers (%(default)s)")
 
 

@@ -9,6 +9,7 @@ import soundfile
 from clips import to_bytes, tone, write_annotation, write_clips
 
 from shards import audit as audit_module
+from shards import pack as pack_module
 from shards.audit import audit
 from shards.findings import REASONS
 from shards.manifest import read_manifest
@@ -117,6 +118,37 @@ def test_a_line_that_is_not_json_is_dropped_and_the_rest_kept(tmp_path):
     assert kept_rows(report) == ["tone 0"]
 
 
+def test_a_row_of_an_unknown_task_is_dropped_with_the_nearest_and_the_rest_kept(tmp_path):
+    first, second = write_clips(tmp_path, 2)
+    manifest = write_annotation(tmp_path / "m.json", [{**first, "task": "asrr"}, second])
+    report = audit([manifest], tmp_path / "out", tasks={"asr", "QA"}, workers=1)
+    assert read_findings(tmp_path / "out") == {0: {"unknown_task": "drop"}}
+    assert "did you mean 'asr'?" in (tmp_path / "out/audit.jsonl").read_text()
+    assert kept_rows(report) == ["tone 1"]
+
+
+def test_the_shortest_and_the_longest_clip_can_be_chosen_and_pack_takes_the_same(tmp_path, capsys):
+    for name, seconds in (("a", 0.5), ("b", 2.0), ("c", 5.0), ("d", 5.0)):
+        (tmp_path / f"{name}.wav").write_bytes(to_bytes(tone(seconds)))
+    rows = [{"path": f"{name}.wav", "text": "x", "task": "audiocaption" if name == "d" else "asr"} for name in "abcd"]
+    manifest = write_annotation(tmp_path / "m.json", rows)
+    limits = ["--min-seconds", "1", "--max-seconds", "4", "--workers", "1"]
+    parser = ArgumentParser()
+    audit_module.add_arguments(parser)
+    assert audit_module.main(parser.parse_args([str(manifest), "--out", str(tmp_path / "out"), *limits])) == 0
+    found = read_findings(tmp_path / "out")
+    assert (found[0]["too_short"], found[2]["too_long"], found[3]["too_long"]) == ("drop", "drop", "fix")
+    packer = ArgumentParser()
+    pack_module.add_arguments(packer)
+    packed = [str(tmp_path / "out/m.json"), str(tmp_path / "packed"), *limits]
+    assert pack_module.main(packer.parse_args(packed)) == 0
+    assert "2 samples" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--max-seconds is 40, but a sample holds 30 at most"):
+        audit_module.main(parser.parse_args([str(manifest), "--max-seconds", "40"]))
+    with pytest.raises(ValueError, match="min_seconds is 5, but must be from 0 to below max_seconds"):
+        audit_module.main(parser.parse_args([str(manifest), "--min-seconds", "5", "--max-seconds", "4"]))
+
+
 @pytest.mark.parametrize("too_long", ["fix", "drop"])
 def test_a_long_clip_is_cut_where_a_policy_or_its_label_allows(tmp_path, too_long):
     (tmp_path / "a.wav").write_bytes(to_bytes(tone(31.0)))
@@ -195,8 +227,6 @@ def test_a_policy_names_reasons_that_exist_and_verdicts_that_make_sense(tmp_path
         audit([manifest], tmp_path / "out", policy={"silence": "drop"}, workers=1)
     with pytest.raises(ValueError, match="policy of decode is 'keep', but no decoder reads it; use drop"):
         audit([manifest], tmp_path / "out", policy={"decode": "keep"}, workers=1)
-    with pytest.raises(ValueError, match=r"is 'asr', but there are prompts for QA alone"):
-        audit([manifest], tmp_path / "out", tasks={"QA"}, workers=1)
 
 
 def test_every_reason_has_a_verdict_that_it_allows():
