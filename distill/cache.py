@@ -82,9 +82,13 @@ def cache(config: Config) -> int:
     accelerator, shards = build_accelerator(), expand_shards(config.shards("train"))
     teacher = teach_online(config, load_teacher(config).to(accelerator.device))
     writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards), FIGURES)
-    save_parts(config.cache_folder, teacher.model, with_head=config.cache.codec == "hidden")
-    if write_missing(config, Capturer(teacher, config), writer, shards, accelerator) and accelerator.is_main_process:
-        warn_of_strangers(config.cache_folder, shards, teacher.vocab.size)
+    save_parts(writer.folder, teacher.model, with_head=config.cache.codec == "hidden")
+    if accelerator.is_main_process:
+        writer.publish()
+    is_new = write_missing(config, Capturer(teacher, config), writer, shards, accelerator)
+    if accelerator.is_main_process and is_new:
+        writer.publish()  # again: http is told of the new files
+        warn_of_strangers(writer.folder, shards, teacher.vocab.size)
     return 0
 
 

@@ -18,6 +18,7 @@ from distill.layers import read_files, read_words
 from distill.places import find_config
 from distill.rules import check_config, check_section, refuse_secrets
 from shards.augmentation import Augmentation
+from shards.source import is_remote, join_place
 from teachers.lora import Lora
 
 
@@ -40,7 +41,7 @@ class CorpusConfig:
 class DataConfig:
     """The shards that are read, and how."""
 
-    folder: str = "data"  # holds train/, valid/ and test/, each a folder of shards
+    folder: str = "data"  # holds train/, valid/ and test/, each a folder of shards; or its URL: s3://, gs://, http://
     labelled_share: float = 1.0  # share of the training samples whose text the student may see
     labelled_only: bool = False  # leave samples without text out instead of learning the teacher's answers
     workers: int = 0  # processes that read and decode, on each rank
@@ -99,7 +100,7 @@ class StudentConfig:
 class CacheConfig:
     """The teacher's targets on disk."""
 
-    folder: str = ""  # empty: `cache` inside the data folder
+    folder: str = ""  # or a URL that can be written; empty: `cache` inside the data folder
     codec: str = "topk"  # "topk", "adaptive" (fewer ids where sure), "sampled", "hidden" (the head's input) or "dense"
     k: int = 64  # ids kept a position by "topk"; the most that "adaptive" keeps
     threshold: float = 3e-4  # "adaptive" keeps the ids that are at least so probable
@@ -261,13 +262,14 @@ class Config:
         return Path(self.runs) / self.name
 
     @property
-    def cache_folder(self) -> Path:
-        return Path(self.cache.folder or Path(self.data.folder) / "cache")
+    def cache_folder(self) -> str | Path:
+        """Where the teacher's targets are: a folder, or the URL of one."""
+        return join_place(self.cache.folder, "") if self.cache.folder else join_place(self.data.folder, "cache")
 
     @property
-    def answers_folder(self) -> Path:
+    def answers_folder(self) -> str | Path:
         """Where the student's answers of the round are, with the teacher's targets."""
-        return self.cache_folder / f"round-{self.on_policy.round}"
+        return join_place(self.cache_folder, f"round-{self.on_policy.round}")
 
     def manifest(self, split: str) -> Path | None:
         """The manifest that a split is packed from; None where there is none."""
@@ -283,9 +285,10 @@ class Config:
         """Whether the validation split is cut from the training manifest."""
         return self.corpus.kind == "manifest" and not self.corpus.valid and self.corpus.valid_share > 0
 
-    def shards(self, split: str) -> Path:
-        """The folder of a split's shards: "train", "valid" or "test"."""
-        return Path(self.data.folder) / split
+    def shards(self, split: str) -> str | Path:
+        """The folder of a split's shards, or its URL: "train", "valid" or "test"."""
+        place = join_place(self.data.folder, split)
+        return f"{place}/" if is_remote(str(place)) else place
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -112,6 +112,10 @@ def main(args: argparse.Namespace) -> int:
     """Run `distill filter`."""
     config = args.config
     print(
-        filter_labels(config, Rule(args.max_wer, args.max_ce, args.weight), args.out or config.cache_folder / WEIGHTS)
+        filter_labels(
+            config,
+            Rule(args.max_wer, args.max_ce, args.weight),
+            args.out or TargetReader(config.cache_folder, None).folder / WEIGHTS,
+        )
     )
     return 0

@@ -24,6 +24,7 @@ from shards.jsonfile import ShapeError, read_object
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
 from shards.packfolder import hash_file
+from shards.source import is_remote
 from teachers.prompts import load_prompts
 
 FILES = ("teacher.path", "teacher.prompts", "teacher.second", "student.start")  # that are never a hub id
@@ -74,7 +75,8 @@ def check_files(config: Config) -> None:
         ValueError: the config names no teacher, no student or no training manifest.
         FileNotFoundError: a file that it names is not there.
     """
-    manifests = ("corpus.train", "corpus.valid", "corpus.test") if config.corpus.kind == "manifest" else ()
+    is_packed_here = config.corpus.kind == "manifest" and not is_remote(config.data.folder)
+    manifests = ("corpus.train", "corpus.valid", "corpus.test") if is_packed_here else ()
     needed = () if config.scratch.steps else ("teacher.path", "student.llm")
     for key in (*needed, *manifests[:1]):
         if not value_at(config, key):
@@ -87,7 +89,18 @@ def check_files(config: Config) -> None:
 
 
 def make_shards(config: Config) -> None:
-    """Write the embedded corpus if the config asks for it, and pack every manifest there is."""
+    """Write the embedded corpus if the config asks for it, and pack every manifest there is.
+
+    Raises:
+        ValueError: there is something to pack, but the data folder is a URL, which is only read.
+    """
+    if is_remote(config.data.folder):
+        if config.corpus.train or config.corpus.kind == "synth":
+            raise ValueError(
+                f"data.folder is {config.data.folder}, but shards are packed on this machine alone; leave corpus out "
+                f"where the shards are there already, or pack them here and copy the folder."
+            )
+        return
     if config.corpus.kind == "synth":
         make_corpus(config)
     elif config.cuts_valid:

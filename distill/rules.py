@@ -6,6 +6,7 @@ is refused in the same words whether a file, the command line or Python gave it.
 
 import dataclasses
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -75,12 +76,17 @@ def check_section(name: str, section) -> None:
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         try:
-            object.__setattr__(section, field.name, convert(value, field.type))
+            object.__setattr__(section, field.name, expand_home(convert(value, field.type)))
         except TypeError as error:
             raise ValueError(f"{key} is {value!r}, but must be {error}; correct it.") from None
         check_value(key, getattr(section, field.name))
     if name in RULES:
         RULES[name](section)
+
+
+def expand_home(value):
+    """A path with the home folder that `~/` stands for; anything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def convert(value, kind):
@@ -179,6 +185,18 @@ def check_config(config) -> None:
     check_augmentation(config)
     check_round(config)
     check_scratch(config)
+    check_places(config)
+
+
+def check_places(config) -> None:
+    """Refuse a URL where something is kept that only a folder of this machine can hold."""
+    if "://" in config.runs:
+        raise ValueError(f"runs is {config.runs}, but a run's folder is on this machine; name a local folder.")
+    if config.on_policy.round and "://" in str(config.cache_folder):
+        raise ValueError(
+            f"on_policy.round is {config.on_policy.round} and the cache is {config.cache_folder}, but answers of a "
+            f"round are kept in a local cache alone; set cache.folder to a local folder."
+        )
 
 
 def check_name(config) -> None:

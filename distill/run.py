@@ -18,7 +18,7 @@ from distill.resuming import say_changes
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.teacher import load_teacher, teach_online
-from shards.catalog import hash_shards
+from shards.catalog import hash_shards, is_packed
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
 from shards.stream import ShardStream
@@ -194,10 +194,10 @@ def find_answers(config: Config, teacher: OnlineTeacher | CachedTeacher) -> Path
     return check_answers(config, teacher.header or describe_teacher(teacher.model, config))
 
 
-def find_valid(config: Config, student: Salmonn) -> Path | None:
+def find_valid(config: Config, student: Salmonn) -> str | Path | None:
     """The validation split's folder, once the student can hear its clips; None where there is none."""
     folder = config.shards("valid")
-    if not folder.is_dir():
+    if not is_packed(folder):
         return None
     check_clips(ShardStream(folder, batch_size=1, shuffle=False, epochs=1), student)
     return folder

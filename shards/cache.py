@@ -16,10 +16,12 @@ from pathlib import Path
 
 from shards.archive import ShardError
 from shards.header import HEADER, CacheHeader, read_header, write_header
-from shards.index import ShardIndex, load_index, write_index
+from shards.index import ShardIndex, load_index, sidecar_path, write_index
 from shards.jsonfile import ShapeError, is_a, read_object
 from shards.lock import FileLock
 from shards.manifest import open_atomically
+from shards.mirror import Mirror
+from shards.source import is_remote
 from shards.targets import TargetRecord
 from shards.tarwriter import TarWriter
 
@@ -50,7 +52,7 @@ class TargetWriter:
     """Writes a cache shard by shard; any number of processes may share the folder.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there; of a URL, what is written is sent there shard by shard.
         header: what makes this cache.
         audio: sha256 of each audio shard by its name; what was made of another one is made again. None: unknown.
         figures: names of the totals that a done record must have.
@@ -61,12 +63,13 @@ class TargetWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         header: CacheHeader,
         audio: Mapping[str, str] | None = None,
         figures: Sequence[str] = (),
     ):
-        self.folder = Path(folder)
+        self.mirror = Mirror(str(folder)) if is_remote(str(folder)) else None
+        self.folder = Path(folder) if self.mirror is None else self.mirror.pull()
         self.header, self.figures = header, figures
         self.audio = audio or {}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +85,13 @@ class TargetWriter:
             and done["fingerprint"] == self.header.fingerprint
             and not is_of_other_audio(done, self.audio, shard)
             and all(name in done["figures"] and is_a(done["figures"][name], float) for name in self.figures)
-            and path.exists()
-            and path.stat().st_size == done["bytes"]
-            and _is_as_written(path, done)
+            and self._is_there(path, done)
         )
+
+    def _is_there(self, path: Path, done: dict) -> bool:
+        if self.mirror is not None:
+            return self.mirror.size(path.name) == done["bytes"]
+        return path.exists() and path.stat().st_size == done["bytes"] and _is_as_written(path, done)
 
     def lock_path(self, shard: str) -> Path:
         """Where the lock of a shard that is being written is."""
@@ -138,8 +144,23 @@ class TargetWriter:
         done = {"fingerprint": self.header.fingerprint, "rows": shard.rows, "bytes": index.size, "sha256": digest}
         if name in self.audio:
             done["audio"] = self.audio[name]
+        if self.mirror is not None:
+            self._send(path)
         with open_atomically(done_path(self.folder, name)) as file:
             json.dump(done | {"figures": shard.figures}, file, sort_keys=True)
+        if self.mirror is not None:
+            self.mirror.push(done_path(self.folder, name).name)
+
+    def _send(self, path: Path) -> None:
+        """Send a whole shard and its index to where the cache is; no copy stays here."""
+        for file in (path, sidecar_path(path)):
+            self.mirror.push(file.name)
+            file.unlink()
+
+    def publish(self) -> None:
+        """Send what lies beside the shards of a remote cache: its header, the teacher's parts, a list of its files."""
+        if self.mirror is not None:
+            self.mirror.push_small()
 
     def _check_space(self, expected_bytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -155,7 +176,7 @@ class TargetReader:
     """Reads records of a cache by shard and key.
 
     Args:
-        folder: of the cache.
+        folder: of the cache, or its URL.
         expected: what this run's teacher is; a fingerprint will do, but only a header can say what differs. None reads
             any cache, for tools that inspect one.
 
@@ -163,8 +184,9 @@ class TargetReader:
         ValueError: the cache is of something else.
     """
 
-    def __init__(self, folder: Path, expected: CacheHeader | str | None):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, expected: CacheHeader | str | None):
+        self.mirror = Mirror(str(folder)) if is_remote(str(folder)) else None
+        self.folder = Path(folder) if self.mirror is None else self.mirror.pull()
         self.header = read_header(self.folder)
         self._indexes: dict[str, tuple[ShardIndex, dict[str, int]]] = {}
         if isinstance(expected, CacheHeader):
@@ -174,6 +196,21 @@ class TargetReader:
                 f"{self.folder / HEADER} was cached as {self.header.fingerprint[:16]}, but this run's teacher is "
                 f"{expected[:16]}; run distill/cache.py again or point cache.folder at a cache of this teacher."
             )
+
+    def _size(self, name: str) -> int | None:
+        path = tar_path(self.folder, name)
+        if self.mirror is not None:
+            return self.mirror.size(path.name)
+        return path.stat().st_size if path.exists() else None
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Path]:
+        path = tar_path(self.folder, name)
+        if self.mirror is None:
+            yield path
+            return
+        with self.mirror.local(path.name) as copy:
+            yield copy
 
     def keys(self, shard: str) -> list[str]:
         """The keys of a shard, in its order."""
@@ -189,7 +226,8 @@ class TargetReader:
         """
         names = [shard_name(shard) for shard in shards]
         found = {name: read_done(self.folder, name) for name in names}
-        missing = [n for n in names if found[n] is None or not tar_path(self.folder, n).exists()]
+        sizes = {name: self._size(name) for name in names if found[name] is not None}
+        missing = [name for name in names if sizes.get(name) is None]
         missing = missing or [n for n in names if is_of_other_audio(found[n], audio or {}, n)]
         if missing:
             raise ShardError(
@@ -198,7 +236,7 @@ class TargetReader:
             )
         for name in names:
             done, path = found[name], tar_path(self.folder, name)
-            size = path.stat().st_size
+            size = sizes[name]
             if (done["fingerprint"], done["bytes"]) != (self.header.fingerprint, size):
                 raise ShardError(
                     f"{path} is {size:,} bytes of {done['fingerprint'][:16]}, but {done['bytes']:,} bytes of "
@@ -217,7 +255,7 @@ class TargetReader:
         if key not in rows:
             raise ShardError(f"{path} holds no targets of {key}, but {len(index)} others; cache this shard again.")
         offset, size, crc = (int(value) for value in index.members["targets"][rows[key]])
-        with open(path, "rb") as file:
+        with self._local(name) as local, open(local, "rb") as file:
             data = os.pread(file.fileno(), size, offset)
         if zlib.crc32(data) != crc:
             raise ShardError(
@@ -247,7 +285,8 @@ class TargetReader:
         if name not in self._indexes:
             self.check_shards([name])
             done = read_done(self.folder, name)
-            index = load_index(tar_path(self.folder, name))
+            with self._local(name) as local:
+                index = load_index(local)
             stored = (self.header.fingerprint, done["rows"], done["sha256"])
             if (done["fingerprint"], len(index), index.sha256) != stored:
                 raise ShardError(

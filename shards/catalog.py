@@ -101,6 +101,11 @@ def open_catalog(
     return catalog
 
 
+def is_packed(folder: str | Path) -> bool:
+    """Whether a local folder is there, or a remote one that `distill pack` filled."""
+    return read_small(f"{folder}{CATALOG}") is not None if is_remote(str(folder)) else Path(folder).is_dir()
+
+
 def hash_shards(shards: Sequence[str]) -> dict[str, str]:
     """sha256 of each shard by its name without folder and suffix: index.json's word, or else that of its own index."""
     listings = _read_listings(list(shards))

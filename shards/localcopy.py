@@ -24,9 +24,13 @@ from shards.source import (
     retry,
 )
 
-DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distill" / "shards"
 DEFAULT_BYTES = 64 * 2**30
 _PART_SUFFIX, _LOCK_SUFFIX = ".part", ".lock"
+
+
+def user_cache(name: str) -> Path:
+    """Where the user's copies of this kind of remote file are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distill" / name
 
 
 class ShardCache:
@@ -38,11 +42,11 @@ class ShardCache:
 
     def __init__(
         self,
-        folder: Path = DEFAULT_FOLDER,
+        folder: Path | None = None,
         max_bytes: int = DEFAULT_BYTES,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ):
-        self.folder = Path(folder)
+        self.folder = folder or user_cache("shards")
         self.max_bytes = max_bytes
         self.first_wait_seconds = first_wait_seconds
 

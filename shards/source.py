@@ -8,6 +8,7 @@ import difflib
 import errno
 import glob
 import http.client
+import json
 import os
 import re
 import time
@@ -55,6 +56,18 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
+def is_http(name: str) -> bool:
+    """Whether a URL is read by HTTP, which lists no folder."""
+    return name.startswith(("http://", "https://"))
+
+
+def join_place(folder: str | Path, name: str) -> str | Path:
+    """A name in a local or remote folder."""
+    if is_remote(str(folder)):
+        return f"{str(folder).rstrip('/')}/{name}".rstrip("/")
+    return Path(folder) / name
+
+
 def is_folder(name: str) -> bool:
     """Whether a name stands for all shards of a folder."""
     return name.endswith("/") if is_remote(name) else os.path.isdir(name)
@@ -100,6 +113,23 @@ def retry(call: Callable[[], _Result], name: str, *, first_wait_seconds: float =
     ) from last
 
 
+def remote_size(name: str) -> int | None:
+    """Bytes of a remote file; None where there is none.
+
+    Raises:
+        ShardError: nobody says.
+    """
+
+    def ask() -> int:
+        with _open_remote(name, 0) as (_, _, length):
+            return int(length or 0)
+
+    try:
+        return retry(ask, name)
+    except FileNotFoundError:
+        return None
+
+
 def download(name: str, path: Path) -> None:
     """Fetch a remote file whole. Append to what an earlier try left where the server can, else begin anew."""
     start = path.stat().st_size if path.exists() else 0
@@ -121,8 +151,8 @@ def _read_all(name: str) -> bytes:
 @contextmanager
 def _open_remote(name: str, start: int) -> Iterator[tuple]:
     """An open stream, whether it begins at byte `start` (else at 0), and the length of the whole file if known."""
-    if not name.startswith(("http://", "https://")):
-        filesystem, path = _filesystem(name)
+    if not is_http(name):
+        filesystem, path = open_filesystem(name)
         with filesystem.open(path, "rb") as file:
             file.seek(start)
             yield file, start > 0, filesystem.info(path)["size"]
@@ -145,7 +175,12 @@ def _open_remote(name: str, start: int) -> Iterator[tuple]:
         raise OSError(str(error)) from error
 
 
-def _filesystem(name: str):
+def open_filesystem(name: str) -> tuple:
+    """fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        ShardError: its package is not installed.
+    """
     import fsspec
 
     try:
@@ -185,9 +220,9 @@ def _expand_pattern(name: str) -> list[str]:
     if is_remote(name):
         if not name.endswith("/") and not glob.has_magic(name):
             return [name]
-        if name.startswith(("http://", "https://")):
-            raise ShardError(f"shards is {name!r}, but http(s) lists no folder; give a brace range {{000000..000017}}.")
-        filesystem, path = _filesystem(f"{name}*{SHARD_SUFFIX}" if name.endswith("/") else name)
+        if is_http(name):
+            return _listed(name)
+        filesystem, path = open_filesystem(f"{name}*{SHARD_SUFFIX}" if name.endswith("/") else name)
         try:
             found = [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]
         except OSError as error:
@@ -205,6 +240,19 @@ def _expand_pattern(name: str) -> list[str]:
     if not found:
         raise ShardError(f"shards is {name!r} ({os.path.abspath(name)}), but no shard matches; {nearest(name)}")
     return found
+
+
+def _listed(name: str) -> list[str]:
+    """The shards of a folder behind http(s), which only the `index.json` that `distill pack` left there can tell."""
+    listing = read_small(f"{name}index.json") if name.endswith("/") else None
+    try:
+        shards = [f"{name}{shard['name']}" for shard in json.loads(listing or "")["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"shards is {name!r}, but http(s) lists no folder and there is no index.json of distill pack in it; give a "
+            f"brace range {{000000..000017}}."
+        ) from error
+    return shards
 
 
 def nearest(name: str) -> str:

@@ -123,7 +123,7 @@ class CachedTeacher:
     """Targets that the caching job wrote and that travel with the samples. Holds no model.
 
     Args:
-        folder: of the cache.
+        folder: of the cache, or its URL.
         expected: what this run's teacher is; None takes the cache's word for it.
 
     Raises:
@@ -131,8 +131,8 @@ class CachedTeacher:
     """
 
     def __init__(self, folder: str | Path, expected: CacheHeader | None = None):
-        self.cache_folder, self.model = Path(folder), None
-        self.reader = TargetReader(self.cache_folder, expected)
+        self.cache_folder, self.model = folder, None
+        self.reader = TargetReader(folder, expected)
         self.header = self.reader.header
         identity = self.header.identity
         self.widths = {"feature": identity["teacher_config"]["qformer_width"], "hidden": identity["llm_width"]}
@@ -141,12 +141,12 @@ class CachedTeacher:
     @cached_property
     def rows(self) -> RowTokenizer:
         """Makes the teacher's own rows of a sample, for a student with another tokenizer."""
-        return load_rows(self.cache_folder, self.header)
+        return load_rows(self.reader.folder, self.header)
 
     @cached_property
     def head_weight_VD(self) -> Tensor:
         """The teacher's head, where the targets are hidden states."""
-        return load_head(self.cache_folder, self.header)
+        return load_head(self.reader.folder, self.header)
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
         """Put the answer that the teacher gave when it was cached where it is the one to learn, and say where."""
