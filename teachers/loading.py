@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 from teachers.encoders import load_encoder
@@ -83,7 +83,10 @@ def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Modul
         if weights:
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+            llm.generation_config = GenerationConfig.from_pretrained(path)  # its end ids are the LLM's, loaded or not
+        return llm
     except SafetensorError as error:
         raise ValueError(f"llm is {path}, but its weights are damaged ({error}); download it again.") from error
     except OSError as error:

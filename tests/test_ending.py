@@ -21,7 +21,9 @@ from transformers import (
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from distill.alignment import answer_ends, token_bytes
-from distill.config import EvalConfig
+from distill.answers import Answerer
+from distill.capture import Capturer
+from distill.config import Config, EvalConfig
 from distill.evaluate import predict
 from distill.teach import build_llm
 from students.student import build_student, load_student, save_student
@@ -32,7 +34,7 @@ from teachers.ending import EndText, TextEnd, has_ended, read_answer
 from teachers.loading import load_llm
 from teachers.lora import Lora, add_lora_
 from teachers.prompts import Prompts
-from teachers.targets import llm_blocks, record_blocks
+from teachers.targets import OnlineTeacher, llm_blocks, record_blocks
 
 END = "</s>"
 CONTROLS = ["<|begin|>", "<|end_of_text|>", "<|eot_id|>"]
@@ -280,6 +282,8 @@ def test_a_bare_file_of_a_llm_with_several_ends_is_refused_with_the_choices(part
              "stride_seconds": 0.34}  # fmt: skip
     with pytest.raises(ValueError, match=r"does not say .*<\|eot_id\|>, <\|end_of_text\|>; set teacher\.end_token"):
         load_checkpoint(tmp_path / "bare.pth", **names)
+    with pytest.raises(ValueError, match=r"does not say .*<\|eot_id\|>, <\|end_of_text\|>"):
+        load_checkpoint(tmp_path / "bare.pth", llm_weights=False, **names)
     _, report = load_checkpoint(tmp_path / "bare.pth", end_token=CONTROLS[1], **names)
     assert "answers end with <|end_of_text|> (from teacher.end_token)" in str(report)
     assert "stop at <|eot_id|> (from the LLM's generation_config)" in str(report)
@@ -350,3 +354,23 @@ def test_a_sentencepiece_tokenizer_run_by_itself_spells_its_control_pieces(tmp_p
         ids = encoder.encode(f"one {name} two")
         assert encoder.controls[name] not in ids
         assert tokenizer.decode(ids) == f"one {name} two"
+
+
+def test_a_students_answer_keeps_the_ids_it_was_said_in_and_ends_once(parts):
+    teacher = tiny.make_teacher(parts, end_token=END)
+    student = build_student(teacher, str(parts / "student-llm"), lora=Lora(rank=2), quantization="none",
+                            connector="new", say=lambda line: None).eval()  # fmt: skip
+    config = Config(name="toy", precision="float32")
+    answerer = Answerer(student, Capturer(OnlineTeacher(teacher), config), config)
+    rows, sample = teacher.rows, tiny.make_sample(0)
+    whole = rows.answer_ids("one two.")
+    spelled = [*rows.text.encode("one"), *rows.end_ids]  # in other tokens than the text's own
+    cut = rows.text.encode("one two three")
+    for said, text, expected in (
+        (whole, "one two.", whole),
+        (spelled, "one", spelled),
+        (cut, "one two three", [*cut, *rows.end_ids]),
+    ):
+        put = answerer._put(sample, said)
+        assert (put.text, list(put.answer_ids)) == (text, expected)
+    assert rows.row(answerer._put(sample, whole), with_answer=True, first_prompt=True).answer == whole
