@@ -10,6 +10,7 @@ Shape letters: N audio samples, C channels.
 
 import argparse
 import hashlib
+import io
 import mmap
 import stat
 from collections.abc import Iterator
@@ -353,11 +354,17 @@ def check_header(header: AudioHeader, *, name: str, limits: AudioLimits) -> None
 def _open(part: Part, name: str) -> Iterator[soundfile.SoundFile]:
     """libsndfile on a part, its errors turned into ours."""
     try:
-        with soundfile.SoundFile(Joined(part.pieces)) as file:
+        with soundfile.SoundFile(_to_file(part)) as file:
             yield file
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         text = str(error).rpartition(">: ")[2]  # libsndfile names the Python object, not the file
         raise AudioError("decode", f"{name} cannot be decoded: {text}") from error
+
+
+def _to_file(part: Part) -> io.BufferedIOBase | io.RawIOBase:
+    """The part to read from; one piece in memory is read faster from a copy than by Python."""
+    is_in_memory = len(part.pieces) == 1 and isinstance(memoryview(part.pieces[0]).obj, bytes)
+    return io.BytesIO(part.pieces[0]) if is_in_memory else Joined(part.pieces)
 
 
 def _read_header(file: soundfile.SoundFile) -> AudioHeader:
