@@ -28,13 +28,14 @@ from shards.sample import SAMPLE_RATE
 
 __all__ = ["AudioError", "AudioLimits", "decode_audio", "encode_flac", "hash_waveform", "load_audio"]
 
+LEFT, MEAN = CHANNELS = ("left", "mean")  # what is heard of several channels; all of SALMONN's trainers take the left
 GAP_SECONDS = 0.1  # silence between the recordings of one sample, as in SALMONN's trainer
 WINDOW_SECONDS = 1 / 3  # one Q-Former window; shorter clips are padded to it
 SILENT_PEAK = 1e-3  # -60 dBFS; a clip that stays below it is silent
 CANCELLED_SHARE = 0.01  # of the channels' mean energy: a mean below it means that the channels cancel
 
 
-def decode_audio(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS) -> np.ndarray:
+def decode_audio(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS, channels: str = LEFT) -> np.ndarray:
     """Decode wav, flac, ogg or mp3 into a checked waveform.
 
     Silence is not refused here, because only the label can say whether it is wanted.
@@ -51,11 +52,16 @@ def decode_audio(data: bytes, *, name: str, limits: AudioLimits = DEFAULT_LIMITS
         AudioError: the file cannot be decoded, lies about its length, or breaks a limit.
     """
     samples_NC, header = read_samples(data, name=name, limits=limits)
-    return to_waveform(samples_NC, header.rate)
+    return to_waveform(samples_NC, header.rate, channels)
 
 
 def load_audio(
-    paths: Sequence[Path], *, start: float = 0.0, end: float | None = None, limits: AudioLimits = DEFAULT_LIMITS
+    paths: Sequence[Path],
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    limits: AudioLimits = DEFAULT_LIMITS,
+    channels: str = LEFT,
 ) -> np.ndarray:
     """Read the recordings of one sample and join them with GAP_SECONDS of silence.
 
@@ -74,11 +80,14 @@ def load_audio(
     """
     if end is not None:
         samples_NC, header = read_segment(paths[0], start, end, limits=limits)
-        return pad_to_window(to_waveform(samples_NC, header.rate))
+        return pad_to_window(to_waveform(samples_NC, header.rate, channels))
     gap_N = np.zeros(round(GAP_SECONDS * SAMPLE_RATE), np.float32)
     pieces = []
     for path in paths:
-        pieces += [gap_N, decode_audio(read_file(path, limits=limits), name=str(path), limits=limits)]
+        pieces += [
+            gap_N,
+            decode_audio(read_file(path, limits=limits), name=str(path), limits=limits, channels=channels),
+        ]
     waveform_N = np.concatenate(pieces[1:])
     longest = int(limits.max_seconds * SAMPLE_RATE)
     if len(waveform_N) > longest and not limits.cut:
@@ -86,9 +95,9 @@ def load_audio(
     return pad_to_window(waveform_N[:longest])
 
 
-def to_waveform(samples_NC: np.ndarray, rate: int) -> np.ndarray:
-    """Mix down to mono, resample to SAMPLE_RATE and hold to [-1, 1]; returns float32 of shape N."""
-    waveform_N = mix_down(samples_NC)
+def to_waveform(samples_NC: np.ndarray, rate: int, channels: str = LEFT) -> np.ndarray:
+    """Take the left channel or mix down, resample to SAMPLE_RATE, hold to [-1, 1]: float32 of shape N."""
+    waveform_N = mix_down(samples_NC) if channels == MEAN else np.array(samples_NC[:, 0])
     if rate != SAMPLE_RATE:
         waveform_N = soxr.resample(waveform_N, rate, SAMPLE_RATE, quality="HQ")
     return np.clip(waveform_N, -1.0, 1.0, out=waveform_N)

@@ -216,12 +216,27 @@ def _digest(indexes: list[ShardIndex]) -> str:
 
 def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:
     """What the index.json of each folder says of its shards, for the folders that have one."""
-    listings = {}
+    listings, policies = {}, {}
     for folder in dict.fromkeys(_folder(name) for name in names):
         data = read_small(f"{folder}{CATALOG}")
         if data is not None:
+            policies[folder] = read_channels(data)
             listings[folder] = {shard["name"]: shard for shard in read_listing(f"{folder}{CATALOG}", data)}
+    if len(set(policies.values()) - {"unknown"}) > 1:
+        said = ", ".join(f"{folder} {policy}" for folder, policy in policies.items())
+        raise ShardError(
+            f"channels of {said}, but shards that are read together must hear several channels alike; pack one of them "
+            f"again with --channels."
+        )
     return listings
+
+
+def read_channels(data: bytes) -> str:
+    """What was heard of several channels, out of an index.json; before it could be chosen it was their mean."""
+    try:
+        return json.loads(data)["options"].get("channels", "mean")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "unknown"  # `read_listing` says what is wrong
 
 
 def read_listing(path: str | Path, data: bytes, fields: Sequence[str] = LISTED) -> list[dict]:

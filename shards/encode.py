@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.audio import SILENT_PEAK, encode_flac, hash_waveform, load_audio
+from shards.audio import CHANNELS, LEFT, SILENT_PEAK, encode_flac, hash_waveform, load_audio
 from shards.container import AudioError, AudioLimits, read_header
 from shards.manifest import Entry
 from shards.records import RowError
@@ -31,10 +31,13 @@ class EncodeOptions:
 
     too_long: str = "auto"  # one of TOO_LONG
     limits: AudioLimits = field(default_factory=AudioLimits)
+    channels: str = LEFT  # one of CHANNELS
 
     def __post_init__(self):
         if self.too_long not in TOO_LONG:
             raise ValueError(f"too_long is {self.too_long!r}, but must be one of {', '.join(TOO_LONG)}; choose one.")
+        if self.channels not in CHANNELS:
+            raise ValueError(f"channels is {self.channels!r}, but must be one of {', '.join(CHANNELS)}; choose one.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _encode_row(row: Entry | RowError, options: EncodeOptions) -> Iterator[Encod
     limits = replace(options.limits, cut=choose_too_long(row, options.too_long) == "cut")
     for key, start, end in parts:
         try:
-            yield _encode_sample(row, _load_clip(row.paths, start, end, limits), key)
+            yield _encode_sample(row, _load_clip(row.paths, start, end, limits, options.channels), key)
         except (AudioError, OSError) as error:
             bad = _to_bad(row, error)
             if bad.reason == "too_long" and options.too_long == "error":
@@ -151,8 +154,8 @@ def _to_bad(entry: Entry, error: AudioError | OSError) -> BadSample:
 
 
 @lru_cache(maxsize=4)  # several captions or questions of one clip stand side by side in a manifest
-def _load_clip(paths: tuple[Path, ...], start: float, end: float | None, limits: AudioLimits) -> _Clip:
-    waveform_N = load_audio(paths, start=start, end=end, limits=limits)
+def _load_clip(paths: tuple[Path, ...], start: float, end: float | None, limits: AudioLimits, channels: str) -> _Clip:
+    waveform_N = load_audio(paths, start=start, end=end, limits=limits, channels=channels)
     peak = float(np.abs(waveform_N).max())
     return _Clip(encode_flac(waveform_N), hash_waveform(waveform_N), len(waveform_N) / SAMPLE_RATE, peak)
 

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
+from shards.audio import CHANNELS, LEFT
 from shards.container import add_limit_arguments, read_limits
 from shards.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
 from shards.lock import hold
@@ -129,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--too-long", choices=TOO_LONG, default="auto", help="over 30 s; auto skips asr, cuts the rest")
     add_limit_arguments(parser)
+    parser.add_argument("--channels", choices=CHANNELS, default=LEFT, help="heard of several (%(default)s)")
     parser.add_argument(
         "--max-bad", type=float, default=MAX_BAD_SHARE, help="share of bad samples to stop above, if over 10"
     )
@@ -160,7 +162,7 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
         questions=questions,
         shard_samples=args.shard_samples,
         shard_bytes=int(args.shard_mb * 1e6),
-        options=EncodeOptions(args.too_long, limits),
+        options=EncodeOptions(args.too_long, limits, args.channels),
         max_bad_share=args.max_bad,
         workers=args.workers,
         show_progress=True,

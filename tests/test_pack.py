@@ -486,3 +486,19 @@ def test_the_odd_files_that_do_not_decode_are_the_bad_samples(shared, tmp_path):
     report = pack(write_annotation(tmp_path / "odd.json", rows), tmp_path / "out", workers=1)
     assert [bad.number for bad in report.bad] == [i for i, file in enumerate(files) if "error" in file["status"]]
     assert report.num_samples == sum("error" not in file["status"] for file in files)
+
+
+def test_the_left_channel_is_packed_unless_the_mean_is_asked_for_and_the_two_are_not_read_together(tmp_path):
+    left_N, right_N = np.full(8_000, 0.5, np.float32), np.full(8_000, -0.25, np.float32)
+    soundfile.write(tmp_path / "a.wav", np.stack([left_N, right_N], 1), 16_000)
+    (tmp_path / "m.json").write_text(json.dumps({"annotation": [{"path": "a.wav", "text": "a", "task": "asr"}]}))
+    for channels, value in (("left", 0.5), ("mean", 0.125)):
+        out = tmp_path / channels
+        pack(tmp_path / "m.json", out, name=channels, options=EncodeOptions(channels=channels), workers=1)
+        assert json.loads((out / "index.json").read_text())["options"]["channels"] == channels
+        (sample,) = next(iter(ShardStream(out, batch_size=1, epochs=1)))
+        np.testing.assert_allclose(sample.waveform_N, value, atol=1e-4)
+    with pytest.raises(ValueError, match=r"channels of .*left/ left, .*mean/ mean, but .* pack one of them again"):
+        ShardStream([str(tmp_path / "left/*.tar"), str(tmp_path / "mean/*.tar")], batch_size=1)
+    with pytest.raises(ValueError, match=r"another|options"):
+        pack(tmp_path / "m.json", tmp_path / "left", name="left", options=EncodeOptions(channels="mean"), workers=1)
