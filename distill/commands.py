@@ -22,7 +22,7 @@ class Command:
         help: a line for the list of commands.
         takes: adds the arguments; None: the module's own `add_arguments` does, and importing it is cheap.
         reads: checks and loads what the arguments name, in place, before the stage is imported.
-        has_json: whether `--json` prints the result for a script.
+        has_json: whether it takes `--json` too, and prints the result for a script.
     """
 
     module: str
@@ -219,6 +219,7 @@ COMMANDS = {
         "what a target cache would take and keep, by codec, before it is made",
         add_plan_arguments,
         read_config_arguments,
+        has_json=True,
     ),
     "cache": of_a_config(
         "distill.cache", "the teacher's targets beside the shards (also: accelerate launch -m distill.cache)"
@@ -229,7 +230,7 @@ COMMANDS = {
         add_verify_arguments,
         read_config_arguments,
     ),
-    "doctor": of_a_config("distill.doctor", "prove objective, data and cache right before GPU hours are spent"),
+    "doctor": of_a_config("distill.doctor", "prove objective, data and cache right before GPU hours are spent", True),
     "filter": Command(
         "distill.filter",
         "leave out or down-weight clips whose labels the teacher does not believe",
@@ -238,7 +239,7 @@ COMMANDS = {
     ),
     "run": of_a_config("distill.run", "train a student (also: accelerate launch -m distill.run)"),
     "answers": of_a_config("distill.answers", "on-policy: the student answers, the teacher scores (docs/rounds.md)"),
-    "evaluate": of_a_config("distill.scorecard", "teacher and student on the test split: the scorecard"),
+    "evaluate": of_a_config("distill.scorecard", "teacher and student on the test split: the scorecard", True),
     "export": Command(
         "distill.export",
         "a finished student as a folder to hand on, LoRA kept or merged",

@@ -7,7 +7,6 @@ when a line fails.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -44,6 +43,7 @@ from distill.teacher import load_teacher
 from distill.weighing import active_terms, build_schedules, loss_at
 from distill.weightchecks import check_answer, check_convolutions, check_share
 from shards.sample import Sample
+from shards.telling import print_json, tell
 
 CHECKS: dict[str, Callable[[Case], str]] = {
     "rows": check_rows,
@@ -141,22 +141,31 @@ def wake_lora_(student) -> None:
             parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
-def doctor(config: Config) -> int:
-    """Examine a config and print a line for each check; returns the exit code."""
-    began, failed = time.monotonic(), 0
+def doctor(config: Config, *, as_json: bool = False) -> int:
+    """Examine a config and print a line for each check, or one JSON object of all; returns the exit code."""
+    began, found = time.monotonic(), []
+
+    def report(name: str, is_right: bool, text: str) -> None:
+        found.append({"name": name, "passed": is_right, "text": text})
+        if not as_json:
+            print(f"{'pass' if is_right else 'FAIL'}  {name:<20} {text}", flush=True)
+
     try:
         case = build_case(config)
     except (ValueError, OSError) as error:
-        print(f"FAIL  {'set up':<20} {error}")
-        return 1
-    print(f"pass  {'set up':<20} student, teacher, targets and {len(case.samples)} clips fit together")
-    for name, is_right, text in examine(case):
-        failed += not is_right
-        print(f"{'pass' if is_right else 'FAIL'}  {name:<20} {text}", flush=True)
-    print(f"{failed or 'no'} fault{'s' * (failed != 1)} in {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return 1 if failed else 0
+        report("set up", False, str(error))
+    else:
+        report("set up", True, f"student, teacher, targets and {len(case.samples)} clips fit together")
+        for name, is_right, text in examine(case):
+            report(name, is_right, text)
+        failed = sum(not check["passed"] for check in found)
+        tell(f"{failed or 'no'} fault{'s' * (failed != 1)} in {time.monotonic() - began:.0f} s")
+    is_right = all(check["passed"] for check in found)
+    if as_json:
+        print_json({"passed": is_right, "checks": found})
+    return 0 if is_right else 1
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `distill doctor`."""
-    return doctor(args.config)
+    return doctor(args.config, as_json=args.json)

@@ -25,6 +25,7 @@ from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
 from shards.packfolder import hash_file
 from shards.source import is_remote
+from shards.telling import tell
 from teachers.prompts import load_prompts
 
 FILES = ("teacher.path", "teacher.prompts", "teacher.second", "student.start")  # that are never a hub id
@@ -65,7 +66,7 @@ def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str 
     from distill.scorecard import evaluate_run
 
     evaluate_run(config)
-    print(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
+    tell(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
 
 
 def check_files(config: Config) -> None:
@@ -110,7 +111,7 @@ def make_shards(config: Config) -> None:
     for name in ("train", "valid", "test"):
         if config.manifest(name) is not None:
             report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
-            print(report, file=sys.stderr)
+            tell(str(report))
 
 
 def cut_manifest(config: Config) -> None:
@@ -168,7 +169,7 @@ def make_corpus(config: Config) -> None:
                 f"corpus.num_train is {num_train}, but the corpus in {folder} was made with {there}; choose another "
                 f"data.folder=, or remove {config.data.folder} to begin anew."
             )
-        print(f"corpus: {folder} exists, used again", file=sys.stderr)
+        tell(f"corpus: {folder} exists, used again")
         return
     write_corpus(
         folder,
@@ -198,7 +199,7 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    print(f"— {module.rpartition('.')[2]}", file=sys.stderr, flush=True)
+    tell(f"— {module.rpartition('.')[2]}")
     code, caught = wait_for([*command, module, path, *overrides], environment)
     if caught == signal.SIGINT:
         raise KeyboardInterrupt

@@ -25,6 +25,7 @@ from shards.archive import BLOCK
 from shards.codecs import Hidden, HiddenStates, Sampled, decode
 from shards.sample import Sample
 from shards.stream import ShardStream
+from shards.telling import print_json
 from teachers.logits import head_logits, logit_transform
 
 GOOD_COSINE = 0.9998  # of the gradient: what is above it trains like the dense teacher
@@ -196,8 +197,31 @@ def format_plan(measured: Measured, max_gb: float | None) -> str:
     return "\n".join(lines)
 
 
+def describe_plan(measured: Measured, max_gb: float | None) -> dict:
+    """The table and the advice for a script."""
+    tokens = measured.candidates[0].fidelity.positions
+    rows = [
+        {
+            "words": candidate.name,
+            "bytes_a_token": candidate.payload_bytes / tokens,
+            "gigabytes": measured.gigabytes(candidate),
+            "captured_mass": candidate.fidelity.captured_mass,
+            "kl": candidate.fidelity.kl,
+            "gradient_cosine": candidate.fidelity.gradient_cosine,
+            "gradient_error": candidate.fidelity.gradient_error,
+        }
+        for candidate in measured.candidates
+    ]
+    advice = measured.advise(max_gb)
+    sizes = {"clips": measured.num_clips, "samples": measured.num_samples, "tokens": tokens, "hours": measured.hours}
+    return {**sizes, "candidates": rows, "advice": None if advice is None else advice.name}
+
+
 def main(args: argparse.Namespace) -> int:
     """Run `distill plan`."""
     measured = plan(args.config, args.clips)
-    print(format_plan(measured, args.max_gb))
+    if args.json:
+        print_json(describe_plan(measured, args.max_gb))
+    else:
+        print(format_plan(measured, args.max_gb))
     return 1 if measured.advise(args.max_gb) is None else 0

@@ -7,7 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from shards.telling import is_quiet
+
 LOG_SECONDS = 20.0  # between lines where there is no terminal
+SHORT_SECONDS = 1.0  # what took less leaves no line
 
 
 class Progress:
@@ -24,7 +27,7 @@ class Progress:
     def __init__(self, title: str, total: int, done: int = 0, accelerator=None, unit: str = "steps"):
         self.title, self.total, self.done, self.unit = title, total, done, unit
         self.began, self.first, self.shown_at = time.monotonic(), done, time.monotonic()
-        self.is_shown = accelerator is None or accelerator.is_main_process
+        self.is_shown = (accelerator is None or accelerator.is_main_process) and not is_quiet()
         console = Console(stderr=True)
         self.bar = None
         if self.is_shown and console.is_terminal:
@@ -41,7 +44,7 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.stop()
-        elif self.is_shown and self.done > self.first:
+        elif self.is_shown and self.done > self.first and time.monotonic() - self.began > SHORT_SECONDS:
             self._line("")
 
     def advance(self, note: str = "", units: int = 1) -> None:

@@ -1,16 +1,21 @@
 """The processes of a run: one, several under DDP, or several under DeepSpeed ZeRO; on GPUs or CPUs. Knows no model."""
 
+import io
+import logging
 import os
-import sys
+from contextlib import redirect_stdout
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object as gather_list
 
+from shards.telling import tell
+
 # DeepSpeed looks for an accelerator when it is imported; without a GPU it must be told
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that CUDA_HOME is of no use here
 
 
 def build_accelerator() -> Accelerator:
@@ -25,7 +30,8 @@ def build_accelerator() -> Accelerator:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that it built its ops; what goes wrong is an exception
+        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -55,7 +61,7 @@ def gather(accelerator: Accelerator, values: list) -> list:
 def say(accelerator: Accelerator | None, text: str) -> None:
     """A line for the user, from the main process alone."""
     if accelerator is None or accelerator.is_main_process:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
 
 def resolve_precision(precision: str) -> torch.dtype:

@@ -30,7 +30,7 @@ from teachers.salmonn import Salmonn
 from teachers.saving import write_atomically
 
 
-def evaluate_run(config: Config) -> Scorecard:
+def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
     """Score both models on the test split, print the scorecard, and write it and every answer into the run's folder."""
     folder = config.run_folder / "student"
     if not (folder / CONFIG).is_file():
@@ -58,8 +58,12 @@ def score_models(config: Config, folder: Path) -> Scorecard:
         training=training_figures(config),
     )
     write_scorecard(card, config.run_folder)
-    print_scorecard(card)
-    print(f"report: {write_report(config.run_folder)}")
+    report = write_report(config.run_folder)
+    if as_json:
+        print(card.to_json())
+    else:
+        print_scorecard(card)
+        print(f"report: {report}")
     return card
 
 
@@ -127,5 +131,5 @@ def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `distill evaluate`."""
-    evaluate_run(args.config)
+    evaluate_run(args.config, as_json=args.json)
     return 0

@@ -28,6 +28,7 @@ from distill.tokenizer import train_tokenizer
 from shards.jsonfile import ShapeError, read_object
 from shards.manifest import open_atomically, read_manifest
 from shards.stream import ShardStream
+from shards.telling import tell
 from teachers.batch import pad_waveforms
 from teachers.loading import build_salmonn, save_salmonn
 from teachers.prompts import Prompts, load_prompts
@@ -112,7 +113,7 @@ def has_parts(folder: Path, mark: str) -> bool:
     if read_mark(folder / PARTS) == mark:
         return True
     if folder.exists():
-        print(f"teacher: {folder} is unfinished or of other settings, made anew", file=sys.stderr)
+        tell(f"teacher: {folder} is unfinished or of other settings, made anew")
     return False
 
 

@@ -1,10 +1,10 @@
 """The teacher a config names, loaded: a saved folder, the demo's own, a released SALMONN or Qwen2-Audio."""
 
-import sys
 from pathlib import Path
 
 from distill.config import Config, TeacherConfig
 from distill.ranks import resolve_precision
+from shards.telling import tell
 from teachers.checkpoint import load_checkpoint
 from teachers.loading import load_salmonn, read_config
 from teachers.qwen2_audio import describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
@@ -76,7 +76,7 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
         llm_weights=llm_weights,
         **settings,
     )
-    print(f"teacher {path}: {report}", file=sys.stderr)
+    tell(f"teacher {path}: {report}")
     return model
 
 

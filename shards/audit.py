@@ -18,6 +18,7 @@ from shards.findings import REASONS, Finding, RowAudit, audit_rows, choose_verdi
 from shards.manifest import Entry, describe_unknown_task, open_atomically, scan_manifest, to_path, write_rows
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.records import RowError
+from shards.telling import print_json
 
 ROWS_A_PIECE = 32
 
@@ -36,6 +37,15 @@ class AuditReport:
     def num_dropped(self) -> int:
         """Rows that are not kept."""
         return self.num_rows - self.num_kept
+
+    def as_json(self, findings: Path) -> dict:
+        """The same for a script."""
+        counts = [
+            {"reason": reason, "verdict": verdict, "rows": count, "meaning": REASONS[reason].meaning}
+            for (reason, verdict), count in self.counts.most_common()
+        ]
+        totals = {"rows": self.num_rows, "kept": self.num_kept, "dropped": self.num_dropped, "seconds": self.seconds}
+        return {**totals, "counts": counts, "findings": str(findings), "cleaned": list(map(str, self.cleaned))}
 
     def __str__(self) -> str:
         lines = [f"{'reason':<16} {'verdict':<8} {'rows':>9} {'share':>8}  what"] if self.counts else ["nothing found"]
@@ -213,6 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=to_path, help="JSON file of the prompts whose tasks exist (the library's)")
     parser.add_argument("--stop-above", type=float, default=1.0, help="fail if a larger share is dropped (%(default)g)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
 
 
 def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, questions: Collection[str] = ()) -> int:
@@ -229,6 +240,9 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
         workers=args.workers,
         show_progress=True,
     )
+    if args.json:
+        print_json(report.as_json(args.out / "audit.jsonl"))
+        return 0
     print(report)
     print(f"findings: {args.out / 'audit.jsonl'}; cleaned: {', '.join(map(str, report.cleaned))}")
     return 0

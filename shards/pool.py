@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 
 from shards.parent import end_with_parent, is_in_main_thread
+from shards.telling import is_quiet
 
+SHORT_SECONDS = 1.0  # of work that no bar is drawn for
 IN_FLIGHT = 4  # pieces of work a worker, so that none waits and memory stays small
 
 
@@ -31,13 +34,15 @@ def map_in_order(function: Callable, pieces: Iterable, *, workers: int) -> Itera
     Raises:
         whatever `function` raises, at that piece; the processes end then, and when the caller stops early.
     """
-    if workers <= 1:
+    pieces = iter(pieces)
+    first = list(itertools.islice(pieces, 2))
+    pieces = itertools.chain(first, pieces)
+    if workers <= 1 or len(first) < 2:  # a process takes longer to start than a piece to do
         yield from map(function, pieces)
         return
     # Spawned, not forked: the caller may have threads (torch's, a progress bar's) that a fork would leave locked.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker,
                                initargs=(os.getpid(), is_in_main_thread()))  # fmt: skip
-    pieces = iter(pieces)
     try:
         pending = deque(pool.submit(function, piece) for piece in itertools.islice(pieces, IN_FLIGHT * workers))
         while pending:
@@ -59,10 +64,32 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 @contextmanager
 def progress_bar(description: str, total: int, *, show: bool):
-    """A function that moves a bar (count, rate, time left) on by a number of samples; without `show`, does nothing."""
-    if not show:
+    """A function that moves a bar (count, rate, time left) on by a number of samples; without `show`, does nothing.
+
+    What is done within SHORT_SECONDS shows no bar.
+    """
+    if not show or is_quiet():
         yield lambda count: None
         return
+    began, done, bar = time.monotonic(), 0, None
+
+    def advance(count: int) -> None:
+        nonlocal done, bar
+        done += count
+        if bar is None and time.monotonic() - began > SHORT_SECONDS:
+            bar = start_bar(description, total, time.monotonic() - began)
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def start_bar(description: str, total: int, elapsed: float):
+    """A bar on stderr whose one task began `elapsed` seconds ago."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -80,9 +107,11 @@ def progress_bar(description: str, total: int, *, show: bool):
         RateColumn(""),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)
+    progress = Progress(*columns, console=Console(stderr=True))
+    progress.add_task(description, total=total)
+    progress.tasks[0].start_time -= elapsed
+    progress.start()
+    return progress
 
 
 def _start_worker(parent: int, by_kernel: bool) -> None:

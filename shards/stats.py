@@ -15,6 +15,7 @@ from shards.catalog import read_listing
 from shards.container import UNKNOWN_FRAMES, AudioError, read_header
 from shards.manifest import Entry, missing_file_error, read_manifest, to_path
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
+from shards.telling import print_json
 
 ROWS_A_PIECE = 256
 BIN_SECONDS, NUM_BINS = 2.0, 15  # of the histogram; the last bin takes all that is longer
@@ -43,6 +44,11 @@ class Count:
         self.longest = max(self.longest, seconds)
         self.bins[min(int(seconds / BIN_SECONDS), NUM_BINS - 1)] += 1
 
+    def as_json(self) -> dict:
+        """Every figure by its name; lengths in seconds."""
+        counts = {name: getattr(self, name) for name in ("samples", "unlabelled", "unknown", "seconds", "longest")}
+        return {**counts, "bins": self.bins.tolist()}
+
 
 @dataclass
 class Stats:
@@ -62,6 +68,13 @@ class Stats:
             total.longest = max(total.longest, count.longest)
             total.bins += count.bins
         return total
+
+    def as_json(self) -> dict:
+        """The same for a script; lengths are counted by bins of BIN_SECONDS, the last one open."""
+        rows = [
+            {"task": task, "source": source, **count.as_json()} for (task, source), count in sorted(self.counts.items())
+        ]
+        return {"rows": rows, "total": self.total.as_json(), "bin_seconds": BIN_SECONDS}
 
     def __str__(self) -> str:
         return f"{self.table()}\n\n{self.histogram()}"
@@ -187,12 +200,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=to_path, help="draw the histogram here")
     parser.add_argument("--root", type=to_path, help="folder that the manifest's paths are relative to (its own)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes that read headers (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `distill stats`."""
     stats = measure(args.path, root=args.root, workers=args.workers, show_progress=True)
-    print(stats)
+    if args.json:
+        print_json(stats.as_json())
+    else:
+        print(stats)
     if args.png is not None:
         stats.save_png(args.png)
     return 0

@@ -8,12 +8,12 @@ whose frames are as wide as the teacher's. Knows no LLM.
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from shards.telling import tell
 from teachers.loading import load_ear
 from teachers.salmonn import Salmonn, SalmonnConfig
 
@@ -136,4 +136,4 @@ def frame_widths(model: Salmonn) -> dict[str, int]:
 
 def print_to_stderr(text: str) -> None:
     """Tell whoever builds a student."""
-    print(text, file=sys.stderr)
+    tell(text)

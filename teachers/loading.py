@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,13 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
+from shards.telling import is_quiet
 from teachers.encoders import load_encoder
 from teachers.hashes import remember_hash
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import staged
 from teachers.weights import open_safetensors, put_, read_json
+
+if is_quiet() or not sys.stderr.isatty():  # a bar is for who watches
+    disable_progress_bar()
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 

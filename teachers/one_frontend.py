@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shards.sample import SAMPLE_RATE
+from shards.telling import tell
 from teachers.beats import BEATS_FBANK, BeatsEar
 from teachers.frontend import (
     KALDI_FFT,
@@ -120,5 +121,5 @@ def measure_approximation(whisper: WhisperLogMel, beats: BeatsEar, waveforms_BN:
         "beats_frames_relative_error": float((near - exact).norm() / exact.norm()),
         "beats_frames_cosine": float(torch.cosine_similarity(near, exact, dim=-1).mean()),
     }
-    print("shared power spectrum against exact features: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
+    tell("shared power spectrum against exact features: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
     return figures

@@ -6,7 +6,6 @@ R encoder frames, E encoder or query width, D LLM width.
 Source: Tang et al., "SALMONN", ICLR 2024 (arXiv 2310.13289), and bytedance/SALMONN's and Nota's trainers.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from shards.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
+from shards.telling import tell
 from teachers.batch import Batch, RowTokenizer, check_pad_id, collate
 from teachers.ending import Ends, TextEnd, cut_after_end, read_answer
 from teachers.fourbit import keep_unpacked_
@@ -139,7 +139,7 @@ class Salmonn(nn.Module):
         model, report = load_checkpoint(
             path, llm=llm, whisper=whisper, second=beats or eat, second_kind=second_kind, **settings
         )
-        print(f"{path}: {report}", file=sys.stderr)
+        tell(f"{path}: {report}")
         return model
 
     def train(self, mode: bool = True) -> "Salmonn":

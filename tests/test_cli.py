@@ -1,11 +1,14 @@
 """The command line: what is asked wrongly is answered at once, by what may have been meant."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
+import tiny
 
 from distill.cli import main
 from distill.commands import COMMANDS
@@ -13,6 +16,8 @@ from distill.config import list_fields, load_config, to_yaml
 from distill.hints import COMMANDS as OTHER_COMMANDS
 from distill.hints import FIELDS
 from distill.rules import value_at
+from shards.pool import progress_bar
+from shards.telling import QUIET, print_json, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,3 +146,33 @@ def test_a_bug_report_names_versions_and_processor_and_no_user(monkeypatch, caps
     said = capsys.readouterr().out
     assert re.search(r"^torch +2\.", said, re.MULTILINE) and re.search(r"^cpu +\S.* cores", said, re.MULTILINE)
     assert "HF_HOME" in said and "somebody" not in said and "hf_a" not in said
+
+
+def test_a_script_reads_audit_and_stats_as_json_alone(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", tiny.tone(1), 16_000)
+    rows = [{"path": name, "text": "one", "task": "asr"} for name in ("a.wav", "gone.wav")]
+    (tmp_path / "m.json").write_text(json.dumps({"annotation": rows}))
+    assert main(["audit", str(tmp_path / "m.json"), "--out", str(tmp_path / "out"), "--json"]) == 0
+    audited = json.loads(capsys.readouterr().out)
+    assert (audited["rows"], audited["kept"], audited["dropped"]) == (2, 1, 1)
+    assert audited["cleaned"] == [str(tmp_path / "out" / "m.json")] and audited["counts"][0]["verdict"] == "drop"
+    assert main(["stats", audited["cleaned"][0], "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["total"]["samples"] == 1 and counted["total"]["seconds"] == pytest.approx(0.6)
+    assert counted["rows"][0]["task"] == "asr" and sum(counted["total"]["bins"]) == 1
+
+
+def test_a_result_that_is_no_number_is_null(capsys):
+    print_json({"kl": float("inf"), "rows": [float("nan"), 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"kl": None, "rows": [None, 1.0]}
+
+
+def test_a_quiet_command_and_the_processes_it_starts_say_nothing_but_results_and_errors(monkeypatch, capsys):
+    monkeypatch.setenv(QUIET, "0")  # so that it is put back
+    tell("heard")
+    monkeypatch.setenv(QUIET, "1")
+    tell("not heard")
+    with progress_bar("packing", 1, show=True) as advance:
+        advance(1)
+    assert capsys.readouterr().err == "heard\n"
+    assert main(["run", "gone"]) == 1 and "error: config is gone" in capsys.readouterr().err
