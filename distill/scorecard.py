@@ -39,10 +39,10 @@ def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
             f"the name= of a run that is finished."
         )
     with RunLock(config.run_folder):
-        return score_models(config, folder)
+        return score_models(config, folder, as_json=as_json)
 
 
-def score_models(config: Config, folder: Path) -> Scorecard:
+def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     """As `evaluate_run`, in a folder that nobody else writes into, of the student saved in `folder`."""
     student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization})"
     answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's

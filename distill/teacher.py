@@ -48,14 +48,14 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
         check_settings(parts, own, path)
         moved_parts(parts, {"model": own, "frozen": {}}, path)
         model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
-        print(f"teacher {path}: {describe_end(model, 'its chat')}", file=sys.stderr)
+        tell(f"teacher {path}: {describe_end(model, 'its chat')}")
         return model
     if path.is_dir():
         saved = read_config(path)
         check_settings(parts, saved["model"], path)
         places = moved_parts(parts, saved, path)
         model = load_salmonn(path, dtype=dtype, llm_weights=llm_weights, places=places)
-        print(f"teacher {path}: {describe_end(model, 'its config.json')}", file=sys.stderr)
+        tell(f"teacher {path}: {describe_end(model, 'its config.json')}")
         return model
     for name in ("llm", "whisper"):
         if not getattr(parts, name):

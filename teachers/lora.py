@@ -1,8 +1,5 @@
 """LoRA on a LLM's linear layers, through peft and in place. Source: Hu et al., 2021 (arXiv 2106.09685)."""
 
-import teachers.fourbit  # noqa: F401 (before peft, which imports bitsandbytes too)
-
-# isort: split
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +27,11 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
     Raises:
         ValueError: no layer of the LLM has one of the target names.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # seconds, that the defaults above need not cost
+    # here, as the defaults above need not cost their seconds
+    import teachers.fourbit  # noqa: F401 (before peft, which imports bitsandbytes too)
+
+    # isort: split
+    from peft import LoraConfig, inject_adapter_in_model
 
     llm.requires_grad_(False)
     names = {name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()}
