@@ -126,6 +126,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, runs/NAME, or its config")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--merge", action="store_true", help="write the LLM with LoRA inside instead of LoRA alone")
+    parser.add_argument("--whole", action="store_true", help="copy ears and LLM inside, for use on any machine")
     parser.add_argument("--salmonn", action="store_true", help="write SALMONN's own checkpoint format beside")
 
 

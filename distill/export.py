@@ -1,13 +1,15 @@
-"""A finished student as a folder to hand on: `distill export RUN_FOLDER OUT [--merge] [--salmonn]`.
+"""A finished student as a folder to hand on: `distill export RUN_FOLDER OUT [--merge] [--whole] [--salmonn]`.
 
 What only training needs stays behind: checkpoints, moments, projectors. With `--merge` LoRA becomes part of the LLM's
 weights, which then lie in the folder, in the type of the base model's: those that the student was trained on, its 4-bit
-weights read back, plus LoRA. Without, the folder holds LoRA and names its base model.
+weights read back, plus LoRA. Without, the folder holds LoRA and names its base model. With `--whole` ears, LLM and
+prompts lie in the folder, which can then be used on any machine; without, it names them by their full paths or hub ids.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,19 +22,21 @@ from distill.card import SCORECARD, Scorecard, cost_rows, count_clips, explain_s
 from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
 from teachers.checkpoint import save_checkpoint
-from teachers.loading import CONFIG, build_salmonn, read_config, save_salmonn
-from teachers.salmonn import Salmonn
+from teachers.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
+from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import staged, write_atomically
 
 LLM, CARD, SALMONN = "llm", "README.md", "salmonn.pth"
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")  # of a model's folder, beside its weights
 
 
-def export(run_folder: Path, out: Path, *, merge: bool = False, salmonn: bool = False) -> Path:
+def export(run_folder: Path, out: Path, *, merge: bool = False, whole: bool = False, salmonn: bool = False) -> Path:
     """Write the student of a run to `out`, which `load_student` reads; returns `out`.
 
     Args:
         run_folder: of a finished run; its `student` folder is exported.
         merge: write the LLM with LoRA inside, and no LoRA.
+        whole: copy ears, LLM and prompts into the folder.
         salmonn: write `salmonn.pth` beside, with SALMONN's own names.
 
     Raises:
@@ -42,26 +46,55 @@ def export(run_folder: Path, out: Path, *, merge: bool = False, salmonn: bool = 
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files already, but an export starts empty; choose another folder.")
     try:
-        return write_export(run_folder, out, merge=merge, salmonn=salmonn)
+        return write_export(run_folder, out, merge=merge, whole=whole, salmonn=salmonn)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # so that the same command can be given again
         raise
 
 
-def write_export(run_folder: Path, out: Path, *, merge: bool, salmonn: bool) -> Path:
+def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmonn: bool) -> Path:
     """Write into an empty folder; arguments as `export`."""
+    out = Path(os.path.abspath(out))  # so that names inside it differ from those below "."
     settings = read_config(run_folder / "student")["settings"]
     student = load_student(run_folder / "student")
+    names = student.config  # of the parts, for the card
     if merge:
         student, settings = merge_lora(student, out), {"lora": None, "quantization": "none"}
+    student.config = place_parts(student.config, out, whole=whole)
     save_salmonn(student, out, settings=settings)
-    if merge:
-        name_own_llm_(out)
+    name_parts_inside_(out)
     if salmonn:
         save_checkpoint(student, out / SALMONN)
     card = read_scorecard(run_folder) if (run_folder / SCORECARD).exists() else None
-    write_atomically(out / CARD, lambda path: path.write_text(make_card(run_folder.name, student, settings, card)))
+    text = make_card(run_folder.name, names, student, settings, card)
+    write_atomically(out / CARD, lambda path: path.write_text(text))
     return out
+
+
+def place_parts(config: SalmonnConfig, out: Path, *, whole: bool) -> SalmonnConfig:
+    """The config with each part's full path or hub id; of an export that is whole, with that of its copy in `out`."""
+    places = {}
+    for part in PARTS:
+        name = getattr(config, part)
+        if not name or Path(name).is_relative_to(out):  # a merged LLM lies there already
+            places[part] = name
+        elif whole:
+            places[part] = str(copy_part(find_place(name), out / part))
+        else:
+            places[part] = os.path.abspath(name) if Path(name).exists() else name
+    return dataclasses.replace(config, **places)
+
+
+def copy_part(place: Path, folder: Path) -> Path:
+    """Copy a file, or the weights of a model's folder and what belongs to them, into a new folder; returns the copy."""
+    with staged(folder, last="config.json") as stage:
+        if place.is_file():
+            shutil.copyfile(place, stage / place.name)
+            return folder / place.name
+        weights = "*.safetensors" if any(place.glob("*.safetensors")) else "*.bin"
+        for file in {file for pattern in (weights, *BESIDE) for file in place.glob(pattern) if file.is_file()}:
+            shutil.copyfile(file, stage / file.name)
+    return folder
 
 
 @torch.no_grad()
@@ -94,16 +127,18 @@ def merged_weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def name_own_llm_(out: Path) -> None:
-    """Let `config.json` name the LLM beside it, in place, so that the folder can be moved."""
+def name_parts_inside_(out: Path) -> None:
+    """Let `config.json` name the parts beside it by relative names, in place, so that the folder can be moved."""
     config = json.loads((out / CONFIG).read_text())
-    config["model"]["llm"] = f"./{LLM}"
+    for part in PARTS:
+        path = Path(config["model"][part])
+        if config["model"][part] and path.is_relative_to(out):
+            config["model"][part] = f"./{path.relative_to(out)}"
     write_atomically(out / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
 
 
-def make_card(name: str, student: Salmonn, settings: dict, card: Scorecard | None) -> str:
+def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict, card: Scorecard | None) -> str:
     """The model card, in Markdown: what it is made of, how to load it, and its scores beside its teacher's."""
-    parts = student.config
     kept = f"`{Path(parts.llm).name}`, quantisation {settings['quantization']}, with LoRA; {measure_share(student.llm)}"
     llm = kept if settings["lora"] else "its own, LoRA merged, in `llm/`"
     second = f", {parts.second_kind} `{Path(parts.second).name}`" if parts.second else ""
@@ -140,7 +175,7 @@ def make_card(name: str, student: Salmonn, settings: dict, card: Scorecard | Non
 
 def main(args: argparse.Namespace) -> int:
     """Run `distill export`."""
-    out = export(args.run, args.out, merge=args.merge, salmonn=args.salmonn)
+    out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"student: {out} ({size / 1e6:,.1f} MB)", file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ A saved folder holds `config.json` (the parts' names, LoRA, and the hash of ever
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ if is_quiet() or not sys.stderr.isatty():  # a bar is for who watches
     disable_progress_bar()
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+PARTS = ("llm", "whisper", "second", "prompts")  # fields of `SalmonnConfig` that name a place; "./…": in the folder
 
 
 def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32,
@@ -133,8 +135,10 @@ def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = 
     Raises:
         OSError: they cannot be written; the folder stays as it was.
     """
+    names = {name: getattr(model.config, name) for name in PARTS}
+    places = {name: os.path.normpath(place) for name, place in names.items() if place.startswith("./")}
     config = {
-        "model": dataclasses.asdict(model.config),
+        "model": dataclasses.asdict(model.config) | places,  # "./" is said of what lies in the folder itself
         "settings": settings or {},
         "frozen": hash_frozen_parts(model),
     }
@@ -163,8 +167,11 @@ def read_config(folder: str | Path) -> dict:
             f"{path} is {kind}, but a folder that this library saved is needed, as runs/NAME/student is; name one, or "
             f"a SALMONN checkpoint (.pth) where a teacher is asked for."
         ) from error
-    if parts.llm.startswith("./"):  # it was exported with its LLM inside, and may have been moved
-        parts = dataclasses.replace(parts, llm=str(Path(folder) / parts.llm))
+    inside = {name: getattr(parts, name) for name in PARTS if getattr(parts, name).startswith("./")}
+    if inside:  # it was exported with them, and may have been moved
+        parts = dataclasses.replace(
+            parts, **{name: os.path.abspath(Path(folder) / place) for name, place in inside.items()}
+        )
     return {"model": parts, "settings": settings, "frozen": frozen}
 
 

@@ -2,21 +2,24 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import soundfile
 import tiny
 import torch
 
 from distill.card import ModelFigures, Scorecard, write_scorecard
 from distill.cli import main
 from distill.config import load_config
-from distill.export import export
+from distill.export import export, place_parts
 from distill.metrics import TaskScore
 from distill.run import run
 from students.student import build_student, load_student, save_student
 from teachers.checkpoint import load_checkpoint
 from teachers.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora
+from teachers.salmonn import SalmonnConfig
 
 SAMPLES = [tiny.make_sample(1), tiny.make_sample(2, seconds=1.1)]
 
@@ -57,6 +60,50 @@ def test_a_merged_export_has_the_students_logits_and_can_be_moved(finished, tmp_
     names = [name for name, _ in exported.named_parameters()]
     assert not any("lora" in name for name in names)
     assert json.loads((tmp_path / "moved" / "config.json").read_text())["model"]["llm"] == "./llm"
+
+
+@pytest.mark.parametrize("words", [["--whole"], ["--whole", "--merge"], []], ids=["whole", "whole-merged", "named"])
+def test_an_export_answers_in_another_folder_under_another_home(finished, tmp_path, monkeypatch, capsys, words):
+    toys = finished.parents[1]
+    hidden = toys.with_name(f"{toys.name}-hidden")
+    monkeypatch.chdir(toys)
+    assert main(["export", str(finished), str(tmp_path / "out"), *words]) == 0
+    expected = logits(load_student(finished / "student"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("HOME", str(tmp_path / "empty"))
+    soundfile.write("a.wav", tiny.tone(1), 16_000)
+    if words:  # all of the machine that made it is gone
+        toys.rename(hidden)
+    try:
+        torch.testing.assert_close(logits(load_student("../moved")), expected, atol=1e-4, rtol=1e-4)
+        assert main(["transcribe", "../moved", "a.wav"]) == 0
+    finally:
+        if words:
+            hidden.rename(toys)
+    names = json.loads((tmp_path / "moved" / "config.json").read_text())["model"]
+    assert [Path(names[part]).is_absolute() for part in ("llm", "whisper")] == [not words] * 2
+
+
+def test_a_whole_export_holds_a_second_ear_of_one_file_and_the_prompts(tmp_path):
+    (tmp_path / "beats.pt").write_bytes(b"weights")
+    (tmp_path / "prompts.json").write_text("{}")
+    out = tmp_path / "out"
+    config = SalmonnConfig("", "", second=str(tmp_path / "beats.pt"), second_kind="beats",
+                           prompts=str(tmp_path / "prompts.json"))  # fmt: skip
+    placed = place_parts(config, out, whole=True)
+    assert (placed.second, placed.prompts) == (str(out / "second/beats.pt"), str(out / "prompts/prompts.json"))
+    assert (out / "second/beats.pt").read_bytes() == b"weights"
+
+
+def test_a_folders_own_relative_names_are_of_the_folder_it_was_trained_in(finished, tmp_path, monkeypatch):
+    """`student.llm=./llm` is a place below where training began, no part inside the saved folder."""
+    monkeypatch.chdir(finished.parents[1] / "parts")
+    teacher = load_salmonn(finished.parents[1] / "teacher")
+    save_student(build_student(teacher, "./student-llm", lora=Lora(rank=4), connector="new"), tmp_path / "student",
+                 lora=Lora(rank=4), quantization="nf4")  # fmt: skip
+    assert load_student(tmp_path / "student").config.llm == "student-llm"
 
 
 def test_salmonns_own_format_gives_the_students_connector_back(finished, tmp_path):
