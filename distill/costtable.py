@@ -22,7 +22,7 @@ from distill.costs import (
 EARS = ("Whisper encoder", "BEATs", "EAT")
 TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
 LLM = ("LLM embeddings", "LLM body", "LLM head", "LoRA")
-HEADER = ("recipe", "LLM", "ears", "parameters (M)", "ears", "trained", "GB", "ears", "LLM")
+HEADER = ("recipe", "LLM", "ears", "all (M)", "ears (M)", "trained (M)", "all (GB)", "ears (GB)", "LLM (GB)")
 
 
 def format_table(title: str, parts: list[Part]) -> str:

@@ -65,6 +65,8 @@ def test_the_page_holds_the_table_that_its_command_prints(capsys):
     assert main(["stats", "model", *map(str, RECIPES)]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed.count("\n") == len(RECIPES) + 3 and printed in PAGE
+    columns = printed.splitlines()[0].split("|")[1:-1]
+    assert len(set(columns)) == len(columns)
 
 
 def test_the_page_names_every_recipe():
