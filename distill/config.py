@@ -66,6 +66,7 @@ class TeacherConfig:
     second: str = ""  # the checkpoint's second encoder: BEATs or EAT file; empty: none
     second_kind: str = ""  # "beats" or "eat"
     end_token: str = ""  # text that ended the checkpoint's answers; empty: as its file says, or the tokenizer's
+    bos_token: str = ""  # text of the token before the checkpoint's prompts; "none": none; empty: the tokenizer's own
     prompts: str = ""  # JSON file of the prompts it was trained with; empty: the library's
     front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
     online: bool = False  # compute targets in every step instead of reading the cache

@@ -17,6 +17,7 @@ from typing import Union, get_args, get_origin
 from distill.schedule import TERMS, parse_schedule
 
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
+NO_CREDENTIALS = ("end_token", "bos_token")  # though they are named like one
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
 
 CHOICES = {
@@ -280,7 +281,7 @@ def check_scratch(config) -> None:
     """
     if not config.scratch.steps or config.teacher.path:
         return
-    for name in ("llm", "whisper", "second", "second_kind", "end_token", "prompts"):
+    for name in ("llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts"):
         if getattr(config.teacher, name):
             raise ValueError(
                 f"teacher.{name} is {getattr(config.teacher, name)!r}, but scratch.steps is "
@@ -328,7 +329,7 @@ def refuse_secrets(tree, origin: str, prefix: str = "") -> None:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
             refuse_secrets(value, origin, f"{prefix}{key}.")
-        elif (SECRET.search(str(key)) and key != "end_token") or SECRET_VALUE.search(str(value)):
+        elif (SECRET.search(str(key)) and key not in NO_CREDENTIALS) or SECRET_VALUE.search(str(value)):
             raise ValueError(
                 f"{origin}: {prefix}{key} looks like a credential, but configs are copied into run folders; "
                 f"log in with `hf auth login` or set HF_TOKEN instead."

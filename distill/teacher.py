@@ -64,8 +64,7 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
                 f"was trained on, a folder or a hub id."
             )
     settings = {"prompts": parts.prompts, "front_end": parts.front_end}
-    if parts.end_token:
-        settings["end_token"] = parts.end_token
+    settings |= {name: getattr(parts, name) for name in ("end_token", "bos_token") if getattr(parts, name)}
     model, report = load_checkpoint(
         path,
         llm=parts.llm,
@@ -87,7 +86,7 @@ def check_settings(parts: TeacherConfig, saved: SalmonnConfig, path: Path) -> No
         ValueError: naming the setting and both values.
     """
     default = TeacherConfig()
-    for name in ("front_end", "end_token", "prompts", "second_kind"):
+    for name in ("front_end", "end_token", "bos_token", "prompts", "second_kind"):
         asked, there = getattr(parts, name), getattr(saved, name)
         if asked not in (getattr(default, name), there):
             raise ValueError(

@@ -26,6 +26,7 @@ from teachers.batch import RowTokenizer
 from teachers.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
+from teachers.targets import Vocabulary
 
 LORA = Lora()  # of a student where nothing else is said
 
@@ -69,8 +70,8 @@ def build_student(
     """
     torch.manual_seed(seed)
     heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
-    end_token = choose_end_token(teacher, llm, say)
-    config = dataclasses.replace(heard, llm=llm, windows=windows, qformer_dropout=qformer_dropout, end_token=end_token)
+    tokens = {"end_token": choose_end_token(teacher, llm, say), "bos_token": choose_bos_token(teacher, llm)}
+    config = dataclasses.replace(heard, llm=llm, windows=windows, qformer_dropout=qformer_dropout, **tokens)
     student = build_salmonn(
         config,
         lora=lora,
@@ -103,6 +104,18 @@ def choose_end_token(teacher: Salmonn, llm: str, say: Callable[[str], None]) -> 
         return text
     say(f"answers end with {tokenizer.eos_token}, as {text} is {len(own.ids)} tokens of this student")
     return ""
+
+
+def choose_bos_token(teacher: Salmonn, llm: str) -> str:
+    """What begins a student's prompts: as its own tokenizer says, or the teacher's where all tokens are the same.
+
+    Targets of a cache belong to a prompt's ids, which then are to be the teacher's.
+    """
+    text = teacher.config.bos_token
+    if not text:
+        return ""
+    is_same = Vocabulary.of(AutoTokenizer.from_pretrained(llm)).sha256 == Vocabulary.of(teacher.tokenizer).sha256
+    return text if is_same else ""
 
 
 def train_own_(student: Salmonn) -> Salmonn:

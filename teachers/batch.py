@@ -17,6 +17,8 @@ from teachers.controls import TextEncoder
 from teachers.ending import End
 from teachers.prompts import Prompts
 
+NO_BOS = "none"  # as text of the token that begins a row: nothing does
+
 
 @dataclass(frozen=True)
 class Row:
@@ -80,14 +82,18 @@ class RowTokenizer:
         prompts: the prompts by task.
         end_token: text of the end token; empty takes the tokenizer's own.
         max_answer_tokens: longer answers are cut, and the end token still follows.
+        bos_token: text of the token that begins a row; empty takes the tokenizer's own, `NO_BOS` none.
+
+    Raises:
+        ValueError: there is no end token, or `bos_token` is none of the tokenizer's.
     """
 
-    def __init__(self, tokenizer, prompts: Prompts, end_token: str, max_answer_tokens: int):
+    def __init__(self, tokenizer, prompts: Prompts, end_token: str, max_answer_tokens: int, bos_token: str = ""):
         self.tokenizer, self.prompts, self.max_answer_tokens = tokenizer, prompts, max_answer_tokens
         self._text = TextEncoder(tokenizer)
         self.end = self._read_end(end_token) if end_token else self._own_end()
         self.end_ids = list(self.end.ids)  # where the end stands alone
-        self.bos_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.bos_ids = self._read_bos(bos_token)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[-1]
 
     @property
@@ -104,6 +110,20 @@ class RowTokenizer:
                 f"eos_token of {self.tokenizer.name_or_path} is None, but answers must end; set teacher.end_token."
             )
         return End("", (index,), (index,))
+
+    def _read_bos(self, bos_token: str) -> list[int]:
+        own = self.tokenizer.bos_token_id
+        if not bos_token:
+            return [] if own is None else [own]
+        if bos_token == NO_BOS:
+            return []
+        ids = self.tokenizer.get_vocab()
+        if bos_token not in ids:
+            raise ValueError(
+                f"bos_token is {bos_token!r}, but {self.tokenizer.name_or_path} has no such token; set "
+                f"teacher.bos_token to one that it has, or to {NO_BOS}."
+            )
+        return [ids[bos_token]]
 
     def _read_end(self, end_token: str) -> End:
         """Text up to the first control token, and the ids from there on."""

@@ -129,4 +129,5 @@ def load_rows(cache: Path, header: CacheHeader) -> RowTokenizer:
             f"{header.identity['prompts'][:16]}; restore it or cache again."
         )
     tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
-    return RowTokenizer(tokenizer, prompts, settings["end_token"], settings["max_answer_tokens"])
+    given = [settings[name] for name in ("end_token", "max_answer_tokens", "bos_token")]
+    return RowTokenizer(tokenizer, prompts, *given)

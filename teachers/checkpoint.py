@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from teachers.batch import NO_BOS
 from teachers.loading import build_salmonn
 from teachers.lora import SALMONN_LORA, Lora
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
@@ -42,6 +43,7 @@ SETTINGS = {
     "prompt_template": "template",
     "end_sym": "end_token",
     "max_txt_len": "max_answer_tokens",
+    "bos_token": "bos_token",  # ours alone: theirs is in the code of a trainer
     "second_per_window": "window_seconds",
     "second_stride": "stride_seconds",
     "qformer_heads": "qformer_heads",  # ours alone: theirs is always 12
@@ -56,10 +58,11 @@ class KeyReport:
     leftover: list[str]  # in the file, and rightly not loaded
     frozen: list[str]  # parts that are expected from elsewhere
     end: str  # what ends its answers, and who says so
+    begin: str  # what begins its prompts, and who says so
 
     def __str__(self) -> str:
         parts = f"{len(self.loaded)} tensors loaded, {len(self.leftover)} leftovers, frozen: {', '.join(self.frozen)}"
-        return f"{parts}; {self.end}"
+        return f"{parts}; {self.end}; {self.begin}"
 
 
 def our_name(key: str) -> str | None:
@@ -108,13 +111,15 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     _check_mels(model, theirs, path)
     if not config.end_token:
         check_end(model, path)
+    if not config.bos_token:
+        check_begin(model, path)
     own = {name: state[key] for key, name in names.items() if name is not None}
     _load_strictly_(model, own, path)
     model.own_names = frozenset(own)
     frozen = [f"{part} ({name})" for part, name in (("llm", llm), ("whisper", whisper), ("second", second)) if name]
     source = "teacher.end_token" if settings.get("end_token") else "the file's config"
-    end = describe_end(model, source)
-    report = KeyReport([k for k, n in names.items() if n], [k for k, n in names.items() if n is None], frozen, end)
+    told = describe_end(model, source), describe_begin(model, "bos_token" in settings)
+    report = KeyReport([k for k, n in names.items() if n], [k for k, n in names.items() if n is None], frozen, *told)
     return model.eval().requires_grad_(False), report
 
 
@@ -132,6 +137,28 @@ def check_end(model: Salmonn, path: str | Path) -> None:
             f"{path} does not say what ends its answers, but {model.config.llm} knows {', '.join(names)}; set "
             f"teacher.end_token to the one that it was trained with."
         )
+
+
+def check_begin(model: Salmonn, path: str | Path) -> None:
+    """Refuse to guess what stood before a file's prompts where its LLM has no BOS: some trainers put one by number.
+
+    Raises:
+        ValueError: naming a token that it may have been.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"{path} does not say what begins its prompts, but {model.config.llm} has no BOS token and trainers differ "
+            f"there; set teacher.bos_token to the token that its trainer put before them, such as "
+            f"{tokenizer.pad_token or tokenizer.eos_token}, or to {NO_BOS}."
+        )
+
+
+def describe_begin(model: Salmonn, is_set: bool) -> str:
+    """In a few words what begins a model's prompts, and who says so."""
+    config, names = model.config, model.tokenizer.convert_ids_to_tokens(model.rows.bos_ids)
+    source = "teacher.bos_token" if is_set else "the file's config"
+    return f"prompts begin with {' '.join(names) or 'no BOS'} (from {source if config.bos_token else 'the tokenizer'})"
 
 
 def describe_checkpoint(content: dict, path: str | Path, lora_alpha: float | None = None,
@@ -248,6 +275,8 @@ def _check_mels(model: Salmonn, theirs: dict, path) -> None:
 def _settings_to_save(model: Salmonn) -> dict:
     theirs = {name: getattr(model.config, ours) for name, ours in SETTINGS.items()}
     theirs |= {"end_sym": model.config.end_token or model.tokenizer.eos_token, "window_level_Qformer": True}
+    if model.tokenizer.bos_token_id is None:  # a file does not say nothing where that would be a question
+        theirs["bos_token"] = model.config.bos_token or NO_BOS
     if not model.config.window_seconds:
         theirs["window_level_Qformer"] = False
     if lora := getattr(model.llm, "peft_config", None):

@@ -59,7 +59,7 @@ class Qwen2Audio(Salmonn):
         prompts = load_prompts(config.prompts or None, config.template)
         by_task = {t: tuple(p.replace(SALMONN_PLACE, PLACE) for p in own) for t, own in prompts.by_task.items()}
         own_prompts = Prompts(by_task, config.template)
-        self.rows = RowTokenizer(tokenizer, own_prompts, config.end_token, config.max_answer_tokens)
+        self.rows = RowTokenizer(tokenizer, own_prompts, config.end_token, config.max_answer_tokens, config.bos_token)
         check_pad_id(self.rows.pad_id, self.llm)
         self.eval().requires_grad_(False)
 

@@ -51,6 +51,7 @@ class SalmonnConfig:
     prompts: str = ""  # JSON file of prompts by task; empty: the library's
     template: str = "USER: {}\nASSISTANT:"
     end_token: str = ""  # text that ends an answer; empty: the tokenizer's end token
+    bos_token: str = ""  # text of the token before a prompt; empty: the tokenizer's own, if any; "none": nothing
     max_answer_tokens: int = 300  # longer answers are cut before the end token
     front_end: str = "exact"  # "exact", or "shared": Whisper and BEATs from one power spectrum, approximate for BEATs
 
@@ -123,6 +124,7 @@ class Salmonn(nn.Module):
             load_prompts(config.prompts or None, config.template),
             config.end_token,
             config.max_answer_tokens,
+            config.bos_token,
         )
         check_pad_id(self.rows.pad_id, llm)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,18 @@ import torch
 from safetensors.torch import load_file
 from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
+from transformers import AutoTokenizer
 
+from distill.cache import describe_teacher
 from distill.config import Config, TeacherConfig
+from distill.teach import build_llm
 from distill.teacher import load_teacher
+from distill.tokenizer import train_tokenizer
 from shards.sample import Sample
+from students.student import build_student
 from teachers.beats import BeatsEar
 from teachers.checkpoint import load_checkpoint, our_name, save_checkpoint, their_name
-from teachers.loading import build_salmonn
+from teachers.loading import build_salmonn, load_salmonn, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
 
@@ -307,6 +313,63 @@ def test_a_whisper_of_another_mel_count_than_the_trained_one_is_refused(parts, t
         ValueError, match=r"whisper has 80 mel bins, but .* was trained on whisper-large-v3-turbo with 128"
     ):
         load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
+
+
+@pytest.fixture(scope="module")
+def without_bos(parts):
+    """The toys' LLM with a tokenizer that has no BOS, as Qwen's."""
+    folder = parts / "llm-without-bos"
+    shutil.copytree(parts / "llm", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    return {"llm": str(folder), "whisper": str(parts / "whisper")}
+
+
+def test_a_file_that_does_not_say_its_bos_is_refused_where_its_llm_has_none(parts, without_bos, tmp_path):
+    save_checkpoint(make_salmonn(parts), tmp_path / "theirs.pth")
+    content = torch.load(tmp_path / "theirs.pth", weights_only=True)
+    torch.save({"model": content["model"]}, tmp_path / "theirs.pth")
+    sizes = {"qformer_heads": 2}
+    with pytest.raises(
+        ValueError, match=r"theirs\.pth does not say what begins .* set teacher\.bos_token .*, or to none"
+    ):
+        load_checkpoint(tmp_path / "theirs.pth", **without_bos, **sizes)
+    assert "prompts begin with <s> (from the tokenizer)" in str(
+        load_checkpoint(tmp_path / "theirs.pth", **names_of(parts), **sizes)[1]
+    )
+    sample, pad = tiny.make_sample(1), AutoTokenizer.from_pretrained(without_bos["llm"]).pad_token
+    for bos_token, said in ((pad, f"{pad} (from teacher.bos_token)"), ("none", "no BOS (from teacher.bos_token)")):
+        model, report = load_checkpoint(tmp_path / "theirs.pth", **without_bos, **sizes, bos_token=bos_token)
+        assert f"prompts begin with {said}" in str(report)
+        before = model.rows.row(sample, with_answer=True, first_prompt=True).before
+        assert (before[0] == model.tokenizer.pad_token_id) == (bos_token == pad)
+        save_checkpoint(model, tmp_path / "ours.pth")
+        again = load_checkpoint(tmp_path / "ours.pth", **without_bos)[0]
+        assert again.config.bos_token == bos_token and torch.equal(logits_of(again), logits_of(model))
+    with pytest.raises(ValueError, match=r"bos_token is '<bos>', but .* has no such token; set teacher\.bos_token"):
+        load_checkpoint(tmp_path / "theirs.pth", **without_bos, **sizes, bos_token="<bos>")
+
+
+def test_a_forced_bos_is_part_of_a_saved_teacher_and_of_its_cache_and_of_a_student_of_the_same_tokens(
+    parts, without_bos, tmp_path
+):
+    model = make_salmonn(parts, ())
+    model = build_salmonn(dataclasses.replace(model.config, llm=without_bos["llm"], bos_token="none")).eval()
+    pad = model.tokenizer.pad_token
+    other = train_tokenizer(["USER: zero ASSISTANT: a low tone"] * 9, tmp_path / "other", vocab_size=300)
+    build_llm(len(other), 32, 1, other).save_pretrained(tmp_path / "other")
+    headers = []
+    for bos_token in ("none", pad):
+        model = build_salmonn(dataclasses.replace(model.config, bos_token=bos_token))
+        save_salmonn(model, tmp_path / "saved")
+        assert load_salmonn(tmp_path / "saved").config.bos_token == bos_token
+        headers.append(describe_teacher(model, Config()).identity["teacher_config"]["bos_token"])
+        alike = build_student(model, without_bos["llm"], quantization="none", connector="new")
+        assert alike.config.bos_token == bos_token and alike.rows.bos_ids == model.rows.bos_ids
+        student = build_student(model, str(tmp_path / "other"), quantization="none", connector="new")
+        assert student.rows.bos_ids == [other.bos_token_id]
+    assert headers == ["none", pad]
 
 
 def test_a_beats_file_is_no_salmonn(parts):
