@@ -30,3 +30,14 @@ def test_every_config_field_that_the_page_on_data_names_exists():
         value_at(Config(), key)
     for name in re.findall(r"^  (\w+): ", DATA, re.MULTILINE):
         assert hasattr(Config().augment, name)
+
+
+def test_the_readme_has_at_most_1200_words():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_every_link_to_a_file_leads_to_one(page):
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
