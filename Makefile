@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format docs
 
 demo: .venv/installed
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/distill pipeline configs/demo.yaml --launch configs/accelerate/two_cpus_zero2.yaml
@@ -21,6 +21,12 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# the reference of fields and commands, then the site, into site/
+docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m distill.reference docs/reference.md
+	$(BIN)/mkdocs build --strict
 
 .venv/installed: constraints.txt setup.cfg
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"python is {v[0]}.{v[1]}, but 3.11 or 3.12 is needed; run make PYTHON=/path/to/python3.11") if v not in ((3, 11), (3, 12)) else None'

@@ -60,13 +60,17 @@ def lines_of(config: Config, needed: tuple[str, ...]) -> Iterator[str]:
 
 def field_lines(name: str, value, is_default: bool, comment: str, indent: str) -> Iterator[str]:
     """A field on one line, or below its comment where both are too long for one."""
-    text = yaml.safe_dump(plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
-    line = f"{indent}{'# ' if is_default else ''}{name}: {text}"
+    line = f"{indent}{'# ' if is_default else ''}{name}: {to_text(plain(value))}"
     if len(line) + len(comment) > 116:
         yield f"{indent}# {comment}"
         yield line
     else:
         yield f"{line}  # {comment}"
+
+
+def to_text(value) -> str:
+    """A value as YAML has it on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 
 def plain(value):

@@ -1,11 +1,15 @@
 """The documents name tests and config fields that exist."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from distill.config import Config
+from distill.commands import COMMANDS
+from distill.config import Config, list_fields
+from distill.reference import make_reference
 from distill.rules import value_at
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +36,29 @@ def test_every_config_field_that_the_page_on_data_names_exists():
         assert hasattr(Config().augment, name)
 
 
+def test_every_message_in_the_table_of_symptoms_is_one_that_the_library_says():
+    table = FAULTS.split("## Symptom and remedy")[1].split("\n\n")[1]
+    folders = ("shards", "teachers", "students", "distill")
+    said = "".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).glob("*.py")))
+    said = re.sub(r'"\s*\n\s*f?"', "", said)  # a text over several lines of code
+    messages = [text for text in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)]
+    parts = [part.strip() for message in messages for part in message.split("…")]
+    assert len(messages) > 10 and [part for part in parts if part not in said] == []
+
+
+def test_every_field_that_the_table_of_symptoms_names_exists():
+    table = FAULTS.split("## Symptom and remedy")[1].split("\n\n")[1]
+    for key in re.findall(r"`((?:data|train|loss|teacher|student|cache|eval)\.\w+)", table):
+        value_at(Config(), key)
+
+
+def test_the_reference_is_up_to_date_and_knows_every_field_and_command():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    assert page == make_reference(), "docs/reference.md is of another version; `make docs` makes it again"
+    assert all(f"\n| `{field}` | " in page for field in list_fields())
+    assert all(f"\n### distill {name}\n" in page for name in COMMANDS)
+
+
 def test_the_readme_has_at_most_1200_words():
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 
@@ -41,3 +68,15 @@ def test_every_link_to_a_file_leads_to_one(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_site_has_every_page_and_its_links_stay_inside():
+    names = [name for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for name in entry.values()]
+    assert sorted(names) == sorted(["index.md", *(path.name for path in ROOT.glob("docs/*.md"))])
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "mkdocs_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    for folder, pages in ((ROOT, ["README.md"]), (ROOT / "docs", [path.name for path in ROOT.glob("docs/*.md")])):
+        for page in pages:
+            links = re.findall(r"\]\(([^)#\s]+)", hooks.keep_inside((folder / page).read_text(), folder))
+            assert [link for link in links if "://" not in link and not (ROOT / "docs" / link).exists()] == []
