@@ -8,7 +8,8 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,12 +50,13 @@ def make_teacher(config: Config) -> int:
     """As `teach`, in a folder that nobody else writes into."""
     accelerator = build_accelerator()
     folder = config.run_folder / "scratch"
-    mark = fingerprint([config.scratch, config.corpus, config.seed])
+    mark = mark_of(config)
     if is_done(folder, mark):
         say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
         return 0
     if accelerator.is_main_process and not has_parts(folder, mark):
-        make_parts(config, folder)
+        with threads_of_all_ranks(accelerator.num_processes):
+            make_parts(config, folder)
         write_mark(folder / PARTS, mark)
     accelerator.wait_for_everyone()
     teacher = build_teacher(config, folder)
@@ -67,6 +69,22 @@ def make_teacher(config: Config) -> int:
     return 0
 
 
+def mark_of(config: Config) -> str:
+    """Hash of the settings that make a teacher what it is."""
+    return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.seed])
+
+
+@contextmanager
+def threads_of_all_ranks(num_ranks: int) -> Iterator[None]:
+    """Lend this process the threads of the ranks that wait for it."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(own * num_ranks)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
 def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -> FitResult:
     """Cross-entropy on the labelled clips."""
     stream = ShardStream(
@@ -77,6 +95,7 @@ def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -
         world_size=accelerator.num_processes,
         num_workers=config.data.workers,
         labelled_only=True,
+        weights=config.data.task_weights,
     )
     return Distiller(
         None,

@@ -84,7 +84,6 @@ def test_every_term_of_another_tokenizer_is_counted(toys, tmp_path):
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_losses_across_tokenizers_do_not_depend_on_micro_batches(toys, tmp_path, micro_batch_size):
     whole = make_run(toys, tmp_path / "whole").fit().losses
-    assert whole[-1] < whole[0]
     split = make_run(toys, tmp_path / "split", micro_batch_size=micro_batch_size).fit().losses
     assert split == pytest.approx(whole, abs=1e-5)
 

@@ -76,7 +76,7 @@ def test_the_approximate_front_end_leaves_whisper_exact_and_its_error_is_measure
     )
     assert figures["whisper_mel_max_error"] == 0
     assert 0 < figures["beats_mel_mean_error"] < 0.1 and figures["beats_frames_cosine"] > 0.9
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert all(name in printed for name in figures)
 
 

@@ -223,7 +223,7 @@ def test_cached_frames_serve_a_student_that_names_the_teachers_ears(toys, tmp_pa
 def test_a_clip_that_its_ears_cannot_hear_is_refused_before_training(toys, tmp_path):
     build_whisper(dataclasses.replace(tiny.SIZES, seconds=0.7)).save_pretrained(tmp_path / "short")
     words = [f"student.whisper={tmp_path / 'short'}", f"runs={tmp_path}", "teacher.online=true"]
-    with pytest.raises(ValueError, match=r"clips last 0\.50 to 1\.00 s, but the ears of this run take 0\.175 to 0\.7"):
+    with pytest.raises(ValueError, match=r"clips last 0\.50 to 1\.00 s, but the ears of this run take 0\.02 to 0\.7"):
         run(load_config(toys / "toy.yaml", words))
 
 
@@ -234,7 +234,7 @@ def test_a_clip_for_validation_that_its_ears_cannot_hear_is_refused_before_train
     config = load_config(toys / "toy.yaml", [f"data.folder={tmp_path}"])
     assert find_valid(config, student) is None
     (tmp_path / "valid").symlink_to(toys / "data" / "train")
-    with pytest.raises(ValueError, match=r"but the ears of this run take 0\.175 to 0\.7"):
+    with pytest.raises(ValueError, match=r"but the ears of this run take 0\.02 to 0\.7"):
         find_valid(config, student)
 
 

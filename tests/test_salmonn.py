@@ -256,15 +256,15 @@ def test_one_front_end_is_exact_by_default_and_approximate_when_asked_with_its_e
     frames = exact.frames(batch.waveforms_BN, batch.num_samples_B)
     for found, ear in zip(frames, (exact.whisper, exact.second)):
         assert torch.equal(found, ear(*exact.pad_short(batch.waveforms_BN, batch.num_samples_B))[0])
-    assert "shared power spectrum" not in capsys.readouterr().out
+    assert "shared power spectrum" not in capsys.readouterr().err
     shared = tiny.make_teacher(parts, front_end="shared", **beats).eval()
     near = shared.frames(batch.waveforms_BN, batch.num_samples_B)
     assert torch.equal(near[0], frames[0])
     error = float((near[1] - frames[1]).norm() / frames[1].norm())
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert 0 < error < 0.5 and f"beats_frames_relative_error {error:.3g}" in printed
     shared.frames(batch.waveforms_BN, batch.num_samples_B)
-    assert "shared power spectrum" not in capsys.readouterr().out
+    assert "shared power spectrum" not in capsys.readouterr().err
 
 
 def test_a_shared_spectrum_without_beats_is_refused(parts):

@@ -27,7 +27,7 @@ def test_a_hub_that_is_offline_is_said_on_one_line_with_the_shards_name_and_trie
         raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled.\n\nUnset HF_HUB_OFFLINE.")
 
     filesystem = type("Hub", (), {"glob": refuse, "open": refuse, "info": refuse})()
-    monkeypatch.setattr("shards.source._filesystem", lambda name: (filesystem, name))
+    monkeypatch.setattr("shards.source.open_filesystem", lambda name: (filesystem, name))
     with pytest.raises(
         ShardError, match=r"^shards is 'hf://datasets/a/b/', but .* \(Cannot reach .*FLINE\.\); look"
     ) as e:

@@ -2,8 +2,8 @@
 
 import tiny
 
-from distill.config import fingerprint, load_config
-from distill.teach import has_parts, make_parts, teach, write_mark
+from distill.config import load_config
+from distill.teach import has_parts, make_parts, mark_of, teach, write_mark
 from teachers.loading import load_salmonn
 
 SIZES = {"steps": 1, "ear_steps": 1, "text_steps": 1, "batch_size": 4, "vocab_size": 400, "ear_width": 32,
@@ -16,7 +16,7 @@ def test_a_teacher_is_never_made_of_parts_that_other_settings_left(tmp_path, cap
                              corpus__train=tmp_path / "data" / "train.json", student__llm="''",
                              **{f"scratch__{name}": value for name, value in SIZES.items()})  # fmt: skip
     wide, narrow = (load_config(path, [f"scratch.llm_width={width}"]) for width in (96, 64))
-    folder, marks = wide.run_folder / "scratch", [fingerprint([c.scratch, c.corpus, c.seed]) for c in (wide, narrow)]
+    folder, marks = wide.run_folder / "scratch", [mark_of(config) for config in (wide, narrow)]
     make_parts(wide, folder)  # and then the job is killed, and its settings are changed
     write_mark(folder / "parts.json", marks[0])
     assert has_parts(folder, marks[0])
