@@ -147,11 +147,15 @@ def test_ears_that_the_teacher_trained_are_saved_with_the_student(finished, tmp_
     torch.testing.assert_close(logits(exported), logits(student), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_bytes", [3_000, 100_000], ids=["LLM", "connector"])
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [(3_000, ["--merge", "--salmonn"]), (100_000, ["--merge", "--salmonn"]), (3_000, ["--whole"])],
+    ids=["LLM", "connector", "part"],
+)
 def test_an_export_that_a_full_disk_does_not_take_leaves_nothing_and_can_be_repeated(
-    finished, tmp_path, capsys, num_bytes
+    finished, tmp_path, capsys, num_bytes, words
 ):
-    command = ["export", str(finished), str(tmp_path / "out"), "--merge", "--salmonn"]
+    command = ["export", str(finished), str(tmp_path / "out"), *words]
     with tiny.full_disk(num_bytes):
         assert main(command) == 1
     assert re.search(
