@@ -183,6 +183,7 @@ def guard(work, *, debug: bool) -> int:
     try:
         with stop_in_order():
             code = int(work() or 0)
+            sys.stdout.flush()  # a reader that is gone is found here, not at the interpreter's end
         if code:  # the stage has said why
             tell_launcher(ENDED.format(code))
         return code
@@ -192,6 +193,9 @@ def guard(work, *, debug: bool) -> int:
             return 130
         tell_launcher(ENDED.format(PREEMPTED))
         return PREEMPTED
+    except BrokenPipeError:  # whoever read our lines, as `head` does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise

@@ -186,6 +186,11 @@ def read_new(args: argparse.Namespace) -> None:
     args.recipe, args.file = (recipe or [None])[0], Path(file).expanduser()
 
 
+def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script is printed")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="after --: print what the last one may become instead")
+
+
 def of_a_config(module: str, help: str, has_json: bool = False) -> Command:
     """A stage that takes a config and nothing else."""
     return Command(module, help, add_config_arguments, read_config_arguments, has_json)
@@ -255,6 +260,9 @@ COMMANDS = {
         "let a saved student answer about audio files",
         add_transcribe_arguments,
         read_transcribe_arguments,
+    ),
+    "completion": Command(
+        "distill.completion", 'for a shell: eval "$(distill completion bash)"', add_completion_arguments
     ),
     "env": Command("distill.environment", "versions, processor and GPU, for a bug report", lambda parser: None),
 }
