@@ -29,7 +29,7 @@ from distill.config import Config, load_config
 from distill.costs import model_config
 from distill.evaluate import Cost, measure_cost
 from distill.run import run
-from distill.teacher import load_teacher, teach_online
+from distill.teacher import load_teacher, resolve_ears, teach_online
 from distill.tokenizer import train_tokenizer
 from shards.pack import pack
 from shards.sample import SAMPLE_RATE
@@ -149,7 +149,7 @@ def show(value: float) -> str:
 def measure_teacher(config: Config) -> dict[str, float]:
     """The teacher alone: loading, its ears, a batch's targets, and what an answer costs."""
     began = time.perf_counter()
-    model = load_teacher(config).to("cuda" if HAS_GPU else "cpu")
+    model = load_teacher(config, ears=resolve_ears(config, is_kept=True)).to("cuda" if HAS_GPU else "cpu")
     figures = {"load s": time.perf_counter() - began}
     samples = first_batch(config)
     batch = model.collate(samples).to(model.device)

@@ -27,7 +27,7 @@ from distill.config import Config
 from distill.crossteacher import CrossTeacher, meet
 from distill.ranks import build_accelerator, resolve_precision
 from distill.runlock import RunLock
-from distill.teacher import load_teacher, teach_online
+from distill.teacher import load_to_keep
 from shards.cache import TargetReader, TargetWriter, is_of_other_audio, read_done
 from shards.catalog import hash_shards
 from shards.header import HEADER, CacheHeader, read_header
@@ -54,7 +54,7 @@ def answers(config: Config) -> int:
 def answer_shards(config: Config, folder: Path) -> int:
     """As `answers`, by the student in a folder that nobody writes into."""
     accelerator, dtype = build_accelerator(), resolve_precision(config.precision)
-    teacher = teach_online(config, load_teacher(config).to(accelerator.device))
+    teacher = load_to_keep(config, accelerator.device)
     header = describe_round(config, describe_teacher(teacher.model, config), folder)
     check_folder(config.answers_folder, header)
     student = load_student(folder, dtype=dtype).to(accelerator.device)

@@ -19,7 +19,7 @@ from distill.cli import run_stage
 from distill.config import Config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision, say
-from distill.teacher import load_teacher, teach_online
+from distill.teacher import load_to_keep, resolve_ears
 from shards.augment import sample_seed
 from shards.cache import TargetShard, TargetWriter, read_done
 from shards.catalog import hash_shards
@@ -37,13 +37,21 @@ from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary
 
 Capture = Callable[[Sequence[Sample]], dict[str, TargetRecord]]  # makes the records of a batch, by key
+EARS = ("whisper.", "second.")  # whose tensors are hashed in the run's precision, whatever they are loaded in
 POLL_SECONDS = 1.0  # between looks at whether other ranks have finished the last shards
 FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers", "cross_entropy", "entropy")
 
 
-def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
-    """Everything the targets depend on; its hash is the cache's fingerprint."""
-    settings, cache = asdict(teacher.config), config.cache
+def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) -> CacheHeader:
+    """Everything the targets depend on; its hash is the cache's fingerprint.
+
+    Args:
+        teacher: the model.
+        config: of the run.
+        is_kept: whether the targets go to a disk, as `resolve_ears` takes it.
+    """
+    settings, cache, dtype = asdict(teacher.config), config.cache, resolve_precision(config.precision)
+    own = {name: x.to(dtype) if name.startswith(EARS) else x for name, x in own_tensors(teacher).items()}
     for name in ("llm", "whisper", "second", "prompts"):  # places; hashes of their contents are below
         settings.pop(name)
     codec = build_codec(cache)
@@ -52,13 +60,14 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
         head = {"head": hash_head(head_tensor(teacher)), **logit_transform(teacher.llm.config.get_text_config())}
     return CacheHeader(
         {
-            "teacher_weights": {"own": hash_tensors(own_tensors(teacher)), **hash_frozen_parts(teacher)},
+            "teacher_weights": {"own": hash_tensors(own), **hash_frozen_parts(teacher)},
             "teacher_config": settings,
             "llm_width": teacher.project.out_features,
             "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": "cached"},
             "prompts": hash_prompts(teacher.rows.prompts),
             "front_end": "teachers.frontend 2",  # 2: clips under 1 s are heard with silence up to it
-            "dtype": str(resolve_precision(config.precision)),
+            "dtype": str(dtype),
+            "ears": resolve_ears(config, is_kept=is_kept),
             "codec": describe_codec(codec) | head,
             "features": {
                 "queries": cache.features,
@@ -80,7 +89,7 @@ def describe_teacher(teacher: Salmonn, config: Config) -> CacheHeader:
 def cache(config: Config) -> int:
     """Write the targets of every training shard that has none yet; returns the exit code."""
     accelerator, shards = build_accelerator(), expand_shards(config.shards("train"))
-    teacher = teach_online(config, load_teacher(config).to(accelerator.device))
+    teacher = load_to_keep(config, accelerator.device)
     writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards), FIGURES)
     save_parts(writer.folder, teacher.model, with_head=config.cache.codec == "hidden")
     if accelerator.is_main_process:

@@ -21,7 +21,7 @@ from distill.capture import Capturer
 from distill.config import Config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision
-from distill.teacher import load_teacher, teach_online
+from distill.teacher import load_to_keep
 from shards.cache import TargetReader
 from shards.codecs import HiddenStates, decode
 from shards.sample import Sample
@@ -57,7 +57,7 @@ def verify(config: Config, share: float, seed: int = 0) -> int:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share is {share}, but it is a share from 0 to 1; correct it.")
-    teacher = teach_online(config, load_teacher(config).to(build_accelerator().device))
+    teacher = load_to_keep(config, build_accelerator().device)
     reader = TargetReader(config.cache_folder, describe_teacher(teacher.model, config))
     shards = expand_shards(config.shards("train"))
     reader.check_shards(shards)

@@ -69,6 +69,8 @@ class TeacherConfig:
     bos_token: str = ""  # text of the token before the checkpoint's prompts; "none": none; empty: the tokenizer's own
     prompts: str = ""  # JSON file of the prompts it was trained with; empty: the library's
     front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
+    ears: str = "auto"  # "float32", "fp16" (on a GPU, autocast over float32 weights, as trained) or "bf16"; "auto":
+    # float32 where targets go to a disk, else `precision`. A student that trains on cached targets hears in `precision`
     online: bool = False  # compute targets in every step instead of reading the cache
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ from distill.cache import describe_teacher
 from distill.config import Config, fingerprint
 from distill.evaluate import Cost
 from distill.metrics import Prediction
-from distill.teacher import load_teacher
+from distill.teacher import load_teacher, resolve_ears
 from shards.catalog import hash_shards
 from shards.jsonfile import ShapeError, read_object
 from shards.source import expand_shards
@@ -32,7 +32,8 @@ def locate(config: Config) -> Path:
     identity = describe_teacher(load_teacher(plain, llm_weights=False), plain).identity
     options = {name: value for name, value in asdict(config.eval).items() if name != "normalise"}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    parts = [VERSION, {name: identity[name] for name in OF_TEACHER}, options, device]
+    made_by = {name: identity[name] for name in OF_TEACHER} | {"ears": resolve_ears(config, is_kept=False)}
+    parts = [VERSION, made_by, options, device]
     split = hash_shards(expand_shards(config.shards("test")))
     return config.cache_folder / FOLDER / f"{fingerprint([*parts, split])[:16]}.json"
 

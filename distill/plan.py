@@ -20,7 +20,7 @@ from distill.config import CacheConfig, Config
 from distill.fidelity import Fidelity
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision
-from distill.teacher import load_teacher, teach_online
+from distill.teacher import load_to_keep
 from shards.archive import BLOCK
 from shards.codecs import Hidden, HiddenStates, Sampled, decode
 from shards.sample import Sample
@@ -119,7 +119,7 @@ def plan(config: Config, num_clips: int) -> Measured:
     Raises:
         ValueError: there is no clip.
     """
-    teacher = teach_online(config, load_teacher(config).to(build_accelerator().device))
+    teacher = load_to_keep(config, build_accelerator().device)
     capture, temperature = Capturer(teacher, config), config.loss.temperature
     temperatures = tuple(sorted({1.0, *config.cache.temperatures, temperature}))
     candidates = [

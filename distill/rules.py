@@ -27,6 +27,7 @@ CHOICES = {
     "student.connector": ("teacher", "new"),
     "student.second_kind": ("", "none", "beats", "eat"),
     "student.windows": ("audio", "all"),
+    "teacher.ears": ("auto", "float32", "fp16", "bf16"),
     "teacher.front_end": ("exact", "shared"),
     "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
     "cache.features": ("int8", "float16", "none"),

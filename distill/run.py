@@ -17,7 +17,7 @@ from distill.ranks import build_accelerator, resolve_precision, say
 from distill.resuming import say_changes
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
-from distill.teacher import load_teacher, teach_online
+from distill.teacher import load_teacher, precision_name, teach_online
 from shards.catalog import hash_shards, is_packed
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
@@ -42,7 +42,8 @@ def distil(config: Config) -> int:
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
     needs_llm = config.teacher.online or config.cache.codec == "hidden"  # whose cache is known by the teacher's head
-    model = load_teacher(config, llm_weights=needs_llm)
+    ears = "" if config.teacher.online else precision_name(config)  # the student's alone, once targets are cached
+    model = load_teacher(config, llm_weights=needs_llm, ears=ears)
     if config.teacher.online:
         model.to(accelerator.device)
     student = make_student(config, model, resolve_precision(config.precision), lambda text: say(accelerator, text))
@@ -136,7 +137,7 @@ def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict
         "student": identify_settings(config),
         "loss": asdict(config.loss),
         "teacher": {"online": config.teacher.online},
-        "targets": (teacher.header or describe_teacher(teacher.model, config)).identity,
+        "targets": (teacher.header or describe_teacher(teacher.model, config, is_kept=False)).identity,
     }
 
 

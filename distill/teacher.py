@@ -1,11 +1,16 @@
 """The teacher a config names, loaded: a saved folder, the demo's own, a released SALMONN or Qwen2-Audio."""
 
+import time
 from pathlib import Path
+
+import torch
 
 from distill.config import Config, TeacherConfig
 from distill.ranks import resolve_precision
+from shards.sample import SAMPLE_RATE
 from shards.telling import tell
 from teachers.checkpoint import load_checkpoint
+from teachers.hearing import WEIGHTS
 from teachers.loading import load_salmonn, read_config
 from teachers.qwen2_audio import describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
@@ -25,19 +30,85 @@ def teacher_path(config: Config) -> Path:
     raise ValueError("teacher.path is empty, but a teacher is needed; give a saved folder or a SALMONN checkpoint.")
 
 
-def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
+def precision_name(config: Config) -> str:
+    """The run's precision as `teacher.ears` names it."""
+    return {torch.bfloat16: "bf16", torch.float32: "float32"}[resolve_precision(config.precision)]
+
+
+def resolve_ears(config: Config, *, is_kept: bool) -> str:
+    """How the teacher's ears hear, one of `teachers.hearing.WEIGHTS`; the one place that says so.
+
+    Args:
+        config: of the run.
+        is_kept: what they hear goes to a disk, where it outlives the run, and no step waits for it.
+    """
+    asked = config.teacher.ears
+    if asked == "auto":
+        return "float32" if is_kept else precision_name(config)
+    if asked == "fp16" and not torch.cuda.is_available():
+        return "float32"
+    return asked
+
+
+def load_to_keep(config: Config, device: torch.device | str) -> OnlineTeacher:
+    """The teacher whose targets go to a disk, on a device; what its ears cost beyond the run's precision is said."""
+    ears, own = resolve_ears(config, is_kept=True), precision_name(config)
+    if config.teacher.ears == "fp16" != ears:
+        tell("teacher.ears is fp16, but without a GPU there is no fp16 autocast that pays; its ears hear in float32")
+    model = load_teacher(config, ears=ears).to(device)
+    if ears != own:
+        tell(describe_cost(model, ears, own))
+    return teach_online(config, model)
+
+
+def describe_cost(model: Salmonn, ears: str, own: str) -> str:
+    """One line on what ears of another precision than the run's cost: bytes of weights, and the time of a clip."""
+    parts = [ear for ear in (model.whisper, model.second) if ear is not None]
+    gigabytes = sum(p.numel() * p.element_size() for ear in parts for p in ear.parameters()) / 1e9
+    factor = WEIGHTS[ears].itemsize / WEIGHTS[own].itemsize
+    seconds = time_ears(model)
+    try:
+        for ear in parts:
+            ear.precision = own
+        with torch.autocast(model.device.type, WEIGHTS[own], enabled=own != "float32"):
+            others = time_ears(model)
+    finally:
+        for ear in parts:
+            ear.precision = ears
+    return (
+        f"the teacher's ears hear in {ears} (teacher.ears): {gigabytes:.3g} GB of weights where {own} has "
+        f"{gigabytes / factor:.3g}, {1e3 * seconds:.3g} ms a clip where {own} products take {1e3 * others:.3g}"
+    )
+
+
+@torch.no_grad()
+def time_ears(model: Salmonn) -> float:
+    """Seconds that the ears take for one second of noise, padded as they pad it; the second of two calls."""
+    waveforms_BN, num_samples_B = torch.randn(1, SAMPLE_RATE, device=model.device) / 10, torch.tensor([SAMPLE_RATE])
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        frames = model.frames(waveforms_BN, num_samples_B.to(model.device))
+        frames[0].sum().item()  # waits for the GPU
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") -> Salmonn:
     """The frozen teacher, in evaluation mode, on the CPU.
 
     Args:
         config: of the run.
         llm_weights: False leaves the LLM on the meta device: of a teacher whose targets are cached, ears, connector and
             names are all that a run needs. A Qwen2-Audio comes whole.
+        ears: how they hear, see `teachers.hearing`; empty: as for a teacher whose targets are not kept.
 
     Raises:
         FileNotFoundError: there is nothing at its path.
         ValueError: a checkpoint that does not fit its parts.
     """
     path, dtype = teacher_path(config), resolve_precision(config.precision)
+    ears = ears or resolve_ears(config, is_kept=False)
     if not path.exists():
         raise FileNotFoundError(
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
@@ -47,14 +118,14 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
         own = describe_qwen2_audio(path, parts.prompts)
         check_settings(parts, own, path)
         moved_parts(parts, {"model": own, "frozen": {}}, path)
-        model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype)
+        model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype, ears=ears)
         tell(f"teacher {path}: {describe_end(model, 'its chat')}")
         return model
     if path.is_dir():
         saved = read_config(path)
         check_settings(parts, saved["model"], path)
         places = moved_parts(parts, saved, path)
-        model = load_salmonn(path, dtype=dtype, llm_weights=llm_weights, places=places)
+        model = load_salmonn(path, dtype=dtype, hearing=ears, llm_weights=llm_weights, places=places)
         tell(f"teacher {path}: {describe_end(model, 'its config.json')}")
         return model
     for name in ("llm", "whisper"):
@@ -72,6 +143,7 @@ def load_teacher(config: Config, *, llm_weights: bool = True) -> Salmonn:
         second=parts.second,
         second_kind=parts.second_kind,
         dtype=dtype,
+        hearing=ears,
         llm_weights=llm_weights,
         **settings,
     )

@@ -84,8 +84,8 @@ def our_name(key: str) -> str | None:
 
 
 def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "", second_kind: str = "",
-                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32, llm_weights: bool = True,
-                    **settings) -> tuple[Salmonn, KeyReport]:  # fmt: skip
+                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32, hearing: str = "",
+                    llm_weights: bool = True, **settings) -> tuple[Salmonn, KeyReport]:  # fmt: skip
     """A released SALMONN as a frozen teacher, and the report of its keys.
 
     Args:
@@ -93,6 +93,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
         llm, whisper, second, second_kind: the frozen parts it was trained on, as in `SalmonnConfig`.
         lora_alpha: of LoRA, which no tensor's shape tells; None: the file's own config, or SALMONN's 32.
         dtype: of the LLM's weights.
+        hearing: how the encoders hear, see `teachers.hearing`; empty: as `dtype` says.
         llm_weights: False leaves the LLM on the meta device, all but what the file itself holds of it.
         settings: further fields of `SalmonnConfig`. What neither they nor the tensors' shapes tell is taken from the
             config that SALMONN's trainer saves in the file: windows, template and end token.
@@ -106,7 +107,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     )
     state = content["model"]
     names = _translate(state, path)
-    model = build_salmonn(config, lora=lora, dtype=dtype, llm_weights=llm_weights)
+    model = build_salmonn(config, lora=lora, dtype=dtype, hearing=hearing, llm_weights=llm_weights)
     theirs = _read_config(content)
     _check_mels(model, theirs, path)
     if not config.end_token:

@@ -24,6 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from shards.telling import is_quiet
 from teachers.encoders import load_encoder
 from teachers.hashes import remember_hash
+from teachers.hearing import WEIGHTS as WEIGHTS_OF_EARS
+from teachers.hearing import hear_in_
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.saving import staged
@@ -39,7 +41,7 @@ PARTS = ("llm", "whisper", "second", "prompts")  # fields of `SalmonnConfig` tha
 def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32,
                   transform_llm_=None, tokenizer_path: str | Path | None = None,
                   ears: tuple[nn.Module, nn.Module | None] | None = None,
-                  llm_weights: bool = True) -> Salmonn:  # fmt: skip
+                  hearing: str = "", llm_weights: bool = True) -> Salmonn:  # fmt: skip
     """Put a model together from pre-trained parts; Q-Former and projection are new. Ears and LLM are frozen.
 
     Args:
@@ -49,6 +51,7 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
         transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
         tokenizer_path: where the tokenizer lies when not with the LLM.
         ears: encoders to share instead of loading them by name.
+        hearing: how encoders that are loaded hear, see `teachers.hearing`; empty: as `dtype` says.
         llm_weights: False leaves the LLM on the meta device, for a teacher whose targets are cached.
     """
     llm = load_llm(config.llm, dtype, weights=llm_weights)
@@ -58,14 +61,19 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     if lora is not None:
         add_lora_(llm, lora)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or config.llm)
-    whisper, second = ears if ears is not None else load_ears(config, dtype)
+    whisper, second = ears if ears is not None else load_ears(config, dtype, hearing)
     return Salmonn(config, llm, tokenizer, whisper, second)
 
 
-def load_ears(config: SalmonnConfig, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
+def load_ears(config: SalmonnConfig, dtype: torch.dtype, hearing: str = "") -> tuple[nn.Module, nn.Module | None]:
     """The encoders a config names, frozen and in evaluation mode."""
+    dtype = WEIGHTS_OF_EARS[hearing] if hearing else dtype
     second = load_ear(config.second_kind, config.second, dtype) if config.second else None
-    return load_ear("whisper", config.whisper, dtype), second
+    whisper = load_ear("whisper", config.whisper, dtype)
+    for ear in (whisper, second):
+        if hearing and ear is not None:
+            hear_in_(ear, hearing)
+    return whisper, second
 
 
 def load_ear(kind: str, path: str, dtype: torch.dtype) -> nn.Module:
@@ -176,7 +184,8 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None,
-                 llm_weights: bool = True, places: Mapping[str, str] | None = None) -> Salmonn:  # fmt: skip
+                 hearing: str = "", llm_weights: bool = True,
+                 places: Mapping[str, str] | None = None) -> Salmonn:  # fmt: skip
     """Load a folder that `save_salmonn` wrote, in evaluation mode and frozen; arguments as `build_salmonn` takes them.
 
     Args:
@@ -189,7 +198,8 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
     config = read_config(folder)
     parts = dataclasses.replace(config["model"], **(places or {}))
     model = build_salmonn(parts, lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,
-                          tokenizer_path=Path(folder) / TOKENIZER, llm_weights=llm_weights)  # fmt: skip
+                          tokenizer_path=Path(folder) / TOKENIZER, hearing=hearing,
+                          llm_weights=llm_weights)  # fmt: skip
     load_own_tensors_(model, Path(folder) / WEIGHTS)
     model.own_names = frozenset(read_names(Path(folder) / WEIGHTS))
     for part, found in hash_frozen_parts(model).items():

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2AudioForCondi
 from teachers.batch import Batch, RowTokenizer, check_pad_id
 from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
+from teachers.hearing import WEIGHTS, hear_in_, products_of
 from teachers.loading import CONFIG
 from teachers.prompts import AUDIO_PLACE, Prompts, load_prompts
 from teachers.salmonn import Heard, Salmonn, SalmonnConfig
@@ -75,6 +76,10 @@ class Qwen2Audio(Salmonn):
 
     def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         """The averaged tower's vectors, frames_BLE; unlike Whisper it never looks at padding."""
+        with products_of(self.whisper):
+            return self._frames(waveforms_BN, num_samples_B, masks_B)
+
+    def _frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B) -> list[Tensor]:
         tower = self.whisper.encoder
         mel_BMX = self.whisper.mel(waveforms_BN, num_samples_B, masks_B).to(tower.conv1.weight.dtype)
         frames_BRE = nn.functional.gelu(tower.conv2(nn.functional.gelu(tower.conv1(mel_BMX)))).transpose(1, 2)
@@ -119,18 +124,21 @@ def is_qwen2_audio(folder: str | Path) -> bool:
     return "model_type" in config and config["model_type"] == MODEL_TYPE
 
 
-def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtype = torch.float32) -> Qwen2Audio:
+def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtype = torch.float32,
+                     ears: str = "") -> Qwen2Audio:  # fmt: skip
     """Load a folder in the published format.
 
     Args:
         folder: of Qwen2-Audio, instructed or not.
         prompts: JSON file of prompts by task, with `<SpeechHere>` where audio goes; empty: the library's.
         dtype: of the weights.
+        ears: how its tower hears, see `teachers.hearing`; empty: as `dtype` says.
 
     Raises:
         ValueError: tensors are missing, unknown or of other shapes, or a token of its chat is not in its vocabulary.
     """
-    loaded, report = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    wide = torch.promote_types(dtype, WEIGHTS[ears]) if ears else dtype
+    loaded, report = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=wide, output_loading_info=True)
     faults = {name: sorted(map(str, keys)) for name, keys in report.items() if keys and name.endswith("_keys")}
     if faults:
         fault, names = next(iter(faults.items()))
@@ -142,7 +150,12 @@ def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtyp
     missing = [token for token in ("<|audio_bos|>", "<|audio_eos|>", TURN_END) if token not in tokenizer.get_vocab()]
     if missing:
         raise ValueError(f"{folder} has no token {missing[0]}, but Qwen2-Audio's chat needs it; use its own tokenizer.")
-    return Qwen2Audio(describe_qwen2_audio(folder, prompts), loaded, tokenizer)
+    model = Qwen2Audio(describe_qwen2_audio(folder, prompts), loaded, tokenizer)
+    if ears:
+        model.llm.to(dtype)
+        model.project.to(dtype)
+        hear_in_(model.whisper, ears)
+    return model
 
 
 def describe_qwen2_audio(folder: str | Path, prompts: str = "") -> SalmonnConfig:

@@ -22,6 +22,7 @@ from teachers.ending import Ends, TextEnd, cut_after_end, read_answer
 from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
 from teachers.generation import generate_neutrally, own_end_ids
+from teachers.hearing import products_of
 from teachers.logits import head_logits
 from teachers.one_frontend import OneFrontEnd, measure_approximation
 from teachers.prompts import load_prompts
@@ -214,7 +215,11 @@ class Salmonn(nn.Module):
         if self.front_end is not None:
             return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B)
         ears = [ear for ear in (self.whisper, self.second) if ear is not None]
-        return [ear(waveforms_BN, num_samples_B, masks_B)[0].float() for ear in ears]
+        heard = []
+        for ear in ears:
+            with products_of(ear):
+                heard.append(ear(waveforms_BN, num_samples_B, masks_B)[0].float())
+        return heard
 
     def pad_short(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Clips under 1 s with silence behind them up to it, and the lengths that are heard."""
@@ -232,7 +237,10 @@ class Salmonn(nn.Module):
         if masks_B is not None:
             mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
             mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
-        return [self.whisper.encode(mel_BMX).float(), self.second.encode(mel_BXM, num_mel_frames_B)[0].float()]
+        with products_of(self.whisper):
+            speech_BRE = self.whisper.encode(mel_BMX).float()
+        with products_of(self.second):
+            return [speech_BRE, self.second.encode(mel_BXM, num_mel_frames_B)[0].float()]
 
     def fuse(self, frames: list[Tensor]) -> Tensor:
         """LayerNorm each encoder's frames, zero-pad the shorter and put them side by side: frames_BRE."""

@@ -50,6 +50,17 @@ def teacher(folder):
     return load_qwen2_audio(folder)
 
 
+@torch.no_grad()
+def test_its_tower_hears_in_float32_beside_a_llm_of_16_bits(folder, teacher):
+    other = load_qwen2_audio(folder, dtype=torch.bfloat16, ears="float32")
+    assert {p.dtype for p in [*other.llm.parameters(), *other.project.parameters()]} == {torch.bfloat16}
+    batch = teacher.collate(SAMPLES)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = other.frames(batch.waveforms_BN, batch.num_samples_B)[0]
+        assert torch.isfinite(other(batch)[0]).all()
+    assert torch.equal(found, teacher.frames(batch.waveforms_BN, batch.num_samples_B)[0])
+
+
 def original_inputs(folder, teacher, sample, *, with_answer=True):
     """What transformers' own processor gives: expanded audio tokens, features and their mask."""
     num_tokens = teacher.num_audio_tokens(len(sample.waveform_N))

@@ -1,0 +1,32 @@
+"""In which precision an ear hears: that of its weights, and that of its products. Knows no model around it.
+
+SALMONN's trainers hold the ears' weights in float32 and multiply under fp16 autocast. Weights rounded to bf16 have
+about ten times the error of that, which targets on a disk would keep for ever.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+WEIGHTS = {"float32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
+PRODUCTS = {"float32": torch.float32, "fp16": torch.float16}  # whatever autocast stands around; "bf16": as that says
+
+
+def hear_in_(ear: nn.Module, precision: str) -> None:
+    """Let an ear hear in a precision, one of `WEIGHTS`, wherever it is shared, in place; weights are only rounded."""
+    ear.to(WEIGHTS[precision])
+    ear.precision = precision
+
+
+@contextmanager
+def products_of(ear: nn.Module) -> Iterator[None]:
+    """While it is open, products are in the precision that the ear is to hear in; of one without, nothing changes."""
+    dtype = PRODUCTS.get(getattr(ear, "precision", None))
+    if dtype is None:
+        yield
+        return
+    device = next(ear.parameters()).device.type
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        yield
