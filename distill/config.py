@@ -21,6 +21,8 @@ from shards.augmentation import Augmentation
 from shards.source import is_remote, join_place
 from teachers.lora import Lora
 
+SPLITS = ("train", "valid", "test")  # each a folder of shards
+
 
 @dataclass(frozen=True)
 class CorpusConfig:
@@ -31,6 +33,7 @@ class CorpusConfig:
     valid: str = ""  # manifest of the samples that choose the best checkpoint; empty: a share of train
     test: str = ""  # manifest of the samples that are scored
     valid_share: float = 0.02  # of train, when valid is empty
+    channels: str = "left"  # heard of several: "left", as every SALMONN was trained, or their "mean"
     num_train: int = 2400  # samples of the embedded corpus
 
     def __post_init__(self):

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.config import Config, load_config
+from distill.config import SPLITS, Config, load_config
 from distill.launch import name_parent
 from distill.rules import value_at
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
+from shards.encode import EncodeOptions
 from shards.jsonfile import ShapeError, read_object
 from shards.manifest import missing_file_error, open_atomically
 from shards.pack import pack
@@ -108,7 +109,8 @@ def make_shards(config: Config) -> None:
         cut_manifest(config)
     prompts = load_prompts(config.teacher.prompts or None, "{}")
     known = {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
-    for name in ("train", "valid", "test"):
+    known["options"] = EncodeOptions(channels=config.corpus.channels)
+    for name in SPLITS:
         if config.manifest(name) is not None:
             report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
             tell(str(report))

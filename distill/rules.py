@@ -23,6 +23,7 @@ SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
 CHOICES = {
     "precision": ("auto", "float32", "bf16"),
     "corpus.kind": ("manifest", "synth"),
+    "corpus.channels": ("left", "mean"),
     "student.quantization": ("nf4", "none"),
     "student.connector": ("teacher", "new"),
     "student.second_kind": ("", "none", "beats", "eat"),

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from distill.cli import run_stage
-from distill.config import Config, to_yaml
+from distill.config import SPLITS, Config, to_yaml
 from distill.distiller import Distiller
 from distill.filter import load_weights
 from distill.ranks import build_accelerator, resolve_precision, say
@@ -18,7 +18,7 @@ from distill.resuming import say_changes
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.teacher import load_teacher, precision_name, teach_online
-from shards.catalog import hash_shards, is_packed
+from shards.catalog import check_channels, hash_shards, is_packed
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
 from shards.stream import ShardStream
@@ -39,6 +39,7 @@ def run(config: Config) -> int:
 
 def distil(config: Config) -> int:
     """As `run`, in a folder that nobody else writes into."""
+    check_channels(config.shards(split) for split in SPLITS)
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
     needs_llm = config.teacher.online or config.cache.codec == "hidden"  # whose cache is known by the teacher's head

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from distill.card import ModelFigures, Scorecard, print_scorecard, write_scorecard
-from distill.config import Config
+from distill.config import SPLITS, Config
 from distill.evaluate import Cost, answer, measure_cost
 from distill.keptanswers import keep_answers, locate, read_answers
 from distill.metrics import Prediction, retained_quality, score
@@ -23,6 +23,7 @@ from distill.run import student_llm
 from distill.runlock import RunLock
 from distill.runlog import METRICS
 from distill.teacher import load_teacher, teacher_path
+from shards.catalog import check_channels
 from shards.stream import ShardStream
 from students.student import load_student
 from teachers.loading import CONFIG
@@ -38,6 +39,7 @@ def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
             f"student is {folder}, but there is no saved student; finish `distill run` of name={config.name}, or give "
             f"the name= of a run that is finished."
         )
+    check_channels(config.shards(split) for split in SPLITS)
     with RunLock(config.run_folder):
         return score_models(config, folder, as_json=as_json)
 

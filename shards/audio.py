@@ -97,10 +97,15 @@ def load_audio(
 
 def to_waveform(samples_NC: np.ndarray, rate: int, channels: str = LEFT) -> np.ndarray:
     """Take the left channel or mix down, resample to SAMPLE_RATE, hold to [-1, 1]: float32 of shape N."""
-    waveform_N = mix_down(samples_NC) if channels == MEAN else np.array(samples_NC[:, 0])
+    waveform_N = choose_channel(samples_NC, channels)
     if rate != SAMPLE_RATE:
         waveform_N = soxr.resample(waveform_N, rate, SAMPLE_RATE, quality="HQ")
     return np.clip(waveform_N, -1.0, 1.0, out=waveform_N)
+
+
+def choose_channel(samples_NC: np.ndarray, channels: str) -> np.ndarray:
+    """What is heard of several channels, one of `CHANNELS`, at the file's own rate; a copy."""
+    return mix_down(samples_NC) if channels == MEAN else np.array(samples_NC[:, 0])
 
 
 def mix_down(samples_NC: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from shards.audio import CHANNELS, LEFT
 from shards.container import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
 from shards.findings import REASONS, Finding, RowAudit, audit_rows, choose_verdict, make_policy
 from shards.manifest import Entry, describe_unknown_task, open_atomically, scan_manifest, to_path, write_rows
@@ -67,6 +68,7 @@ def audit(
     questions: Collection[str] = (),
     policy: dict[str, str] | None = None,
     limits: AudioLimits = DEFAULT_LIMITS,
+    channels: str = LEFT,
     stop_above: float = 1.0,
     workers: int | None = None,
     show_progress: bool = False,
@@ -84,6 +86,7 @@ def audit(
         questions: those whose rows must bring a question.
         policy: reason -> keep, fix or drop, over the defaults of `shards.findings.REASONS`.
         limits: the shortest and longest clip; a pack must be made with the same.
+        channels: what is heard of several; a pack must be made with the same.
         stop_above: a greater share of dropped rows in a manifest is an error, and its cleaned manifest is not written.
         workers: processes; by default one a CPU.
         show_progress: draw a bar on stderr.
@@ -110,7 +113,7 @@ def audit(
         for path in reversed(manifests):
             auditing = _Auditing(path, policy, tasks, later, report, log)
             pieces = batched(scan_manifest(path, root=root, questions=questions), ROWS_A_PIECE)
-            found = map_in_order(partial(_audit_piece, limits=limits), pieces, workers=workers)
+            found = map_in_order(partial(_audit_piece, limits=limits, channels=channels), pieces, workers=workers)
             try:
                 auditing.clean(out / _cleaned_name(path, manifests), found, stop_above, advance)
             except TooManyDropped as error:
@@ -220,6 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{verdict}", nargs="+", default=[], metavar="REASON", help=f"reasons to {verdict} rows for"
         )
     add_limit_arguments(parser)
+    parser.add_argument("--channels", choices=CHANNELS, default=LEFT, help="heard of several, as by pack (%(default)s)")
     parser.add_argument("--prompts", type=to_path, help="JSON file of the prompts whose tasks exist (the library's)")
     parser.add_argument("--stop-above", type=float, default=1.0, help="fail if a larger share is dropped (%(default)g)")
     parser.add_argument("--workers", type=int, default=count_cpus(), help="processes (%(default)s)")
@@ -236,6 +240,7 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
         questions=questions,
         policy={reason: verdict for verdict in ("keep", "fix", "drop") for reason in getattr(args, verdict)},
         limits=read_limits(args),
+        channels=args.channels,
         stop_above=args.stop_above,
         workers=args.workers,
         show_progress=True,
@@ -248,8 +253,10 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
     return 0
 
 
-def _audit_piece(rows: list[Entry | RowError], limits: AudioLimits) -> list[tuple[Entry | RowError, RowAudit]]:
-    return list(zip(rows, audit_rows(rows, limits)))
+def _audit_piece(
+    rows: list[Entry | RowError], limits: AudioLimits, channels: str
+) -> list[tuple[Entry | RowError, RowAudit]]:
+    return list(zip(rows, audit_rows(rows, limits, channels)))
 
 
 def _cleaned_name(path: Path, manifests: Sequence[Path]) -> str:

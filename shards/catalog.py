@@ -5,7 +5,7 @@ About 100 bytes a sample, so that a million samples open in seconds and forked w
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,13 +222,27 @@ def _read_listings(names: list[str]) -> dict[str, dict[str, dict]]:
         if data is not None:
             policies[folder] = read_channels(data)
             listings[folder] = {shard["name"]: shard for shard in read_listing(f"{folder}{CATALOG}", data)}
+    _compare_channels(policies)
+    return listings
+
+
+def check_channels(folders: Iterable[str | Path]) -> None:
+    """Refuse a run's folders of shards, or their URLs, in which several channels are not heard alike.
+
+    Raises:
+        ShardError: naming what was heard in each.
+    """
+    found = {str(folder): read_small(f"{str(folder).rstrip('/')}/{CATALOG}") for folder in folders}
+    _compare_channels({folder: read_channels(data) for folder, data in found.items() if data is not None})
+
+
+def _compare_channels(policies: dict[str, str]) -> None:
     if len(set(policies.values()) - {"unknown"}) > 1:
         said = ", ".join(f"{folder} {policy}" for folder, policy in policies.items())
         raise ShardError(
             f"channels of {said}, but shards that are read together must hear several channels alike; pack one of them "
             f"again with --channels."
         )
-    return listings
 
 
 def read_channels(data: bytes) -> str:

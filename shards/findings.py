@@ -11,10 +11,11 @@ import numpy as np
 
 from shards.audio import (
     GAP_SECONDS,
+    LEFT,
     SILENT_PEAK,
     WINDOW_SECONDS,
+    choose_channel,
     hash_waveform,
-    mix_down,
 )
 from shards.container import DEFAULT_LIMITS, AudioError, AudioLimits, read_file, read_samples, read_segment
 from shards.encode import choose_too_long, covers_whole_clip, says_silence
@@ -70,7 +71,7 @@ REASONS = {
     "too_long": Reason("over --max-seconds: cut, or dropped where the answer covers it all", "auto", ("auto", *_FIX)),
     "under_window": Reason("under one Q-Former window: padded", "fix", _FIX),
     "wrong_rate": Reason("not 16 kHz: resampled", "fix", _FIX),
-    "stereo": Reason("several channels: mixed down", "fix", _FIX),
+    "stereo": Reason("several channels: one is heard, see --channels", "fix", _FIX),
 }
 
 
@@ -97,7 +98,8 @@ class RowAudit:
 class _FileAudit:
     findings: tuple[Finding, ...]
     seconds: float = 0.0
-    peak: float = 0.0
+    peak: float = 0.0  # of what is heard of its channels
+    others: float = 0.0  # the loudest peak of any channel
     hash: int | None = None  # None: not decoded
 
 
@@ -126,18 +128,20 @@ def choose_verdict(row: Entry | RowError, finding: Finding, policy: dict[str, st
     return "drop" if choose_too_long(row, "auto") == "skip" else "fix"
 
 
-def audit_rows(rows: list[Entry | RowError], limits: AudioLimits = DEFAULT_LIMITS) -> list[RowAudit]:
+def audit_rows(
+    rows: list[Entry | RowError], limits: AudioLimits = DEFAULT_LIMITS, channels: str = LEFT
+) -> list[RowAudit]:
     """What is found in each row, by itself; copies are for the caller, who sees them all."""
     _audit_file.cache_clear()  # the files may have changed since another call
-    return [_audit_error(row) if isinstance(row, RowError) else _audit_entry(row, limits) for row in rows]
+    return [_audit_error(row) if isinstance(row, RowError) else _audit_entry(row, limits, channels) for row in rows]
 
 
 def _audit_error(error: RowError) -> RowAudit:
     return RowAudit((Finding(error.reason, str(error), {"field": error.field}),))
 
 
-def _audit_entry(entry: Entry, limits: AudioLimits) -> RowAudit:
-    files = [_audit_file(path, entry.start, entry.end, limits) for path in entry.paths]
+def _audit_entry(entry: Entry, limits: AudioLimits, channels: str) -> RowAudit:
+    files = [_audit_file(path, entry.start, entry.end, limits, channels) for path in entry.paths]
     # one finding a reason: the first file's
     findings = list({finding.reason: finding for file in reversed(files) for finding in file.findings}.values())
     spelled = CONTROL_TEXT.search(f"{entry.text or ''}\n{entry.question or ''}")
@@ -147,23 +151,25 @@ def _audit_entry(entry: Entry, limits: AudioLimits) -> RowAudit:
     if any(file.hash is None for file in files):
         return RowAudit(tuple(findings))
     seconds = sum(file.seconds for file in files) + GAP_SECONDS * (len(files) - 1)
-    findings += _check_whole(entry, seconds, max(file.peak for file in files), limits.max_seconds)
+    findings += _check_whole(entry, seconds, files, limits.max_seconds)
     hashes = tuple(file.hash for file in files)
     several = None if covers_whole_clip(entry) else entry.text  # a clip has one transcript, but many captions
     clip_hash = _short_hash(repr((hashes, entry.task, entry.question, several)).encode())
     return RowAudit(tuple(findings), min(seconds, limits.max_seconds), clip_hash, hashes)
 
 
-def _check_whole(entry: Entry, seconds: float, peak: float, longest: float) -> list[Finding]:
+def _check_whole(entry: Entry, seconds: float, files: list[_FileAudit], longest: float) -> list[Finding]:
     """Findings about the joined clip and its answer."""
     findings = []
     numbers = {"seconds": round(seconds, 3)}
+    peak, others = max(file.peak for file in files), max(file.others for file in files)
     if seconds > longest:
         findings.append(Finding("too_long", f"{entry.path} has {seconds:.1f} s of at most {longest:g}", numbers))
     if seconds < WINDOW_SECONDS:
         findings.append(Finding("under_window", f"{entry.path} has {seconds:.3f} s of {WINDOW_SECONDS:.3f}", numbers))
     if peak < SILENT_PEAK and not says_silence(entry):
-        findings.append(Finding("silent", f"{entry.path} peaks at {peak:.1e}", {"peak": peak}))
+        elsewhere = f" in what is heard of it, but at {others:.1e} in another channel" if others >= SILENT_PEAK else ""
+        findings.append(Finding("silent", f"{entry.path} peaks at {peak:.1e}{elsewhere}", {"peak": peak}))
     num_chars = len(entry.text or "")
     allowed = MAX_CHARS
     if covers_whole_clip(entry):
@@ -175,12 +181,12 @@ def _check_whole(entry: Entry, seconds: float, peak: float, longest: float) -> l
 
 
 @lru_cache(maxsize=64)  # rows about one recording stand side by side
-def _audit_file(path: Path, start: float, end: float | None, limits: AudioLimits) -> _FileAudit:
+def _audit_file(path: Path, start: float, end: float | None, limits: AudioLimits, channels: str) -> _FileAudit:
     limits = replace(
         limits, max_seconds=limits.max_seconds + 1, cut=True
     )  # a second more tells a long stream of unknown length
     try:
-        return _measure_file(path, start, end, limits)
+        return _measure_file(path, start, end, limits, channels)
     except FileNotFoundError:
         return _FileAudit((Finding("missing", f"{path} does not exist", {}),))
     except OSError as error:
@@ -190,13 +196,13 @@ def _audit_file(path: Path, start: float, end: float | None, limits: AudioLimits
     if finding.reason != "header_mismatch":
         return _FileAudit((finding,))
     try:
-        measured = _measure_file(path, start, end, replace(limits, max_header_gap_seconds=float("inf")))
+        measured = _measure_file(path, start, end, replace(limits, max_header_gap_seconds=float("inf")), channels)
         return replace(measured, findings=(finding, *measured.findings))
     except AudioError as error:
         return _FileAudit((finding, Finding(error.reason, str(error), error.numbers)))
 
 
-def _measure_file(path: Path, start: float, end: float | None, limits: AudioLimits) -> _FileAudit:
+def _measure_file(path: Path, start: float, end: float | None, limits: AudioLimits, channels: str) -> _FileAudit:
     if end is None:
         samples_NC, header = read_samples(read_file(path), name=str(path), limits=limits)
     else:
@@ -208,14 +214,15 @@ def _measure_file(path: Path, start: float, end: float | None, limits: AudioLimi
         findings.append(Finding("wrong_rate", f"{path} has {header.rate} Hz", {"rate": header.rate}))
     if header.is_hash_wrong:
         findings.append(Finding("checksum", f"{path} has other samples than its MD5 was made of", {}))
-    level_NC = np.abs(samples_NC)
-    share = float((level_NC >= FULL_SCALE).mean())
+    heard_N = choose_channel(samples_NC, channels)
+    level_N = np.abs(heard_N)
+    share = float((level_N >= FULL_SCALE).mean())
     if share > CLIPPED_SHARE:
         findings.append(Finding("clipped", f"{path} has {share:.1%} of its samples at full scale", {"share": share}))
     is_cut = len(samples_NC) == int(limits.max_seconds * header.rate)
     seconds = header.seconds if is_cut and header.frames is not None else len(samples_NC) / header.rate
-    file_hash = _short_hash(hash_waveform(mix_down(samples_NC)).encode())
-    return _FileAudit(tuple(findings), seconds, float(level_NC.max()), file_hash)
+    peaks, file_hash = (float(level_N.max()), float(np.abs(samples_NC).max())), hash_waveform(heard_N)
+    return _FileAudit(tuple(findings), seconds, *peaks, _short_hash(file_hash.encode()))
 
 
 def _short_hash(data: bytes) -> int:

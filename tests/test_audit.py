@@ -8,6 +8,7 @@ import pytest
 import soundfile
 from clips import to_bytes, tone, write_annotation, write_clips
 
+from distill.cli import main
 from shards import audit as audit_module
 from shards import pack as pack_module
 from shards.audit import audit
@@ -271,6 +272,19 @@ def test_every_odd_file_gets_the_verdict_its_listing_implies(shared, tmp_path):
             assert ("stereo" in found) == (file["ch"] > 1), file["path"]
             assert ("wrong_rate" in found) == (file["sr"] != 16_000), file["path"]
     assert report.num_kept == sum(file["status"] in ("ok", "header_mismatch") for file in files)
+
+
+def test_a_silent_left_channel_is_silent_unless_the_mean_is_heard(tmp_path, capsys):
+    silence_N = np.zeros(16_000, np.float32)
+    (tmp_path / "half.wav").write_bytes(to_bytes(np.stack([silence_N, tone(1.0)], 1)))
+    (tmp_path / "left.wav").write_bytes(to_bytes(np.stack([tone(1.0), silence_N], 1)))
+    rows = [{"path": name, "text": "words", "task": "asr"} for name in ("half.wav", "left.wav")]
+    manifest = write_annotation(tmp_path / "m.json", rows)
+    for channels, kept in (("left", 1), ("mean", 2)):
+        assert main(["audit", str(manifest), "--out", str(tmp_path / channels), "--channels", channels]) == 0
+        assert len(list(read_manifest(tmp_path / channels / "m.json"))) == kept
+    finding = (tmp_path / "left" / "audit.jsonl").read_text()
+    assert "peaks at 0.0e+00 in what is heard of it, but at" in finding
 
 
 @pytest.mark.shared

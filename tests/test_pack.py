@@ -22,6 +22,7 @@ from shards import pack as pack_module
 from shards import space
 from shards.audio import decode_audio, hash_waveform, load_audio
 from shards.audit import audit
+from shards.catalog import check_channels
 from shards.container import AudioLimits
 from shards.encode import EncodeOptions, StopPacking
 from shards.lock import FileLock
@@ -500,5 +501,8 @@ def test_the_left_channel_is_packed_unless_the_mean_is_asked_for_and_the_two_are
         np.testing.assert_allclose(sample.waveform_N, value, atol=1e-4)
     with pytest.raises(ValueError, match=r"channels of .*left/ left, .*mean/ mean, but .* pack one of them again"):
         ShardStream([str(tmp_path / "left/*.tar"), str(tmp_path / "mean/*.tar")], batch_size=1)
+    with pytest.raises(ValueError, match=r"channels of .*left left, .*mean mean, but .* pack one of them again"):
+        check_channels([tmp_path / "left", tmp_path / "none", tmp_path / "mean"])
+    check_channels([tmp_path / "left", tmp_path / "none"])
     with pytest.raises(ValueError, match=r"another|options"):
         pack(tmp_path / "m.json", tmp_path / "left", name="left", options=EncodeOptions(channels="mean"), workers=1)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import shards.synth
 from distill.cli import main
 from distill.config import Config, load_config
 from distill.pipeline import make_shards, run_pipeline
+from distill.run import run
+from distill.scorecard import evaluate_run
 from shards.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
 
@@ -71,6 +74,24 @@ def test_an_embedded_corpus_of_another_size_is_not_used_again_and_one_of_another
     (tmp_path / "data" / "corpus" / "corpus.json").unlink()  # as when it was interrupted
     make_shards(load_config(tmp_path / "own.yaml", ["corpus.num_train=4"]))
     assert manifest.read_bytes() == before
+
+
+def test_a_pipeline_packs_the_channels_of_its_config_and_a_run_or_score_of_splits_that_differ_is_refused(tmp_path):
+    write_corpus(tmp_path)
+    for channels, split in (("mean", "train"), ("left", "valid")):
+        config = configure(tmp_path, f"data.folder={tmp_path}/{channels}", f"corpus.channels={channels}")
+        make_shards(config)
+        packed = json.loads((config.shards(split) / "index.json").read_text())
+        assert packed["options"]["channels"] == channels
+    shutil.rmtree(tmp_path / "left" / "train")
+    (tmp_path / "mean" / "train").rename(tmp_path / "left" / "train")
+    words = [f"data.folder={tmp_path}/left", f"runs={tmp_path}"]
+    with pytest.raises(ValueError, match=r"channels of .*train mean, .*valid left, but .* pack one of them again"):
+        run(configure(tmp_path, *words))
+    (tmp_path / "run" / "student").mkdir()
+    (tmp_path / "run" / "student" / "config.json").touch()
+    with pytest.raises(ValueError, match=r"channels of .*train mean, .*valid left"):
+        evaluate_run(configure(tmp_path, *words))
 
 
 @pytest.mark.parametrize("command", ["pack", "audit"])
