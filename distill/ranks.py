@@ -3,12 +3,14 @@
 import io
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object as gather_list
+from torch import Tensor
 
 from shards.telling import tell
 
@@ -51,6 +53,16 @@ def sum_over_ranks(accelerator: Accelerator, values_: list[float]) -> list[float
     summed = torch.tensor(values_, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(summed)
     return summed.tolist()
+
+
+def average_over_ranks_(accelerator: Accelerator | None, tensors: Sequence[Tensor]) -> None:
+    """Give every rank the mean of its tensors and the others', in place and in one exchange."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(accelerator.device)
+    parts = accelerator.reduce(flat, "mean").split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.copy_(part.view_as(tensor))
 
 
 def gather(accelerator: Accelerator, values: list) -> list:

@@ -8,21 +8,21 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import ctc_loss
-from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
 from distill.cli import run_stage
 from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
 from distill.distiller import Distiller, FitResult
 from distill.optimizer import group_by_decay, learning_rate
 from distill.progress import Progress
-from distill.ranks import build_accelerator, say
+from distill.ranks import average_over_ranks_, build_accelerator, say
 from distill.runlock import RunLock
 from distill.stopping import PREEMPTED
 from distill.tokenizer import train_tokenizer
@@ -54,11 +54,10 @@ def make_teacher(config: Config) -> int:
     if is_done(folder, mark):
         say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
         return 0
-    if accelerator.is_main_process and not has_parts(folder, mark):
-        with threads_of_all_ranks(accelerator.num_processes):
-            make_parts(config, folder)
-        write_mark(folder / PARTS, mark)
-    accelerator.wait_for_everyone()
+    is_there = has_parts(folder, mark)
+    accelerator.wait_for_everyone()  # until every rank has looked
+    if not is_there:
+        make_parts(config, folder, accelerator)
     teacher = build_teacher(config, folder)
     if train_teacher(config, teacher, accelerator, folder / "run").preempted:
         return PREEMPTED
@@ -72,17 +71,6 @@ def make_teacher(config: Config) -> int:
 def mark_of(config: Config) -> str:
     """Hash of the settings that make a teacher what it is."""
     return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.seed])
-
-
-@contextmanager
-def threads_of_all_ranks(num_ranks: int) -> Iterator[None]:
-    """Lend this process the threads of the ranks that wait for it."""
-    own = torch.get_num_threads()
-    torch.set_num_threads(own * num_ranks)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)
 
 
 def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -> FitResult:
@@ -150,18 +138,28 @@ def write_mark(path: Path, mark: str) -> None:
         json.dump({"fingerprint": mark}, file)
 
 
-def make_parts(config: Config, folder: Path) -> None:
-    """Tokenizer, Whisper-shaped ears with random weights, and two LLMs pre-trained on the corpus' text."""
-    scratch = config.scratch
-    shutil.rmtree(folder, ignore_errors=True)
+def make_parts(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Tokenizer, Whisper-shaped ears pre-trained on the transcripts, and two LLMs pre-trained on the corpus' text."""
     prompts = load_prompts(None, SalmonnConfig("", "").template)
     texts = corpus_texts(config.manifest("train"), prompts)
-    pieces = [piece for text in texts for piece in text]
-    tokenizer = train_tokenizer(pieces, folder / "tokenizer", vocab_size=scratch.vocab_size)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        pieces = [piece for text in texts for piece in text]
+        train_tokenizer(pieces, folder / "tokenizer", vocab_size=config.scratch.vocab_size)
+    accelerator.wait_for_everyone()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     torch.manual_seed(config.seed)
-    whisper = build_whisper(scratch)
-    pretrain_ears_(WhisperEar(whisper.encoder), tokenizer, config)
-    whisper.save_pretrained(folder / "whisper")
+    whisper = build_whisper(config.scratch)
+    pretrain_ears_(WhisperEar(whisper.encoder), tokenizer, config, accelerator)
+    if accelerator.is_main_process:
+        whisper.save_pretrained(folder / "whisper")
+        make_llms(config.scratch, tokenizer, texts, folder)
+        write_mark(folder / PARTS, mark_of(config))
+    accelerator.wait_for_everyone()
+
+
+def make_llms(scratch: ScratchConfig, tokenizer, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
+    """The teacher's LLM and the one that its student starts from."""
     sizes = {
         "llm": (scratch.llm_width, scratch.llm_layers),
         "student-llm": (scratch.student_width, scratch.student_layers),
@@ -222,19 +220,23 @@ def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCa
     )
 
 
-def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config) -> None:
+def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Accelerator | None = None) -> None:
     """CTC on the answers that follow their audio in time, in place: what a real Whisper brings along.
+
+    Each of the accelerator's ranks does its part of a batch, and all end with the same ears.
 
     Source: Graves et al., "Connectionist temporal classification", ICML 2006.
     """
     scratch = config.scratch
     options = TrainConfig(steps=scratch.ear_steps, learning_rate=2e-3, warmup_steps=30)
     tasks = sorted(set(HEARD_IN_ORDER) & set(ShardStream(config.shards("train"), batch_size=1).tasks))
-    stream = ShardStream(config.shards("train"), batch_size=scratch.batch_size, seed=config.seed, tasks=tasks)
+    rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    stream = ShardStream(config.shards("train"), batch_size=scratch.batch_size, seed=config.seed, tasks=tasks,
+                         rank=rank, world_size=size)  # fmt: skip
     head = nn.Linear(ear.width, len(tokenizer))
     parameters = dict(ear.encoder.named_parameters()) | {f"head.{n}": p for n, p in head.named_parameters()}
     optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
-    with Progress("ears", options.steps) as progress:
+    with Progress("ears", options.steps, accelerator=accelerator) as progress:
         for step, samples in zip(range(options.steps), stream):
             ids = [tokenizer.encode(sample.text, add_special_tokens=False) for sample in samples]
             frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
@@ -245,6 +247,7 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config) -> None:
             )
             set_rate_(optimizer, learning_rate(step, options))
             loss.backward()
+            average_over_ranks_(accelerator, [p.grad for p in parameters.values() if p.grad is not None])
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

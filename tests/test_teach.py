@@ -3,6 +3,7 @@
 import tiny
 
 from distill.config import load_config
+from distill.ranks import build_accelerator
 from distill.teach import has_parts, make_parts, mark_of, teach, write_mark
 from teachers.loading import load_salmonn
 
@@ -17,7 +18,7 @@ def test_a_teacher_is_never_made_of_parts_that_other_settings_left(tmp_path, cap
                              **{f"scratch__{name}": value for name, value in SIZES.items()})  # fmt: skip
     wide, narrow = (load_config(path, [f"scratch.llm_width={width}"]) for width in (96, 64))
     folder, marks = wide.run_folder / "scratch", [mark_of(config) for config in (wide, narrow)]
-    make_parts(wide, folder)  # and then the job is killed, and its settings are changed
+    make_parts(wide, folder, build_accelerator())  # and then the job is killed, and its settings are changed
     write_mark(folder / "parts.json", marks[0])
     assert has_parts(folder, marks[0])
     assert teach(narrow) == 0
