@@ -1,7 +1,7 @@
 """Every fenced block of README and docs, run in order in an empty folder, on toys that bear the names the pages use.
 
-Commands run in this process; of README's `distill pipeline`, the stages in theirs. What no toy can do (two GPUs, an
-installation) is checked instead: launch files, make's targets and the extras that are named must exist.
+Commands run in this process, the stages of `distill pipeline` too (tests/test_pipeline.py launches them). What no toy
+can do (two GPUs, an installation) is checked instead: launch files, make's targets and what they name must exist.
 """
 
 import glob
@@ -104,7 +104,9 @@ def place(toys, tmp_path, monkeypatch) -> Path:
     (folder / "my.yaml").write_text(yaml.safe_dump({**own, "corpus": corpus}))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(
+        "distill.pipeline.launch_stage", lambda module, path, words, launch: run_here(module, path, *words)
+    )
     return folder
 
 
@@ -173,10 +175,7 @@ def run_page(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
-def test_every_block_of_a_page_works_in_order(place, monkeypatch, page):
-    monkeypatch.setattr(
-        "distill.pipeline.launch_stage", lambda module, path, words, launch: run_here(module, path, *words)
-    )
+def test_every_block_of_a_page_works_in_order(place, page):
     run_page(page)
 
 
