@@ -19,7 +19,7 @@ from distill.cli import run_stage
 from distill.config import Config
 from distill.progress import Progress
 from distill.ranks import build_accelerator, resolve_precision, say
-from distill.teacher import load_to_keep, resolve_ears
+from distill.teacher import describe_wording, load_to_keep, resolve_ears
 from shards.augment import sample_seed
 from shards.cache import TargetShard, TargetWriter, read_done
 from shards.catalog import hash_shards
@@ -52,7 +52,7 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
     """
     settings, cache, dtype = asdict(teacher.config), config.cache, resolve_precision(config.precision)
     own = {name: x.to(dtype) if name.startswith(EARS) else x for name, x in own_tensors(teacher).items()}
-    for name in ("llm", "whisper", "second", "prompts"):  # places; hashes of their contents are below
+    for name in ("llm", "whisper", "second", "prompts", "eval_prompts"):  # places; hashes of their contents are below
         settings.pop(name)
     codec = build_codec(cache)
     head = {}
@@ -65,6 +65,7 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
             "llm_width": teacher.project.out_features,
             "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": "cached"},
             "prompts": hash_prompts(teacher.rows.prompts),
+            "wording": describe_wording(config, teacher),
             "front_end": "teachers.frontend 2",  # 2: clips under 1 s are heard with silence up to it
             "dtype": str(dtype),
             "ears": resolve_ears(config, is_kept=is_kept),

@@ -70,7 +70,7 @@ class TeacherConfig:
     second_kind: str = ""  # "beats" or "eat"
     end_token: str = ""  # text that ended the checkpoint's answers; empty: as its file says, or the tokenizer's
     bos_token: str = ""  # text of the token before the checkpoint's prompts; "none": none; empty: the tokenizer's own
-    prompts: str = ""  # JSON file of the prompts it was trained with; empty: the library's
+    prompts: str = ""  # JSON file of the prompts it was trained with, as train_prompt.json; empty: the library's
     front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
     ears: str = "auto"  # "float32", "fp16" (on a GPU, autocast over float32 weights, as trained) or "bf16"; "auto":
     # float32 where targets go to a disk, else `precision`. A student that trains on cached targets hears in `precision`
@@ -208,6 +208,7 @@ class EvalConfig:
     repetition_penalty: float = 1.0  # above 1: ids of the answer so far become less likely
     length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favours long answers
     normalise: bool = True  # Whisper's English text normaliser before WER
+    prompts: str = ""  # JSON file of what is asked, as test_prompt.json; empty: the first of training's of each task
 
     def __post_init__(self):
         check_section("eval", self)

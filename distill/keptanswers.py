@@ -1,7 +1,7 @@
 """A teacher's answers to a split and what they cost, kept beside its cache for the next student of the same teacher.
 
-Known by a hash of the teacher, the split's shards, the options of `eval` and the device; what is damaged or of another
-hash is made again. Knows no score.
+Known by a hash of the teacher, the split's shards, what is asked, the options of `eval` and the device; what is damaged
+or of another hash is made again. Knows no score.
 """
 
 import json
@@ -22,15 +22,17 @@ from shards.source import expand_shards
 from teachers.saving import write_atomically
 
 FOLDER = "teacher-answers"  # inside the cache's folder
-VERSION = 1  # of the files, and of how answers are made
+VERSION = 2  # of the files, and of how answers are made
 OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "front_end", "dtype")
 
 
 def locate(config: Config) -> Path:
     """Where the answers of the config's teacher to its test split are, if they are kept; loads no LLM."""
     plain = replace(config, cache=replace(config.cache, codec="topk"))  # the codec has no part in answers
-    identity = describe_teacher(load_teacher(plain, llm_weights=False), plain).identity
-    options = {name: value for name, value in asdict(config.eval).items() if name != "normalise"}
+    teacher = load_teacher(plain, llm_weights=False)
+    identity = describe_teacher(teacher, plain).identity
+    options = {name: value for name, value in asdict(config.eval).items() if name not in ("normalise", "prompts")}
+    options["asked"] = {task: prompts[0] for task, prompts in teacher.rows.prompts.asked.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     made_by = {name: identity[name] for name in OF_TEACHER} | {"ears": resolve_ears(config, is_kept=False)}
     parts = [VERSION, made_by, options, device]

@@ -29,7 +29,8 @@ from shards.source import is_remote
 from shards.telling import tell
 from teachers.prompts import load_prompts
 
-FILES = ("teacher.path", "teacher.prompts", "teacher.second", "student.start")  # that are never a hub id
+# that are never a hub id
+FILES = ("teacher.path", "teacher.prompts", "eval.prompts", "teacher.second", "student.start")
 CUT = "cut.json"  # beside the manifests that were cut: what from
 CORPUS = "corpus.json"  # beside those of the embedded corpus: its size
 POLL_SECONDS = 0.1  # between looks at whether the processes of a stopped stage are gone
@@ -107,11 +108,12 @@ def make_shards(config: Config) -> None:
         make_corpus(config)
     elif config.cuts_valid:
         cut_manifest(config)
-    prompts = load_prompts(config.teacher.prompts or None, "{}")
-    known = {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
-    known["options"] = EncodeOptions(channels=config.corpus.channels)
+    options = EncodeOptions(channels=config.corpus.channels)
     for name in SPLITS:
         if config.manifest(name) is not None:
+            asked = config.eval.prompts if name != "train" else ""
+            prompts = load_prompts(config.teacher.prompts or None, "{}", asked or None)
+            known = {"tasks": prompts.asked.keys(), "questions": prompts.asking, "options": options}
             report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
             tell(str(report))
 

@@ -84,6 +84,7 @@ def examine_teacher(config: Config) -> tuple[list[Prediction], Cost]:
 def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
     """Load a model, let it answer the test split, measure what it costs, and let it go."""
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.ask_with(config.eval.prompts)
     answers = answer(model, config.shards("test"), config.eval, title=name)
     stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
     readable = next((samples[0] for samples in stream if samples), None)  # one that cannot be read is left out

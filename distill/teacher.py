@@ -95,7 +95,7 @@ def time_ears(model: Salmonn) -> float:
 
 
 def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") -> Salmonn:
-    """The frozen teacher, in evaluation mode, on the CPU.
+    """The frozen teacher, in evaluation mode, on the CPU; evaluation asks it with `eval.prompts`.
 
     Args:
         config: of the run.
@@ -107,8 +107,14 @@ def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") ->
         FileNotFoundError: there is nothing at its path.
         ValueError: a checkpoint that does not fit its parts.
     """
+    model = load_named(config, llm_weights, ears or resolve_ears(config, is_kept=False))
+    model.ask_with(config.eval.prompts)
+    return model
+
+
+def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:
+    """The teacher that `config.teacher` names, see `load_teacher`."""
     path, dtype = teacher_path(config), resolve_precision(config.precision)
-    ears = ears or resolve_ears(config, is_kept=False)
     if not path.exists():
         raise FileNotFoundError(
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
@@ -148,7 +154,20 @@ def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") ->
         **settings,
     )
     tell(f"teacher {path}: {report}")
+    if not parts.prompts:
+        tell(
+            f"teacher {path}: asked in the library's wordings, but trained with others; give teacher.prompts those, "
+            f"prompts/train_prompt.json of its repository (and eval.prompts the test_prompt.json beside it)"
+        )
     return model
+
+
+def describe_wording(config: Config, model: Salmonn) -> str:
+    """Whose wordings the teacher is asked in, in words; their hash is elsewhere."""
+    if model.config.prompts:
+        return "of a prompts file"
+    is_released = bool(config.teacher.path) and Path(config.teacher.path).is_file()
+    return "the library's, which this teacher was not trained with" if is_released else "the library's"
 
 
 def check_settings(parts: TeacherConfig, saved: SalmonnConfig, path: Path) -> None:

@@ -18,7 +18,15 @@ from shards.sample import SAMPLE_RATE
 
 TOO_LONG = ("auto", "cut", "skip", "chunk", "error")
 # Their answer covers the whole clip: cut the clip, and the answer says what cannot be heard.
-WHOLE_CLIP_TASKS = frozenset({"asr", "phone_recognition", "translation_ec", "lyrics_recognition"})
+WHOLE_CLIP_TASKS = frozenset(
+    (
+        *("asr", "asr_zh", "asr_de", "lyrics_recognition", "speech_separation", "speaker_diarization_asr"),
+        *("translation_ec", "translation_ce", "translation_en2ja", "translation_en2de"),
+        *("audio_speech_description", "fluent_speech_audio"),  # they repeat what is said
+        *("phone_recognition", "phone_retrieval", "info_retrieval", "info_retrieval_wotext", "time_QA", "audio_time"),
+        *("count_audio", "count_word"),
+    )
+)
 SAYS_SILENCE = re.compile(
     r"\b(silen(ce|t)|quiet|no (sounds?|speech|audio|one|voice)|nothing|inaudible)\b", re.IGNORECASE
 )

@@ -18,7 +18,8 @@ from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.weights import open_safetensors
 
-MAY_DIFFER = ("llm", "whisper", "second", "prompts", "qformer_dropout")  # names of places, and what no weight tells
+# names of places, and what no weight tells
+MAY_DIFFER = ("llm", "whisper", "second", "prompts", "eval_prompts", "qformer_dropout")
 
 
 def start_from_(student: Salmonn, folder: str | Path, *, lora: Lora, quantization: str) -> None:

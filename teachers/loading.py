@@ -35,7 +35,8 @@ if is_quiet() or not sys.stderr.isatty():  # a bar is for who watches
     disable_progress_bar()
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
-PARTS = ("llm", "whisper", "second", "prompts")  # fields of `SalmonnConfig` that name a place; "./…": in the folder
+# fields of `SalmonnConfig` that name a place; "./…": in the folder
+PARTS = ("llm", "whisper", "second", "prompts", "eval_prompts")
 
 
 def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32,

@@ -19,13 +19,12 @@ from teachers.fourbit import keep_unpacked_
 from teachers.frontend import HOP_SAMPLES
 from teachers.hearing import WEIGHTS, hear_in_, products_of
 from teachers.loading import CONFIG
-from teachers.prompts import AUDIO_PLACE, Prompts, load_prompts
+from teachers.prompts import AUDIO_IN_FRONT, AUDIO_PLACE, Prompts
 from teachers.salmonn import Heard, Salmonn, SalmonnConfig
 from teachers.weights import read_json
 from teachers.whisper import ear_of_tower
 
 MODEL_TYPE = "qwen2_audio"
-SALMONN_PLACE = f"<Speech>{AUDIO_PLACE}</Speech> "  # around the audio in SALMONN's prompts
 PLACE = f"Audio 1: <|audio_bos|>{AUDIO_PLACE}<|audio_eos|>\n"  # and in Qwen2-Audio's own chat
 TURN_END = "<|im_end|>"
 TEMPLATE = (
@@ -57,12 +56,17 @@ class Qwen2Audio(Salmonn):
         self.pool = core.audio_tower.avg_pooler
         self.project = core.multi_modal_projector.linear
         self.qformer = self.ln_speech = self.ln_audio = None
-        prompts = load_prompts(config.prompts or None, config.template)
-        by_task = {t: tuple(p.replace(SALMONN_PLACE, PLACE) for p in own) for t, own in prompts.by_task.items()}
-        own_prompts = Prompts(by_task, config.template)
-        self.rows = RowTokenizer(tokenizer, own_prompts, config.end_token, config.max_answer_tokens, config.bos_token)
+        prompts = self.read_prompts()
+        self.rows = RowTokenizer(tokenizer, prompts, config.end_token, config.max_answer_tokens, config.bos_token)
         check_pad_id(self.rows.pad_id, self.llm)
         self.eval().requires_grad_(False)
+
+    def read_prompts(self) -> Prompts:
+        """As a `Salmonn`'s, with its own mark around the audio."""
+        prompts = super().read_prompts()
+        by_task = {task: tuple(map(put_own_place, own)) for task, own in prompts.by_task.items()}
+        asked = {task: put_own_place(prompt) for task, prompt in prompts.evaluation.items()}
+        return Prompts(by_task, prompts.template, asked)
 
     def num_frames(self, num_samples: int) -> int:
         """Tower frames that hold audio, before they are averaged in pairs."""
@@ -102,6 +106,11 @@ class Qwen2Audio(Salmonn):
         """
         frames_BLE = self.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)[0]
         return Heard(frames_BLE[:, :, None], [row.num_audio_tokens for row in batch.rows])
+
+
+def put_own_place(prompt: str) -> str:
+    """A prompt of SALMONN's form in Qwen2-Audio's."""
+    return prompt.replace(AUDIO_IN_FRONT, PLACE).replace(AUDIO_IN_FRONT.rstrip(), PLACE)
 
 
 def join_llm(loaded: Qwen2AudioForConditionalGeneration, core: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ Source: Tang et al., "SALMONN", ICLR 2024 (arXiv 2310.13289), and bytedance/SALM
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from teachers.generation import generate_neutrally, own_end_ids
 from teachers.hearing import products_of
 from teachers.logits import head_logits
 from teachers.one_frontend import OneFrontEnd, measure_approximation
-from teachers.prompts import load_prompts
+from teachers.prompts import Prompts, load_prompts
 from teachers.qformer import WindowQFormer
 
 LEAST_SAMPLES = SAMPLE_RATE  # a shorter clip is heard with silence up to 1 s behind it, as every SALMONN was trained
@@ -50,6 +50,7 @@ class SalmonnConfig:
     qformer_ffn: int = 3072
     qformer_dropout: float = 0.0  # SALMONN trains with 0.1
     prompts: str = ""  # JSON file of prompts by task; empty: the library's
+    eval_prompts: str = ""  # JSON file of those that evaluation asks with; empty: the first of each task
     template: str = "USER: {}\nASSISTANT:"
     end_token: str = ""  # text that ends an answer; empty: the tokenizer's end token
     bos_token: str = ""  # text of the token before a prompt; empty: the tokenizer's own, if any; "none": nothing
@@ -122,12 +123,21 @@ class Salmonn(nn.Module):
         self.project = nn.Linear(config.qformer_width, llm.get_input_embeddings().embedding_dim)
         self.rows = RowTokenizer(
             tokenizer,
-            load_prompts(config.prompts or None, config.template),
+            self.read_prompts(),
             config.end_token,
             config.max_answer_tokens,
             config.bos_token,
         )
         check_pad_id(self.rows.pad_id, llm)
+
+    def read_prompts(self) -> Prompts:
+        """The prompts that its config names."""
+        return load_prompts(self.config.prompts or None, self.config.template, self.config.eval_prompts or None)
+
+    def ask_with(self, path: str) -> None:
+        """Let evaluation ask with the prompts of another file; empty: with the first of each task's own."""
+        self.config = replace(self.config, eval_prompts=path)
+        self.rows.prompts = self.read_prompts()
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, llm: str, whisper: str, beats: str = "", eat: str = "",

@@ -154,7 +154,7 @@ def test_a_cache_makes_the_teachers_rows_without_the_teacher_and_refuses_other_p
         theirs, ours = (r.row(sample, with_answer=True, first_prompt=False) for r in (model.rows, rows))
         assert identify_row(sample, ours) == identify_row(sample, theirs)
     path = tmp_path / FOLDER / PROMPTS
-    path.write_text(path.read_text().replace("speech", "voice"))
+    path.write_text(path.read_text().replace("said", "spoken"))
     with pytest.raises(ValueError, match=r"prompts\.json has hash [0-9a-f]{16}, but was cached as [0-9a-f]{16}"):
         CachedTeacher(tmp_path).rows  # noqa: B018
     path.unlink()

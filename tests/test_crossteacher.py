@@ -36,7 +36,7 @@ def toys(tmp_path_factory):
     tiny.make_toys(folder, data__labelled_share=0.5, cache__max_new_tokens=4)
     cache(load_config(folder / "toy.yaml"))
     prompts = load_prompts(None, SalmonnConfig("", "").template)
-    texts = [*tiny.WORDS, "one two three", *(prompt for task in prompts.by_task.values() for prompt in task)]
+    texts = [*tiny.WORDS, "one two three", *(prompt for task in tiny.TASKS for prompt in prompts.by_task[task])]
     tokenizer = train_byte_tokenizer(texts, folder / "qwen", vocab_size=330)
     torch.manual_seed(0)
     Qwen2ForCausalLM(

@@ -30,10 +30,11 @@ def test_every_fault_has_its_row_and_a_test():
 
 
 def test_every_config_field_that_the_page_on_data_names_exists():
-    for key in re.findall(r"`((?:data|train|loss|teacher)\.\w+)", DATA):
+    for key in re.findall(r"`((?:data|train|loss|teacher|eval)\.\w+)", DATA):
         value_at(Config(), key)
-    for name in re.findall(r"^  (\w+): ", DATA, re.MULTILINE):
-        assert hasattr(Config().augment, name)
+    for block in re.findall(r"^```yaml\n(.*?)^```", DATA, re.MULTILINE | re.DOTALL):
+        for section, fields in yaml.safe_load(block).items():
+            assert [name for name in fields if not hasattr(getattr(Config(), section), name)] == []
 
 
 def test_every_message_in_the_table_of_symptoms_is_one_that_the_library_says():

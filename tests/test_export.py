@@ -89,11 +89,12 @@ def test_an_export_answers_in_another_folder_under_another_home(finished, tmp_pa
 def test_a_whole_export_holds_a_second_ear_of_one_file_and_the_prompts(tmp_path):
     (tmp_path / "beats.pt").write_bytes(b"weights")
     (tmp_path / "prompts.json").write_text("{}")
-    out = tmp_path / "out"
-    config = SalmonnConfig("", "", second=str(tmp_path / "beats.pt"), second_kind="beats",
-                           prompts=str(tmp_path / "prompts.json"))  # fmt: skip
+    out, prompts = tmp_path / "out", str(tmp_path / "prompts.json")
+    config = SalmonnConfig("", "", second=str(tmp_path / "beats.pt"), second_kind="beats", prompts=prompts,
+                           eval_prompts=prompts)  # fmt: skip
     placed = place_parts(config, out, whole=True)
     assert (placed.second, placed.prompts) == (str(out / "second/beats.pt"), str(out / "prompts/prompts.json"))
+    assert placed.eval_prompts == str(out / "eval_prompts/prompts.json")
     assert (out / "second/beats.pt").read_bytes() == b"weights"
 
 

@@ -116,7 +116,7 @@ def test_a_batch_is_its_rows(teacher):
 def test_the_prompt_is_its_chat(teacher):
     row = teacher.rows.row(SAMPLES[0], with_answer=True, first_prompt=True)
     text = teacher.tokenizer.decode(row.before) + "|" + teacher.tokenizer.decode(row.after + row.answer)
-    assert "<|im_start|>user\nAudio 1: <|audio_bos|>|<|audio_eos|>\nRecognize" in text
+    assert "<|im_start|>user\nAudio 1: <|audio_bos|>|<|audio_eos|>\nTranscribe" in text
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\none two<|im_end|>")
 
 

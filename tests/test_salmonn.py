@@ -372,7 +372,7 @@ def test_settings_that_a_saved_teacher_has_may_be_named(parts, tmp_path):
         ('{"asr": 3}', r"has 3 for 'asr', but must be"),
         ('{"asr": ["<SpeechHere>", 3]}', r"has \['<SpeechHere>', 3\] for 'asr', but must be"),
         ('{"asr": []}', r"task 'asr' has no prompt"),
-        ("asr: x", r"is not JSON \(.*\); correct it"),
+        ("asr: x", r"is not JSON in UTF-8 \(.*\); correct it"),
     ],
 )
 def test_a_prompts_file_of_another_form_is_refused(tmp_path, text, message):

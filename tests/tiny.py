@@ -22,6 +22,14 @@ from teachers.lora import Lora
 from teachers.prompts import load_prompts
 from teachers.salmonn import Salmonn, SalmonnConfig
 
+TASKS = (
+    "asr",
+    "audiocaption",
+    "audiocaption_v2",
+    "gender_recognition",
+    "phone_recognition",
+    "QA",
+)  # that toys can spell
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = ScratchConfig(seconds=2.0, ear_width=64, ear_layers=1, llm_width=64, llm_layers=1, student_width=32,
                       student_layers=1, qformer_width=32)  # fmt: skip
@@ -32,7 +40,7 @@ def make_parts(folder: Path, *, seed: int = 0) -> None:
     torch.manual_seed(seed)
     prompts = load_prompts(None, SalmonnConfig("", "").template)
     texts = [prompts.template, *WORDS, "male", "female", "a low tone"]
-    texts += [text for task in prompts.by_task.values() for text in task]
+    texts += [text for task in TASKS for text in prompts.by_task[task]]
     tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=420)
     build_whisper(SIZES).save_pretrained(folder / "whisper")
     for name, width in (("llm", SIZES.llm_width), ("student-llm", SIZES.student_width)):
