@@ -134,6 +134,11 @@ def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:
         model = load_salmonn(path, dtype=dtype, hearing=ears, llm_weights=llm_weights, places=places)
         tell(f"teacher {path}: {describe_end(model, 'its config.json')}")
         return model
+    return load_released(parts, path, dtype=dtype, hearing=ears, llm_weights=llm_weights)
+
+
+def load_released(parts: TeacherConfig, path: Path, **how) -> Salmonn:
+    """A released checkpoint with the parts that a config names; `how` as `load_checkpoint` takes it."""
     for name in ("llm", "whisper"):
         if not getattr(parts, name):
             raise ValueError(
@@ -148,9 +153,7 @@ def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:
         whisper=parts.whisper,
         second=parts.second,
         second_kind=parts.second_kind,
-        dtype=dtype,
-        hearing=ears,
-        llm_weights=llm_weights,
+        **how,
         **settings,
     )
     tell(f"teacher {path}: {report}")
