@@ -7,19 +7,24 @@ weighted by its term's weight over that count. So the gradient of a step does no
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
-from distill.config import EvalConfig, LossConfig, TrainConfig
+from distill.callbacks import Callbacks
+from distill.config import Config, EvalConfig, LossConfig, TrainConfig
 from distill.crossteacher import CrossTeacher, meet
+from distill.identity import WEIGHTS, find_start, identify_fit
+from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips
+from distill.metrics import NO_METRICS, OwnMetric
 from distill.microbatch import Collator, MicroBatch, check_frames, split
 from distill.objective import Objective, check_codec
 from distill.optimizer import group_by_decay, learning_rate
@@ -28,8 +33,10 @@ from distill.ranks import build_accelerator, gather, is_deepspeed, resolve_preci
 from distill.resuming import check_changes, identify_training
 from distill.rules import check_terms
 from distill.runlock import RunLock
-from distill.runlog import RunLog
+from distill.runlog import RunLog, read_table
 from distill.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
+from distill.terms import OwnTerm, check_own
+from distill.trackers import Trackers, check_trackers
 from distill.validation import Best, check_split, validate
 from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.zero import (
@@ -41,10 +48,16 @@ from distill.zero import (
     join_,
     say_of_build,
 )
+from shards.catalog import hash_shards
 from shards.sample import SAMPLE_RATE, Sample
+from shards.source import expand_shards
 from shards.stream import ShardStream
-from teachers.loading import own_tensors
+from students.pretrained import Student
+from teachers.loading import hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
+from teachers.targets import CachedTeacher
+
+DEFAULTS = Config()
 
 
 @dataclass(frozen=True)
@@ -53,21 +66,30 @@ class FitResult:
 
     run_folder: Path
     steps: int
-    losses: list[float]  # of every step of this process' life
+    metrics: list[dict[str, float]]  # a record a step of the whole run, with `valid/…` where one was: a pandas table
     scores: dict = field(default_factory=dict)  # of the best validation, by task
     best_step: int = 0  # after which that was, and whose weights the student has now; 0: there was none
-    preempted: bool = False  # a signal ended the run before its last step
+    preempted: bool = False  # a signal or a callback ended the run before its last step
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step of the whole run, also of those before it was resumed."""
+        return [record["loss"] for record in self.metrics]
 
 
 class Distiller:
     """Trains a student on a teacher's targets.
 
     Args:
-        teacher: `OnlineTeacher`, `CachedTeacher`, or None for cross-entropy alone.
-        student: the model; whatever requires gradients is trained.
-        train: a folder of shards, or a `ShardStream` of global batches.
-        valid: a folder of shards; the student answers them every `options.eval_every` steps and at the end, and keeps
-            the weights of the step whose answers were best.
+        teacher: a loaded model, the path of a saved one, of a Qwen2-Audio or of a cache, a `TeacherConfig` (for a
+            checkpoint with its frozen parts), an object of one's own (docs/extending.md), or None for cross-entropy
+            alone.
+        student: a model, of which whatever requires gradients is trained, or the folder of a saved one.
+        train: shards (folder, pattern, URL), a manifest, a `ShardStream` of global batches, a Hugging Face data set, or
+            any iterable with an end of samples (see `shards.items`); what is not shards yet is packed into
+            `run_folder/data`, once.
+        valid: as train; the student answers it every `options.eval_every` steps and at the end, and keeps the weights
+            of the step whose answers were best.
         loss: weights of the terms.
         options: steps, batch sizes, learning rate, checkpoints.
         answers: how validation answers are made and counted.
@@ -76,6 +98,9 @@ class Distiller:
         precision: "auto", "float32" or "bf16".
         accelerator: the processes; by default those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.
+        callbacks: are told of steps, validations and checkpoints, see `distill.callbacks`.
+        terms: loss terms of one's own, by name.
+        metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
 
     Raises:
         ValueError: no shard is where it should be, validation has nothing to score, teacher and student have other
@@ -83,30 +108,35 @@ class Distiller:
         FileNotFoundError, FileExistsError: `options.resume` forbids to start anew, or to go on.
     """
 
-    def __init__(self, teacher, student: Salmonn, *, train: str | Path | ShardStream,
-                 valid: str | Path | None = None, loss: LossConfig | None = None, options: TrainConfig | None = None,
-                 answers: EvalConfig | None = None,
-                 run_folder: str | Path = "runs/run", seed: int = 0, precision: str = "auto",
-                 accelerator: Accelerator | None = None, identity: dict | None = None):  # fmt: skip
-        self.teacher, self.student = teacher, student
+    def __init__(self, teacher, student: Salmonn | Student | str | Path, *, train, valid=None,
+                 loss: LossConfig | None = None, options: TrainConfig | None = None, answers: EvalConfig | None = None,
+                 run_folder: str | Path | None = None, seed: int = DEFAULTS.seed, precision: str = DEFAULTS.precision,
+                 accelerator: Accelerator | None = None, identity: dict | None = None, callbacks: Sequence = (),
+                 terms: Mapping[str, OwnTerm] = MappingProxyType({}),
+                 metrics: Mapping[str, OwnMetric] = NO_METRICS):  # fmt: skip
         self.loss, self.options = loss or LossConfig(), options or TrainConfig()
         if teacher is None:
             self.loss = only_ce(self.loss)
-        check_terms(self.loss, self.options.steps)
+        self.terms, self.metrics = dict(terms), metrics
+        check_own(self.terms)
+        check_terms(self.loss, self.options.steps, tuple(name for name, term in self.terms.items() if term.weight))
+        self.callbacks = Callbacks(self, callbacks).callbacks
+        check_trackers(self.options.trackers)
+        self.dtype = resolve_precision(precision)
+        teacher, student = as_teacher(teacher, self.loss, precision), as_student(student, self.dtype)
+        self.student = student
         check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
         self.schedules = build_schedules(self.loss, self.options.steps)
         check_codec(getattr(teacher, "header", None), self.loss)
         check_frames(getattr(teacher, "header", None), student)
         self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
-        self.run_folder, self.seed = Path(run_folder), seed
-        self.dtype = resolve_precision(precision)
+        self.run_folder, self.seed = Path(run_folder or DEFAULTS.run_folder), seed
         self.accelerator = accelerator or build_accelerator()
+        for model in (student, getattr(teacher, "model", None)):
+            if model is not None:
+                model.to(self.accelerator.device)
+        self.lock = RunLock(self.run_folder).acquire()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
-        if valid is not None:
-            check_split(valid)  # a wrong one is an error now, not after the first steps
-        self.valid, self.answers = valid, answers or EvalConfig()
-        self.best = Best()
-        self.identity = {"seed": seed, **identify_training(self.options), **(identity or {})}
         self.active = active_terms(self.loss, self.schedules, is_crossed=isinstance(self.teacher, CrossTeacher))
         self.objective = Objective(
             student,
@@ -116,17 +146,33 @@ class Distiller:
             vocab_size=vocab_size,
             widths=getattr(self.teacher, "widths", None),
             seed=seed,
+            own=self.terms,
         )
         self.projectors = {f"projectors.{name}": p for name, p in self.objective.projectors.named_parameters()}
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
-        self.stop = StopRequest(self.options.max_minutes)
+        if isinstance(teacher, CachedTeacher):
+            check_cached(teacher, self.loss, self.active, student, self.stream)
+        if valid is not None:
+            valid = self._shards(valid, "valid")
+            check_clips(ShardStream(valid, batch_size=1, shuffle=False, epochs=1), student)
+            check_split(valid, metrics)  # a wrong one is an error now, not after the first steps
+        self.valid, self.answers = valid, answers or EvalConfig()
+        self.identity = {"seed": seed, **identify_training(self.options)}
+        self.identity |= identify_fit(student, teacher, self.loss, self.terms, identity or {})
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
-        self.lock = RunLock(self.run_folder).acquire()
+        self._find_start()
+
+    def _find_start(self) -> None:
+        """Find the checkpoint that the run goes on from, and put the stream where it stood."""
+        self.is_prepared = False
+        self.stop, self.best = StopRequest(self.options.max_minutes), Best()
         tell = partial(say, self.accelerator)
+        own = self.identity["student"]["own"]
+        self.identity["student"]["own"] = find_start(self.run_folder, own)
         self.saved = ckpt.find_resumable(self.run_folder, self.options.resume, tell)
         if self.saved is not None:
             check_changes(
@@ -141,48 +187,92 @@ class Distiller:
             self.stream.load_state_dict(self.saved.state["stream"])
             self.best = Best(**self.saved.state["best"])
 
-    def _open(self, folder: str | Path) -> ShardStream:
-        return ShardStream(
-            folder,
+    def _shards(self, samples, name: str) -> str | Path:
+        """A split as shards; one process packs what is none yet."""
+        tell, most = partial(say, self.accelerator), self.student.max_samples / SAMPLE_RATE
+        with self.accelerator.main_process_first():
+            return as_shards(samples, self.run_folder / "data", name, self.student, most, tell)
+
+    def _open(self, samples) -> ShardStream:
+        teacher = self.teacher.teacher if isinstance(self.teacher, CrossTeacher) else self.teacher
+        shards, is_cached = self._shards(samples, "train"), isinstance(teacher, CachedTeacher)
+        if is_cached:
+            names = expand_shards(shards)
+            teacher.reader.check_shards(names, hash_shards(names))
+        stream = ShardStream(
+            shards,
             batch_size=self.options.batch_size,
             seed=self.seed,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            targets=getattr(self.teacher, "cache_folder", None),
+            targets=getattr(teacher, "cache_folder", None),
+            labelled_share=teacher.labelled_share if is_cached else DEFAULTS.data.labelled_share,
+            decode=not (is_cached and teacher.keeps_frames),
+            max_seconds=self.student.max_samples / SAMPLE_RATE,
         )
+        model = getattr(teacher, "model", None)
+        check_clips(stream, self.student, *([model] if model is not None else []))
+        return stream
 
     # The run
 
     def fit(self) -> FitResult:
-        """Train until the last step, or until a signal asks to stop, from the checkpoint on if there is one."""
-        with self.lock:
-            return self._fit()
+        """Train until the last step, or until a signal or a callback asks to stop, from the last checkpoint on.
 
-    def _fit(self) -> FitResult:
-        with self.hang_watch("preparation"):
-            start = self._prepare()
-        losses: list[float] = []
-        with (
-            self.stop,
-            RunLog(self.run_folder, start, self.accelerator.is_main_process) as self.log,
-            Progress(f"train {self.run_folder.name}", self.options.steps, start, self.accelerator) as progress,
-        ):
+        A run that is done is not trained again: its student gets its weights back, and its result is read.
+        """
+        with self.lock:
+            if self.is_prepared:
+                self._find_start()
+            with self.hang_watch("preparation"):
+                start = self._prepare()
+            if start >= self.options.steps:
+                self._finish()
+                return self._result(self.options.steps)
+            return self._fit(start)
+
+    def request_stop(self) -> None:
+        """Let the run end in order after this step, with a checkpoint, on all ranks; for callbacks."""
+        self.stop.request()
+
+    def _fit(self, start: int) -> FitResult:
+        tell = partial(say, self.accelerator)
+        logs = [] if not self.accelerator.is_main_process else [
+            RunLog(self.run_folder),
+            Trackers(self.options.trackers, self.run_folder, lambda: self.identity, tell),
+            Progress(f"train {self.run_folder.name}", self.options.steps, start),
+            *self.callbacks,
+        ]  # fmt: skip
+        self.told = Callbacks(self, logs)
+        with self.stop, closing(self.told):
+            self.told.tell("on_start", start)
             batches = iter(self.stream)
             for step in range(start, self.options.steps):
                 with self.hang_watch(f"step {step + 1}"):
                     record = self._step(step, batches)
-                losses.append(record["loss"])
-                progress.advance(f"loss {record['loss']:.3f}")
                 self._after(step + 1, record)
                 if record["stop"]:
                     say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
-                    return self._result(step + 1, losses, preempted=True)
+                    result = self._result(step + 1, preempted=True)
+                    self.told.tell("on_end", result)
+                    return result
+            self._finish()
+            result = self._result(self.options.steps)
+            self.told.tell("on_end", result)
+        return result
+
+    def _finish(self) -> None:
+        """Leave the student whole, with its best weights."""
         join_(self.accelerator, self.objective)
         self._take_best_()
-        return self._result(self.options.steps, losses)
 
-    def _result(self, steps: int, losses: list[float], preempted: bool = False) -> FitResult:
-        return FitResult(self.run_folder, steps, losses, self.best.scores, self.best.step, preempted)
+    def _result(self, steps: int, preempted: bool = False) -> FitResult:
+        """What the whole run has come to; every rank must call it."""
+        table = [read_table(self.run_folder, steps) if self.accelerator.is_main_process else []]
+        table = gather(self.accelerator, table)[0]
+        if len(table) != steps:
+            say(self.accelerator, f"{self.run_folder} has the figures of {len(table)} of {steps} steps: lines are gone")
+        return FitResult(self.run_folder, steps, table, self.best.scores, self.best.step, preempted)
 
     def _prepare(self) -> int:
         """Load the checkpoint that the run goes on from, wrap the student, and return the first step to do."""
@@ -201,7 +291,9 @@ class Distiller:
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches
-        self.objective, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        bare = self.accelerator.unwrap_model(self.objective)
+        self.objective, self.optimizer = self.accelerator.prepare(bare, optimizer)
+        self.is_prepared = True
         self.collator = Collator(
             self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights
         )
@@ -235,7 +327,7 @@ class Distiller:
         loss = loss_at(self.loss, self.schedules, step)
         terms = self._forward_backward(micro_batches, loss, Counts(*map(int, totals)))
         norm = self._update(terms)
-        names = [name for name in TERMS if name in self.active]
+        names = [*(name for name in TERMS if name in self.active), *self.terms]
         sums = sum_over_ranks(self.accelerator, [terms[name] for name in names])
         record = {"step": step + 1, "loss": sum(sums), **dict(zip(names, sums)), "learning_rate": rate,
                   "grad_norm": norm, "positions": int(max(totals[:2])), "audio_seconds": seconds}  # fmt: skip
@@ -247,7 +339,7 @@ class Distiller:
     ) -> dict[str, float]:
         # accelerate and DeepSpeed divide by the micro-batches, DDP and ZeRO by the ranks; the weights already did
         scale = self.accelerator.num_processes * self.num_micro_batches
-        terms = dict.fromkeys(TERMS, 0.0)
+        terms = dict.fromkeys((*TERMS, *self.terms), 0.0)
         for number, m in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
@@ -277,7 +369,7 @@ class Distiller:
     def _after(self, step: int, record: dict) -> None:
         """Log, and when it is time validate and save."""
         is_last = step == self.options.steps
-        self.log.step({key: value for key, value in record.items() if key != "stop"})
+        self.told.tell("on_step", {key: value for key, value in record.items() if key != "stop"})
         is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
         if is_due and self.valid is not None:
             with self.hang_watch(f"validation after step {step}"):
@@ -295,9 +387,11 @@ class Distiller:
             folder = self.run_folder / "checkpoints"
             best = dataclasses.asdict(self.best)
             state = {"identity": self.identity, "stream": self.stream.state_dict(), "best": best}
+            state[WEIGHTS] = hash_tensors({name: x for name, x in tensors.items() if name not in self.projectors})
             ckpt.save_checkpoint(folder, step, state, tensors, moments)
             ckpt.prune(folder, step, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
+        self.told.tell("on_save", step, ckpt.checkpoint_folder(self.run_folder / "checkpoints", step))
         warn_of_slow_save(time.perf_counter() - began, lambda text: say(self.accelerator, text))
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -308,12 +402,11 @@ class Distiller:
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
         with gathered(self.accelerator, self.objective):
-            found = validate(
-                self.student, self.valid, self.answers, self.accelerator, step, on_batch=self.hang_watch.beat
-            )
+            found = validate(self.student, self.valid, self.answers, self.accelerator, step, self.metrics,
+                             on_batch=self.hang_watch.beat)  # fmt: skip
         if self.best.error is None or found.error < self.best.error:
             self.best = found
-        self.log.validation(step, found.error, found.scores)
+        self.told.tell("on_validation", step, found.error, found.scores)
 
     def _take_best_(self) -> None:
         """Give the student the weights of the best validation, in place."""

@@ -4,7 +4,7 @@ Knows how to ask a model and whom to ask for scores; the scores themselves are i
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from distill.clips import find_clips
 from distill.config import EvalConfig
-from distill.metrics import Prediction, TaskScore, score
+from distill.metrics import NO_METRICS, OwnMetric, Prediction, TaskScore, score
 from distill.progress import Progress
 from distill.ranks import gather
 from shards.sample import Sample
@@ -78,9 +78,11 @@ def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[
 
 
 def evaluate(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator: Accelerator | None = None,
-             title: str = "evaluate", on_batch: Callable[[], None] = lambda: None) -> dict[str, TaskScore]:  # fmt: skip
-    """Scores by task of a model on a split, whose clips are each answered once."""
-    return score(answer(model, folder, options, accelerator, title, on_batch), normalise=options.normalise)
+             title: str = "evaluate", on_batch: Callable[[], None] = lambda: None,
+             own: Mapping[str, OwnMetric] = NO_METRICS) -> dict[str, TaskScore]:  # fmt: skip
+    """Scores by task of a model on a split, whose clips are each answered once; `own` are metrics of one's own."""
+    predictions = answer(model, folder, options, accelerator, title, on_batch)
+    return score(predictions, normalise=options.normalise, own=own)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ knows text only: no model, no audio. SPICE and METEOR need Java and are reported
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -64,6 +64,8 @@ NOT_AVAILABLE = "not available"
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 1_000
 
+NO_METRICS = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -75,6 +77,9 @@ class Prediction:
     references: tuple[str, ...]  # one or more right answers
     hypothesis: str
     ended: bool = True  # the model wrote its end token, instead of running into the length limit
+
+
+OwnMetric = Callable[[Prediction], float]  # of one's own: an answer's quality, 1 is the best
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,19 @@ _TALLIES = MappingProxyType(
 )
 
 
-def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: int = 0) -> dict[str, TaskScore]:
+def _tally_own(predictions: Sequence[Prediction], metric: OwnMetric) -> _Tally:
+    """What a metric of one's own gives each answer."""
+    values = np.array([float(metric(prediction)) for prediction in predictions])
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"metric of task {predictions[0].task} gave {values[~np.isfinite(values)][0]} for an answer, but must give "
+            f"a finite number; correct it."
+        )
+    return _Tally(values, np.ones(len(values)), {})
+
+
+def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: int = 0,
+          own: Mapping[str, OwnMetric] = NO_METRICS) -> dict[str, TaskScore]:  # fmt: skip
     """Score the answers of each task.
 
     Args:
@@ -177,6 +194,7 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
         normalise: Whisper's English rules before `wer`, or case and punctuation only; see `normalise_text`. Say which
             beside a WER.
         seed: of the bootstrap; the same answers and seed give the same interval.
+        own: metrics of one's own by task, in the place of the library's; the score is their mean over clips.
 
     Returns:
         By task, in alphabetical order. `wer`, `per`, `exact_match` are fractions; `cider_d` is 0 to 10. Error rates are
@@ -188,17 +206,23 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
         ValueError: a task is not in `METRICS`, or its references hold no word.
     """
     scores = {}
-    for task, group in _by_task(predictions).items():
-        tally, chance = (_tally(task, answers, normalise) for answers in (group, chance_answers(group, normalise)))
+    for task, group in _by_task(predictions, own).items():
+        figures = {}
+        if task in own:
+            name = f"own {getattr(own[task], '__name__', type(own[task]).__name__)}"  # and no error rate of ours
+            tally = _tally_own(group, own[task])
+        else:
+            name, tally = METRICS[task], _tally(task, group, normalise)
+            figures["chance"] = _tally(task, chance_answers(group, normalise), normalise).value
         gained_N, possible_N = _resample(tally, seed)
         low, high = _interval(gained_N / np.maximum(possible_N, 1))
         extra = {
             **tally.extra,
             "ended": float(np.mean([prediction.ended for prediction in group])),
             "references": float(np.mean([len(prediction.references) for prediction in group])),
-            "chance": chance.value,
+            **figures,
         }
-        scores[task] = TaskScore(METRICS[task], tally.value, low, high, len(group), extra)
+        scores[task] = TaskScore(name, tally.value, low, high, len(group), extra)
     return scores
 
 
@@ -254,7 +278,8 @@ def error_rate(task: str, reference: str, hypothesis: str, *, normalise: bool = 
 def mean_error(scores: Mapping[str, TaskScore]) -> float:
     """One number that chooses between checkpoints, the lower the better: the mean over tasks of what each lacks of 1.
 
-    An error rate counts as it is, an exact match as 1 minus its share, CIDEr-D, which reaches 10, as 1 minus a tenth.
+    An error rate counts as it is, an exact match as 1 minus its share, CIDEr-D, which reaches 10, as 1 minus a tenth,
+    and a metric of one's own as 1 minus its mean.
     """
     lacks = {
         "wer": lambda value: value,
@@ -262,7 +287,9 @@ def mean_error(scores: Mapping[str, TaskScore]) -> float:
         "exact_match": lambda value: 1 - value,
         "cider_d": lambda value: 1 - value / 10,
     }
-    return float(np.mean([lacks[score.metric](score.value) for score in scores.values()]))
+    own = lacks["exact_match"]
+    known = [lacks.get(score.metric, own) for score in scores.values()]
+    return float(np.mean([lack(score.value) for lack, score in zip(known, scores.values())]))
 
 
 def is_above_chance(score: TaskScore) -> bool:
@@ -310,11 +337,13 @@ def _quality(task: str, gained, possible):
     return np.maximum(0, 1 - value) if METRICS[task] in ERROR_RATES else value
 
 
-def _by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
+def _by_task(
+    predictions: Iterable[Prediction], own: Mapping[str, OwnMetric] = NO_METRICS
+) -> dict[str, list[Prediction]]:
     """The predictions of each task, ordered by key, so that two models' clips stand at the same places."""
     groups = defaultdict(list)
     for prediction in predictions:
-        if prediction.task not in METRICS:
+        if prediction.task not in METRICS and prediction.task not in own:
             raise ValueError(
                 f"task is {prediction.task!r} ({prediction.key}), but there is a metric for {', '.join(METRICS)} only; "
                 f"correct the manifest, or add the task to METRICS in distill/metrics.py."

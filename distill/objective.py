@@ -4,6 +4,7 @@ Shapes: B batch, S supervised positions, W windows, Q queries a window, E query 
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from distill.features import build_projector, feature_loss
 from distill.fused import fused_ce_kl
 from distill.head import head_weight
 from distill.losses import build_divergence, check_temperature
+from distill.terms import OwnTerm, Seen
 from distill.weighing import TERMS, Weights, shared_windows, window_rows
 from shards.header import CacheHeader
 from teachers.batch import Batch
@@ -34,6 +36,7 @@ class Objective(nn.Module):
         vocab_size: ids that teacher and student share; None: all rows of the head.
         widths: of the teacher's features, by term; where the student's differs, a projector is learned beside it.
         seed: of the projectors.
+        own: terms of one's own, by name.
 
     Raises:
         ValueError: the divergence, its parameter or the temperature cannot be.
@@ -41,8 +44,10 @@ class Objective(nn.Module):
 
     def __init__(self, student: Salmonn, loss: LossConfig, dtype: torch.dtype, *,
                  active: frozenset[str] = frozenset(TERMS), vocab_size: int | None = None,
-                 widths: dict[str, int] | None = None, seed: int = 0):  # fmt: skip
+                 widths: dict[str, int] | None = None, seed: int = 0,
+                 own: Mapping[str, OwnTerm] = MappingProxyType({})):  # fmt: skip
         super().__init__()
+        self.own = own
         self.student, self.loss, self.dtype, self.active, self.vocab_size = student, loss, dtype, active, vocab_size
         self.divergence = build_divergence(loss.kl_kind, loss.kl_parameter)
         check_temperature(loss.temperature)
@@ -64,6 +69,10 @@ class Objective(nn.Module):
             if value_X is not None:
                 part = (value_X * weight_X).sum()
                 terms[name], total = part.detach(), total + part
+        seen = Seen(self.student, batch, heard, hidden_SD, targets)
+        for name, term in self.own.items():
+            part = term.weight * (term(seen) * weights.own_S).sum()
+            terms[name], total = part.detach(), total + part
         if targets is None:  # DDP waits for every trained tensor's gradient
             total = total + 0 * sum(p.sum() for p in self.projectors.parameters())
         return total, terms

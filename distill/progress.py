@@ -55,6 +55,19 @@ class Progress:
         elif self.is_shown and time.monotonic() - self.shown_at > LOG_SECONDS:
             self._line(note)
 
+    def on_start(self, run, step: int) -> None:
+        """Show the line of a run's steps; see `distill.callbacks`."""
+        self.__enter__()
+
+    def on_step(self, run, record: dict[str, float]) -> None:
+        """Count a step."""
+        self.advance(f"loss {record['loss']:.3f}")
+
+    def on_close(self, run) -> None:
+        """Leave the last line."""
+        if self.bar is None or hasattr(self, "row"):
+            self.__exit__()
+
     @property
     def rate(self) -> float:
         """Units a second since the start."""

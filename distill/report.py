@@ -20,9 +20,8 @@ from distill.card import (
     show_training,
 )
 from distill.curves import line_chart
-from distill.runlog import METRICS
+from distill.runlog import METRICS, read_metrics
 from shards.index import write_atomically
-from shards.jsonfile import ShapeError, parse_object
 
 REPORT = "report.html"
 # Of metrics.jsonl: what is drawn, with its title. A curve that the run has not is left out.
@@ -37,31 +36,6 @@ CURVES = {
     "grad_norm": "Gradient norm",
     "seconds": "Seconds a step",
 }
-
-
-def read_metrics(path: Path) -> tuple[list[dict], int]:
-    """The steps of a `metrics.jsonl`, in order, and the number of lines that could not be read.
-
-    A resumed run repeats steps after its checkpoint: the last record of a step counts. A killed run may leave half a
-    line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing, but a report is drawn from it; name the folder of a run that trained."
-        )
-    records, num_unreadable = {}, 0
-    for line in path.read_text().splitlines():
-        try:
-            record = parse_object(line, {"step": int})
-            if not all(isinstance(value, int | float) for value in record.values()):  # a loss may be NaN
-                raise ShapeError("has a figure that is no number")
-            records[record["step"]] = record
-        except ShapeError:
-            num_unreadable += 1
-    return [records[step] for step in sorted(records)], num_unreadable
 
 
 def write_report(run_folder: Path) -> Path:

@@ -58,6 +58,9 @@ WEIGHTS = (*(f"loss.{term}" for term in TERMS), "loss.pseudo_ce")
 SHARES = ("data.labelled_share", "data.max_bad", "corpus.valid_share", "on_policy.share", "on_policy.clips")
 BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
 LONG = sys.maxsize  # steps of a run whose length is not known yet
+# accelerate's trackers, and the packages that they need
+TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
+            "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
 TAKES_PARAMETER = ("jsd", "skewed_kl", "skewed_reverse_kl")  # of loss.kl_kind
 HEAD_INPUT = -1  # among hidden layers
 
@@ -144,8 +147,14 @@ def check_value(key: str, value) -> None:
         raise ValueError(f"{key} is {value}, but must be 0 or more and below 1; correct it.")
 
 
-def check_rates(train) -> None:
-    """Refuse a learning rate that climbs where it should fall."""
+def check_train(train) -> None:
+    """Refuse a learning rate that climbs where it should fall, and a tracker that there is not."""
+    unknown = [name for name in train.trackers if name not in TRACKERS]
+    if unknown:
+        raise ValueError(
+            f"train.trackers names {unknown[0]!r}, but must be among {', '.join(TRACKERS)}; correct the name, or give "
+            f"Distiller a callback of your own."
+        )
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(
             f"train.min_learning_rate is {train.min_learning_rate:g}, but train.learning_rate, the peak, is "
@@ -177,7 +186,7 @@ def check_temperatures(cache) -> None:
         )
 
 
-RULES = {"train": check_rates, "loss": check_loss, "cache": check_temperatures}
+RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures}
 
 
 def check_config(config) -> None:

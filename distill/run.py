@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from distill.cli import run_stage
 from distill.config import SPLITS, Config, to_yaml
 from distill.distiller import Distiller
 from distill.filter import load_weights
+from distill.identity import identify_settings
+from distill.inputs import check_clips
 from distill.ranks import build_accelerator, resolve_precision, say
 from distill.resuming import say_changes
 from distill.runlock import RunLock
@@ -22,9 +23,8 @@ from shards.catalog import check_channels, hash_shards, is_packed
 from shards.sample import SAMPLE_RATE
 from shards.source import expand_shards
 from shards.stream import ShardStream
-from students.start import identify_student, start_from_
+from students.start import start_from_
 from students.student import build_student, save_student
-from teachers.loading import identify_checkpoint
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.saving import write_atomically
@@ -131,26 +131,14 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
 
 
 def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict:
-    """What must stay as it was for a run to go on, as plain data: every model by its contents, wherever it lies."""
+    """What a config says of a run's models, over what `distill.identity` finds itself: by contents, not by places."""
     from distill.cache import describe_teacher
 
     return {
-        "student": identify_settings(config),
-        "loss": asdict(config.loss),
+        "student": identify_settings(config.student, student_llm(config)),
         "teacher": {"online": config.teacher.online},
         "targets": (teacher.header or describe_teacher(teacher.model, config, is_kept=False)).identity,
     }
-
-
-def identify_settings(config: Config) -> dict:
-    """The student's settings, with the hash of what each path leads to in the path's place."""
-    student = asdict(config.student) | {"llm": identify_checkpoint(student_llm(config))}
-    for name in ("whisper", "second"):
-        if student[name]:
-            student[name] = identify_checkpoint(student[name])
-    if student["start"]:
-        student["start"] = identify_student(student["start"])
-    return student
 
 
 def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:
@@ -203,23 +191,6 @@ def find_valid(config: Config, student: Salmonn) -> str | Path | None:
         return None
     check_clips(ShardStream(folder, batch_size=1, shuffle=False, epochs=1), student)
     return folder
-
-
-def check_clips(stream: ShardStream, *models: Salmonn) -> None:
-    """Refuse a clip of the run that one of the models cannot hear now, and not after hours.
-
-    Raises:
-        ValueError: naming the lengths.
-    """
-    least = max(model.min_samples for model in models) / SAMPLE_RATE
-    most = min(model.max_samples for model in models) / SAMPLE_RATE
-    seconds = stream.catalog.seconds[stream.plan.rows]
-    seconds = seconds[seconds > 0]  # 0: the sample's JSON cannot be read; the stream skips it and says so
-    if len(seconds) and (seconds.min() < least - 1e-4 or seconds.max() > most + 1e-4):
-        raise ValueError(
-            f"clips last {seconds.min():.2f} to {seconds.max():.2f} s, but the ears of this run take {least:g} to "
-            f"{most:g} s; pack clips of these lengths, or choose another student.whisper."
-        )
 
 
 def student_llm(config: Config) -> str:

@@ -1,53 +1,77 @@
-"""What a run writes while it trains: `metrics.jsonl`, `validation.jsonl` and TensorBoard events. Knows no model.
+"""What a run writes of its steps: `metrics.jsonl` and `validation.jsonl`, and how they are read again. Knows no model.
 
-Only the main process writes. A resumed run repeats steps: readers of the lines take a step's last one, and TensorBoard
-is told to forget those it has.
+A resumed run repeats steps: of the lines of one step the last counts. A killed one may leave half a line.
 """
 
 import json
 from pathlib import Path
 
+from shards.jsonfile import ShapeError, parse_object
 from shards.manifest import naming
 
-METRICS, VALIDATION, EVENTS = "metrics.jsonl", "validation.jsonl", "tensorboard"
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 
 
 class RunLog:
-    """The log files of one process' part of a run.
+    """The callback that writes the lines.
 
     Args:
-        folder: of the run; events go to `tensorboard` inside it.
-        start: steps that were done before.
-        is_main: whether this process writes.
+        folder: of the run.
     """
 
-    def __init__(self, folder: Path, start: int, is_main: bool):
-        self.folder, self.is_main = folder, is_main
-        if is_main:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports that no other command needs
+    def __init__(self, folder: Path):
+        self.folder = folder
 
-            self.events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1)
+    def on_start(self, run, step: int) -> None:
+        """End the half line that a killed process may have left."""
+        for name in (METRICS, VALIDATION):
+            path = self.folder / name
+            if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                self._write(name, "")
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.is_main:
-            self.events.close()
-
-    def step(self, record: dict[str, float]) -> None:
+    def on_step(self, run, record: dict[str, float]) -> None:
         """One step's loss, terms, learning rate, …; `step` among them."""
-        self._write(METRICS, record, "train")
+        self._write(METRICS, json.dumps(record))
 
-    def validation(self, step: int, error: float, scores: dict[str, float]) -> None:
+    def on_validation(self, run, step: int, error: float, scores: dict[str, float]) -> None:
         """One validation: the mean error and each task's score."""
-        self._write(VALIDATION, {"step": step, "error": error, **scores}, "valid")
+        self._write(VALIDATION, json.dumps({"step": step, "error": error, **scores}))
 
-    def _write(self, name: str, record: dict[str, float], group: str) -> None:
-        if not self.is_main:
-            return
+    def _write(self, name: str, line: str) -> None:
         with naming(self.folder / name), open(self.folder / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for key, value in record.items():
-            if key != "step":
-                self.events.add_scalar(f"{group}/{key}", value, record["step"])
+            file.write(line + "\n")
+
+
+def read_metrics(path: Path) -> tuple[list[dict], int]:
+    """The steps of a `metrics.jsonl` or `validation.jsonl`, in order, and the number of lines that could not be read.
+
+    A resumed run repeats steps after its checkpoint: the last record of a step counts. A killed run may leave half a
+    line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing, but a report is drawn from it; name the folder of a run that trained."
+        )
+    records, num_unreadable = {}, 0
+    for line in path.read_text().splitlines():
+        try:
+            record = parse_object(line, {"step": int})
+            if not all(isinstance(value, int | float) for value in record.values()):  # a loss may be NaN
+                raise ShapeError("has a figure that is no number")
+            records[record["step"]] = record
+        except ShapeError:
+            num_unreadable += 1
+    return [records[step] for step in sorted(records)], num_unreadable
+
+
+def read_table(folder: Path, num_steps: int) -> list[dict]:
+    """The first steps of a run, a record each, with what validations found as `valid/…`: a table for pandas."""
+    if not (folder / METRICS).exists():
+        return []
+    records, _ = read_metrics(folder / METRICS)
+    found = read_metrics(folder / VALIDATION)[0] if (folder / VALIDATION).exists() else []
+    scores = {r["step"]: {f"valid/{name}": value for name, value in r.items() if name != "step"} for r in found}
+    return [r | scores.get(r["step"], {}) for r in records if r["step"] <= num_steps]

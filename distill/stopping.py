@@ -53,6 +53,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def request(self) -> None:
+        """Ask from within the process."""
+        self._came = self._came or time.monotonic()
+
     def _note(self, number, frame) -> None:
         now = time.monotonic()
         if self._came is not None and now - self._came > SAME_SECONDS:

@@ -17,19 +17,11 @@ from shards.audio import AudioError, AudioLimits, hash_waveform, load_audio
 from shards.manifest import open_atomically
 from shards.quiet import cut_at_quiet
 from shards.sample import SAMPLE_RATE, Sample
+from students.pretrained import Segment
 from students.student import load_student
 from teachers.salmonn import Salmonn
 
 LIMITS = AudioLimits(max_seconds=3600.0)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What was answered about a part of a recording."""
-
-    start: float  # seconds
-    end: float
-    text: str
 
 
 @dataclass(frozen=True)

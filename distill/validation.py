@@ -3,7 +3,7 @@
 Knows answers and scores, no training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from distill.config import EvalConfig
 from distill.evaluate import evaluate
-from distill.metrics import METRICS, mean_error
+from distill.metrics import METRICS, NO_METRICS, OwnMetric, mean_error
 from shards.catalog import open_catalog
 from shards.localcopy import ShardCache
 from teachers.salmonn import Salmonn
@@ -33,19 +33,20 @@ def validate(
     answers: EvalConfig,
     accelerator: Accelerator,
     step: int,
+    own: Mapping[str, OwnMetric] = NO_METRICS,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Best:
     """Let a student in training answer a split; it is in training mode again afterwards. Every rank must call it.
 
-    `on_batch` is called after each batch of answers.
+    `own` are metrics of one's own; `on_batch` is called after each batch of answers.
     """
     student.eval()
-    scores = evaluate(student, folder, answers, accelerator, title="valid", on_batch=on_batch)
+    scores = evaluate(student, folder, answers, accelerator, title="valid", on_batch=on_batch, own=own)
     student.train()
     return Best(step, mean_error(scores), {task: score.value for task, score in scores.items()})
 
 
-def check_split(folder: str | Path) -> None:
+def check_split(folder: str | Path, own: Mapping[str, OwnMetric] = NO_METRICS) -> None:
     """Refuse a validation split that could not choose between two steps.
 
     Raises:
@@ -58,7 +59,7 @@ def check_split(folder: str | Path) -> None:
             f"valid is {folder}, but none of its {len(catalog):,} clips has a text that answers are compared with; "
             f"pack some that have one, or set corpus.valid_share=0 and remove the folder to train without."
         )
-    unknown = [task for task in tasks if task not in METRICS]
+    unknown = [task for task in tasks if task not in METRICS and task not in own]
     if unknown:
         raise ValueError(
             f"valid is {folder} with answers to {', '.join(unknown)}, but there are metrics of {', '.join(METRICS)} "

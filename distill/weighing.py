@@ -32,6 +32,7 @@ class Counts:
     feature: int = 0
     hidden: int = 0
     chunk: int = 0
+    own: int = 0  # of every term of one's own: supervised positions
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Weights:
     feature_W: Tensor
     hidden_S: Tensor
     chunk_C: Tensor
+    own_S: Tensor  # for a term of weight 1
 
 
 def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
@@ -51,7 +53,7 @@ def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
         return Counts()
     labelled = sum(len(row.answer) for s, row in zip(batch.samples, batch.rows) if s.student_answer is None)
     if targets is None:
-        return Counts(ce=labelled)
+        return Counts(ce=labelled, own=batch.num_supervised)
     crossed = targets.cross if isinstance(targets, CrossedTargets) else None
     return Counts(
         ce=labelled,
@@ -59,6 +61,7 @@ def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
         feature=sum(shared_windows(batch, targets)),
         hidden=batch.num_supervised if crossed is None else 0,
         chunk=0 if crossed is None else crossed.alignment.num_chunks,
+        own=batch.num_supervised,
     )
 
 
@@ -104,6 +107,7 @@ def weigh(batch: Batch, targets: Targets | None, is_pseudo: Sequence[bool], samp
         feature_W=weight_B[window_rows(batch, targets)] * (loss.feature / max(totals.feature, 1)),
         hidden_S=weight_B[batch.row_S] * (loss.hidden / max(totals.hidden, 1)),
         chunk_C=weight_B[row_C] * (loss.chunk / max(totals.chunk, 1)),
+        own_S=weight_B[batch.row_S] / max(totals.own, 1),
     )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -257,11 +257,15 @@ def load_own_tensors_(model: nn.Module, path: Path) -> None:
             put_(model, name, tensor)
 
 
-def hash_frozen_parts(model: Salmonn, names: Sequence[str] = ("llm", "whisper", "second")) -> dict[str, str]:
-    """The hash of the checkpoint behind every part of these names that is not wholly the model's own."""
-    own = own_tensors(model)
+def hash_frozen_parts(model: Salmonn, names: Sequence[str] = ("llm", "whisper", "second"),
+                      how: Callable[[str], str] | None = None) -> dict[str, str]:  # fmt: skip
+    """The hash of the checkpoint behind every part of these names that is not wholly the model's own.
+
+    `how` gives it from a path; None: `hash_checkpoint`.
+    """
+    own, how = own_tensors(model), how or hash_checkpoint
     parts = {name.split(".", 1)[0] for name, _ in model.named_parameters() if name not in own}
-    return {name: hash_checkpoint(getattr(model.config, name)) for name in names if name in parts}
+    return {name: how(getattr(model.config, name)) for name in names if name in parts}
 
 
 def hash_checkpoint(path: str) -> str:

@@ -23,7 +23,8 @@ from shards.header import CacheHeader
 from shards.sample import Sample
 from shards.targets import TargetRecord, identify_sample
 from teachers.batch import Batch, Row, RowTokenizer
-from teachers.cacheparts import load_head, load_rows
+from teachers.cacheparts import hash_prompts, load_head, load_rows
+from teachers.loading import hash_frozen_parts, hash_tensors, own_tensors
 from teachers.logits import head_logits
 from teachers.salmonn import Salmonn
 
@@ -84,6 +85,18 @@ class OnlineTeacher:
         self.widths = {"feature": model.config.qformer_width, "hidden": model.project.out_features}
         self.cache_folder = self.header = None
 
+    @cached_property
+    def identity(self) -> dict:
+        """What its targets depend on, as plain data: weights by their hashes, prompts, and what is asked of it."""
+        asked = ("k", "answers", "max_new_tokens", "num_beams")
+        return {
+            "teacher_weights": {"own": hash_tensors(own_tensors(self.model)), **hash_frozen_parts(self.model)},
+            "prompts": hash_prompts(self.model.rows.prompts),
+            **{name: getattr(self, name) for name in asked},
+            "temperatures": list(self.temperatures),
+            "hidden_layers": list(self.hidden_layers),
+        }
+
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
         """Put the teacher's own answer where it is the one to learn, and say where that is."""
         samples = [take_student_answer(sample) for sample in samples]
@@ -142,6 +155,21 @@ class CachedTeacher:
     def rows(self) -> RowTokenizer:
         """Makes the teacher's own rows of a sample, for a student with another tokenizer."""
         return load_rows(self.reader.folder, self.header)
+
+    @property
+    def labelled_share(self) -> float:
+        """The share of the clips whose text the cache was made with; the others have the teacher's answers."""
+        return self.header.identity["answers"]["labelled_share"]
+
+    @property
+    def keeps_frames(self) -> bool:
+        """Whether the encoders' frames are cached, so that no audio need be decoded."""
+        return self.header.identity["features"]["frames"] != "none"
+
+    @property
+    def windows(self) -> str | None:
+        """The windows whose frames are cached; a student may read fewer. None: no frames are."""
+        return self.header.identity["features"]["windows"]
 
     @cached_property
     def head_weight_VD(self) -> Tensor:

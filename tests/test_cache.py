@@ -115,8 +115,8 @@ def test_a_cache_of_every_codec_gives_the_losses_of_the_teacher_itself(toys, tmp
 @pytest.mark.parametrize(
     ("codec", "refusal"),
     [
-        ("topk", r"temperature is 3\.0, but these targets were stored for \[1\.0, 2\.0\]"),
-        ("adaptive", r"temperature is 3\.0, but these targets were stored for \[1\.0, 2\.0\]"),
+        ("topk", r"loss\.temperature is 3, but .*/cache keeps \[1\.0, 2\.0\]; use one of those"),
+        ("adaptive", r"loss\.temperature is 3, but .*/cache keeps \[1\.0, 2\.0\]; use one of those"),
         ("sampled", r"temperature 3, but draws of the teacher .* give the forward KL at temperature 1 alone"),
     ],
 )
@@ -193,6 +193,14 @@ def test_cached_frames_give_the_losses_of_ears_that_run(toys, tmp_path, windows)
     expected = train(toys, tmp_path / "a", plain, model)
     model.whisper.forward = model.whisper.encode = None  # nobody may hear, and nothing is decoded
     assert train(toys, tmp_path / "b", config, model) == pytest.approx(expected, abs=5e-3)
+
+
+def test_frames_of_some_windows_are_refused_for_a_student_that_reads_all(toys, tmp_path):
+    make_cache(toys, tmp_path / "cache", "cache.frames=int8")
+    student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), windows="all",
+                            quantization="none")  # fmt: skip
+    with pytest.raises(ValueError, match=r"windows of the student is 'all', but .*/cache keeps the frames of 'audio'"):
+        Distiller(tmp_path / "cache", student, train=toys / "data" / "train", run_folder=tmp_path / "run")
 
 
 def test_a_clip_that_is_not_decoded_is_silence_of_its_length(toys):

@@ -18,7 +18,6 @@ from distill.config import Config, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import run
 from distill.runlock import make_run_folder
-from distill.runlog import RunLog
 from distill.stopping import BadSteps, BadStepsError, HangWatch, StopRequest, warn_of_slow_save
 from distill.zero import describe_build_locks, say_of_build
 from students.student import build_student
@@ -55,14 +54,14 @@ def losses(toys: Path, name: str) -> list[float]:
 
 
 def train(config: Config, lines) -> None:
-    """A training process that also says when a step's line is in metrics.jsonl."""
-    write = RunLog.step
+    """A training process, of any rank, that also says when a step is logged."""
+    log = Distiller._after
 
-    def step(self, record: dict) -> None:
-        write(self, record)
-        lines.send(record["step"])
+    def after(self, step: int, record: dict) -> None:
+        log(self, step, record)
+        lines.send(step)
 
-    RunLog.step = step
+    Distiller._after = after
     sys.exit(run(config))
 
 

@@ -1,0 +1,162 @@
+"""What `Distiller` may be given, as what it works with: teachers, students and samples by object, path or content."""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import torch
+
+from distill.config import CacheConfig, Config, LossConfig, TeacherConfig
+from distill.objective import missing
+from distill.teacher import load_teacher
+from shards.header import HEADER
+from shards.items import pack_items
+from shards.manifest import LINES_SUFFIXES
+from shards.pack import pack
+from shards.packfolder import hash_file
+from shards.sample import SAMPLE_RATE
+from shards.stream import ShardStream
+from students.pretrained import Student
+from students.student import load_student, train_own_
+from teachers.salmonn import Salmonn
+from teachers.targets import HEAD_INPUT, CachedTeacher, OnlineTeacher
+
+MANIFEST_SUFFIXES = (".json", *LINES_SUFFIXES)
+
+
+def as_teacher(teacher, loss: LossConfig, precision: str):
+    """A teacher: None, one of the library's or of one's own, a loaded model, a cache's folder, a saved folder, a
+    checkpoint by its `TeacherConfig`.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is none of these, or a checkpoint without its frozen parts.
+    """
+    if isinstance(teacher, str | Path) and (Path(teacher) / HEADER).is_file():
+        return CachedTeacher(teacher)
+    if isinstance(teacher, str | Path):
+        teacher = TeacherConfig(path=str(teacher))
+    if isinstance(teacher, TeacherConfig):
+        teacher = load_teacher(Config(teacher=teacher, precision=precision))
+    if isinstance(teacher, Student):
+        teacher = teacher.model
+    if isinstance(teacher, Salmonn):
+        return ask(teacher, loss)
+    if teacher is None or all(hasattr(teacher, name) for name in ("label", "targets", "vocab")):
+        return teacher
+    raise ValueError(
+        f"teacher is a {type(teacher).__name__}, but must be a model, a path, a TeacherConfig, None, or have the "
+        f"methods of docs/extending.md (label, targets, vocab); give one of them."
+    )
+
+
+def ask(model: Salmonn, loss: LossConfig) -> OnlineTeacher:
+    """A model as a teacher that is asked for what the objective needs, as the command line's defaults do it."""
+    cache = CacheConfig()
+    is_hidden = loss.hidden or "hidden" in loss.schedules
+    layers = [layer for layer in loss.layer_pairs if layer != HEAD_INPUT] if is_hidden else []
+    return OnlineTeacher(
+        model,
+        k=cache.k,
+        temperatures=sorted({1.0, loss.temperature}),
+        answers=cache.answers,
+        max_new_tokens=cache.max_new_tokens,
+        num_beams=cache.num_beams,
+        hidden_layers=layers,
+    )
+
+
+def as_student(student, dtype: torch.dtype) -> Salmonn:
+    """A student's model: itself, that of a `Student`, or a saved folder's, which goes on to be trained.
+
+    Raises:
+        FileNotFoundError: the folder holds no student.
+        ValueError: it is none of these.
+    """
+    if isinstance(student, Student):
+        student = student.model
+        return student if any(p.requires_grad for p in student.parameters()) else train_own_(student)
+    if isinstance(student, str | Path):
+        return train_own_(load_student(student, dtype=dtype))
+    if isinstance(student, Salmonn):
+        return student
+    raise ValueError(
+        f"student is a {type(student).__name__}, but must be a model, as build_student makes it, or the folder of a "
+        f"saved one; give one of them."
+    )
+
+
+def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: Salmonn, max_seconds: float,
+              say: Callable[[str], None]) -> str | Path:  # fmt: skip
+    """Shards: as they are given, or packed into `folder` from a manifest or from samples.
+
+    Args:
+        samples: shards' folder, pattern or URL; a manifest; or what `shards.items` packs.
+        folder: of the run's own data.
+        name: of the split.
+        student: whose prompts say which tasks there are.
+        max_seconds: of a clip.
+        say: is told what was packed.
+    """
+    is_named = isinstance(samples, str | Path)
+    if is_named and Path(samples).suffix not in MANIFEST_SUFFIXES:
+        return samples
+    prompts = student.rows.prompts
+    checks = {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
+    if not is_named:
+        return pack_items(samples, folder, name, max_seconds=max_seconds, say=say, **checks)
+    path = Path(samples)
+    stem = re.sub(r"\W", "-", path.stem)
+    out = folder / f"{name}-{hash_file(path)[:16]}" if path.is_file() else folder / name
+    say(f"{name}: {pack(path, out, name=stem, **checks)}")
+    return out
+
+
+def check_clips(stream: ShardStream, *models: Salmonn) -> None:
+    """Refuse a clip of the run that one of the models cannot hear now, and not after hours.
+
+    Raises:
+        ValueError: naming the lengths.
+    """
+    least = max(model.min_samples for model in models) / SAMPLE_RATE
+    most = min(model.max_samples for model in models) / SAMPLE_RATE
+    seconds = stream.catalog.seconds[stream.plan.rows]
+    seconds = seconds[seconds > 0]  # 0: the sample's JSON cannot be read; the stream skips it and says so
+    if len(seconds) and (seconds.min() < least - 1e-4 or seconds.max() > most + 1e-4):
+        raise ValueError(
+            f"clips last {seconds.min():.2f} to {seconds.max():.2f} s, but the ears of this run take {least:g} to "
+            f"{most:g} s; pack clips of these lengths, or choose another student.whisper."
+        )
+
+
+def check_cached(
+    teacher: CachedTeacher, loss: LossConfig, active: Collection[str], student: Salmonn, stream: ShardStream
+) -> None:
+    """Refuse a run that asks of a cache what it does not hold, or reads its samples otherwise than it was made.
+
+    Raises:
+        ValueError: naming both values.
+    """
+    identity, folder = teacher.header.identity, teacher.cache_folder
+    temperatures = identity["codec"].get("temperatures")  # those that keep every logit have none
+    if "kl" in active and temperatures is not None and loss.temperature not in temperatures:
+        raise ValueError(
+            f"loss.temperature is {loss.temperature:g}, but {folder} keeps {list(temperatures)}; use one of those, or "
+            f"cache again."
+        )
+    if "feature" in active and identity["features"]["queries"] == "none":
+        raise missing("feature", "Q-Former queries", "cache.features=int8")
+    kept = {*identity["features"]["hidden_layers"], *([HEAD_INPUT] if identity["codec"]["name"] == "hidden" else [])}
+    for layer in loss.layer_pairs if "hidden" in active else ():
+        if layer not in kept:
+            raise missing("hidden", f"states of layer {layer}", f"cache.hidden_layers=[{layer}]")
+    if teacher.windows not in (None, "all", student.config.windows):  # frames of all windows are those of some too
+        raise ValueError(
+            f"windows of the student is {student.config.windows!r}, but {folder} keeps the frames of "
+            f"{teacher.windows!r}; build the student with windows={teacher.windows!r}, or cache again."
+        )
+    if stream.labelled_share != teacher.labelled_share:
+        raise ValueError(
+            f"labelled_share of the stream is {stream.labelled_share:g}, but {folder} was made with "
+            f"{teacher.labelled_share:g}, and a clip's answer was chosen by it; open the stream with that."
+        )
