@@ -95,7 +95,7 @@ class Student:
             if place and Path(place).exists():
                 raise ValueError(
                     f"{part} of this student is {place}, but a hub repository is used on other machines; build it of "
-                    f"parts that have a hub id, or push an export that holds them."
+                    f"parts that have a hub id, or give a folder of `distill export --whole` to `hf upload`."
                 )
         from huggingface_hub import HfApi
 
