@@ -6,7 +6,7 @@ or of another hash is made again. Knows no score.
 
 import json
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +28,16 @@ OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "fron
 
 def locate(config: Config) -> Path:
     """Where the answers of the config's teacher to its test split are, if they are kept; loads no LLM."""
-    plain = replace(config, cache=replace(config.cache, codec="topk"))  # the codec has no part in answers
+    of_teacher = (
+        "name",
+        "runs",
+        "precision",
+        "data",
+        "teacher",
+        "scratch",
+        "eval",
+    )  # nothing else has a part in its answers
+    plain = Config(**{name: getattr(config, name) for name in of_teacher})
     teacher = load_teacher(plain, llm_weights=False)
     identity = describe_teacher(teacher, plain).identity
     options = {name: value for name, value in asdict(config.eval).items() if name not in ("normalise", "prompts")}

@@ -59,7 +59,9 @@ def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str 
     make_shards(config)
     if config.scratch.steps:  # nothing is downloaded, and loading bars of milliseconds are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if config.scratch.steps and not config.teacher.path:
+    if config.scratch.steps and config.teacher.path:
+        tell(f"scratch trains no teacher here: teacher.path is {config.teacher.path}")
+    elif config.scratch.steps:
         launch_stage("distill.teach", path, overrides, launch)
     if not config.teacher.online:
         launch_stage("distill.cache", path, overrides, launch)

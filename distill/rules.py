@@ -189,8 +189,74 @@ def check_temperatures(cache) -> None:
 RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures}
 
 
+def uses(config, term: str) -> bool:
+    """Whether a term of the loss ever has a weight; those across tokenizers only where such are compared."""
+    loss = config.loss
+    return bool(getattr(loss, term) or term in loss.schedules) and (term != "chunk" or loss.cross_tokenizer == "chunk")
+
+
+# Fields that nothing reads unless something else is so: when they are read, and that in words
+READ_WHERE = (
+    (("corpus.train", "corpus.valid", "corpus.test", "corpus.valid_share", "corpus.channels"),
+     lambda c: c.corpus.kind == "manifest", "corpus.kind=manifest"),
+    (("corpus.num_train",), lambda c: c.corpus.kind == "synth", "corpus.kind=synth"),
+    (("corpus.valid_share",), lambda c: not (c.corpus.valid and c.corpus.valid_share), "an empty corpus.valid"),
+    (("cache.threshold",), lambda c: c.cache.codec == "adaptive", "cache.codec=adaptive"),
+    (("cache.draws", "cache.exponent"), lambda c: c.cache.codec == "sampled", "cache.codec=sampled"),
+    (("loss.pseudo_ce",), lambda c: uses(c, "ce"), "loss.ce above 0"),
+    (("loss.kl_kind",), lambda c: uses(c, "kl"), "loss.kl above 0"),
+    (("loss.temperature",), lambda c: uses(c, "kl") or c.loss.cross_tokenizer == "chunk", "loss.kl above 0"),
+    (("loss.feature_kind",), lambda c: uses(c, "feature"), "loss.feature above 0"),
+    (("loss.hidden_kind", "loss.hidden_layers"), lambda c: uses(c, "hidden"), "loss.hidden above 0"),
+    (("loss.chunk",), lambda c: c.loss.cross_tokenizer == "chunk", "loss.cross_tokenizer=chunk"),
+    (("loss.chunk_temperature",), lambda c: uses(c, "chunk"), "loss.cross_tokenizer=chunk and loss.chunk above 0"),
+    (("on_policy.clips", "on_policy.temperature", "on_policy.max_new_tokens"),
+     lambda c: c.on_policy.round, "on_policy.round above 0"),
+    (("eval.length_penalty",), lambda c: c.eval.num_beams > 1, "eval.num_beams above 1"),
+    *(((f"augment.{name}_range",), lambda c, name=name: getattr(c.augment, f"{name}_share"),
+       f"augment.{name}_share above 0") for name in ("speed", "room", "noise", "gain")),
+    (tuple(f"augment.mask_{name}" for name in ("bands", "band_share", "spans", "span_seconds", "span_share")),
+     lambda c: c.augment.mask_share, "augment.mask_share above 0"),
+    (("augment.teacher_hears",), lambda c: c.augment.is_active, "one of augment.*_share above 0"),
+)  # fmt: skip
+
+
+def check_unread(config) -> None:
+    """Refuse a field that differs from its default where nothing reads it: whoever set it expects it to count.
+
+    Raises:
+        ValueError: naming the field, and what would read it.
+    """
+    for keys, is_read, where in READ_WHERE:
+        for key in keys:
+            section, _, name = key.partition(".")
+            value, default = value_at(config, key), default_of(getattr(config, section), name)
+            if value != default and not is_read(config):
+                raise ValueError(
+                    f"{key} is {show(value)}, but nothing reads it without {where}; set that, or leave {key} at "
+                    f"{show(default)}."
+                )
+    if "chunk" in config.loss.schedules and config.loss.cross_tokenizer != "chunk":
+        raise ValueError(
+            "loss.schedules names chunk, but that term is there only with loss.cross_tokenizer=chunk; set that, or "
+            "leave it out."
+        )
+
+
+def default_of(section, name: str):
+    """The default of a field of a dataclass."""
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def show(value) -> str:
+    """A value as a message has it."""
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
 def check_config(config) -> None:
     """The one gate for sections that contradict each other."""
+    check_unread(config)
     check_name(config)
     check_terms(config.loss, config.train.steps)
     check_targets(config)

@@ -55,7 +55,7 @@ def distil(config: Config) -> int:
         teacher,
         student,
         train=open_training_stream(config, accelerator, teacher, student),
-        valid=find_valid(config, student),
+        valid=find_valid(config, student, accelerator),
         loss=config.loss,
         options=config.train,
         answers=config.eval,
@@ -184,10 +184,13 @@ def find_answers(config: Config, teacher: OnlineTeacher | CachedTeacher) -> Path
     return check_answers(config, teacher.header or describe_teacher(teacher.model, config))
 
 
-def find_valid(config: Config, student: Salmonn) -> str | Path | None:
+def find_valid(config: Config, student: Salmonn, accelerator) -> str | Path | None:
     """The validation split's folder, once the student can hear its clips; None where there is none."""
     folder = config.shards("valid")
     if not is_packed(folder):
+        if config.train.eval_every:
+            every = config.train.eval_every
+            say(accelerator, f"train.eval_every is {every}, but {folder} holds no shards: nothing is validated")
         return None
     check_clips(ShardStream(folder, batch_size=1, shuffle=False, epochs=1), student)
     return folder

@@ -107,7 +107,6 @@ def test_words_that_contradict_each_other_are_refused(words, message):
     [
         (*NO_TERM, "loss.cross_tokenizer=chunk"),
         (*NO_TERM, "loss.schedules.kl=linear 1"),
-        ("loss.temperature=3", "loss.kl=0"),
         ("loss.temperature=3", "cache.codec=hidden"),
         ("loss.temperature=3", "cache.temperatures=[1,3]"),
         ("loss.temperature=2", "cache.codec=sampled", "teacher.online=true"),
@@ -119,6 +118,63 @@ def test_words_that_contradict_each_other_are_refused(words, message):
 )
 def test_words_that_agree_are_taken(words):
     assert load_config(RECIPES[0], words)
+
+
+UNREAD = {
+    "corpus.train": "x.json",
+    "corpus.valid_share": 0.5,
+    "corpus.channels": "mean",
+    "cache.threshold": 0.1,
+    "cache.draws": 9,
+    "cache.exponent": 0.5,
+    "loss.chunk": 0.5,
+    "loss.chunk_temperature": 5,
+    "loss.hidden_kind": "mse",
+    "on_policy.clips": 0.5,
+    "on_policy.temperature": 1,
+    "on_policy.max_new_tokens": 9,
+    "eval.length_penalty": 2,
+    "augment.noise_range": [1, 2],
+    "augment.mask_bands": 1,
+    "augment.teacher_hears": "same",
+}
+WITHOUT = {"loss.kl": {"loss.temperature": 2, "loss.kl_kind": "reverse_kl"}, "loss.ce": {"loss.pseudo_ce": 0.5},
+           "loss.feature": {"loss.feature_kind": "cosine"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[f"{key}={value}"] for key, value in UNREAD.items()]
+    + [[f"{key}={value}", f"{term}=0"] for term, fields in WITHOUT.items() for key, value in fields.items()]
+    + [["corpus.kind=manifest"]],  # beside the recipe's own corpus.num_train
+    ids=lambda words: words[0],
+)
+def test_a_field_that_nothing_would_read_is_refused_with_what_would(tmp_path, words):
+    (tmp_path / "c.yaml").write_text("corpus: {kind: synth, num_train: 9}\n")
+    with pytest.raises(ValueError, match=r"is .*, but nothing reads it without .*; set that, or leave .* at "):
+        load_config(tmp_path / "c.yaml", words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cache.codec=adaptive", "cache.threshold=0.1"),
+        ("cache.codec=sampled", "cache.draws=9", "cache.exponent=0.5"),
+        ("loss.cross_tokenizer=chunk", "loss.chunk=0.5", "loss.chunk_temperature=5", "loss.kl=0", "loss.temperature=2"),
+        ("loss.kl=0", "loss.schedules.kl=linear 1", "loss.temperature=2"),
+        ("on_policy.round=1", "on_policy.clips=0.5", "on_policy.temperature=1"),
+        ("eval.num_beams=2", "eval.length_penalty=2"),
+        ("augment.noise_share=0.5", "augment.noise_range=[1,2]"),
+        ("corpus.kind=manifest", "corpus.num_train=2400", "corpus.valid=x", "corpus.valid_share=0"),
+    ],
+)
+def test_a_field_that_something_reads_is_taken(words):
+    assert load_config(RECIPES[0], words)
+
+
+def test_a_schedule_of_chunks_that_are_not_compared_is_refused():
+    with pytest.raises(ValueError, match=r"loss\.schedules names chunk, but that term is there only with loss\.cross"):
+        load_config(RECIPES[0], ["loss.schedules.chunk=linear 0"])
 
 
 def test_the_rules_know_the_divergences_and_which_of_them_take_a_parameter():
@@ -316,7 +372,8 @@ def test_python_is_refused_what_the_command_line_is_and_in_its_words(make, messa
 
 def test_python_and_yaml_make_the_same_section_of_the_same_values():
     loss = LossConfig(ce=1, schedules={"kl": "linear 0"}, hidden_layers={2: 1})
-    read = load_config(RECIPES[0], ["loss.schedules.kl=linear 0", "loss.hidden_layers={2: 1}", "loss.ce=1"]).loss
+    words = ["loss.schedules.kl=linear 0", "loss.hidden_layers={2: 1}", "loss.ce=1"]
+    read = load_config(RECIPES[0], [*words, "loss.hidden=1", "cache.hidden_layers=[2]"]).loss
     assert (repr(loss.ce), loss.schedules, loss.hidden_layers) == (repr(read.ce), read.schedules, read.hidden_layers)
     assert CacheConfig(temperatures=[1, 2]) == CacheConfig(temperatures=(1.0, 2.0))
     assert TrainConfig(steps=np.int64(3)).steps.__class__ is int

@@ -25,8 +25,14 @@ def test_every_test_that_the_table_of_faults_names_exists(named):
 
 def test_every_fault_has_its_row_and_a_test():
     rows = {int(row[0]): row[1] for row in re.findall(r"^\| (\d+) \|(.*)$", FAULTS, re.MULTILINE)}
-    assert set(range(1, 46)) <= set(rows)
+    assert set(range(1, 47)) <= set(rows)
     assert all("::test_" in row for row in rows.values())
+
+
+def test_no_two_faults_that_were_found_here_have_one_number():
+    numbers = [int(number) for number in re.findall(r"^\| (\d+) \|", FAULTS, re.MULTILINE)]
+    own = [number for number in numbers if number > 61]  # those up to it are the project's, in one or several rows
+    assert sorted(own) == sorted(set(own))
 
 
 def test_every_config_field_that_the_page_on_data_names_exists():

@@ -232,10 +232,10 @@ def test_a_clip_for_validation_that_its_ears_cannot_hear_is_refused_before_train
     student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), lora=LORA,
                             whisper=str(tmp_path / "short"))  # fmt: skip
     config = load_config(toys / "toy.yaml", [f"data.folder={tmp_path}"])
-    assert find_valid(config, student) is None
+    assert find_valid(config, student, None) is None
     (tmp_path / "valid").symlink_to(toys / "data" / "train")
     with pytest.raises(ValueError, match=r"but the ears of this run take 0\.02 to 0\.7"):
-        find_valid(config, student)
+        find_valid(config, student, None)
 
 
 def test_a_recipe_in_small_passes_doctor_and_its_losses_fall(toys, tmp_path, capsys):

@@ -17,7 +17,7 @@ import shards.synth
 from distill.cli import main
 from distill.config import Config, load_config
 from distill.pipeline import make_shards, run_pipeline
-from distill.run import run
+from distill.run import find_valid, run
 from distill.scorecard import evaluate_run
 from shards.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
@@ -92,6 +92,12 @@ def test_a_pipeline_packs_the_channels_of_its_config_and_a_run_or_score_of_split
     (tmp_path / "run" / "student" / "config.json").touch()
     with pytest.raises(ValueError, match=r"channels of .*train mean, .*valid left"):
         evaluate_run(configure(tmp_path, *words))
+
+
+def test_validations_that_have_no_split_are_said_to_be_none(tmp_path, capsys):
+    for every, said in ((5, True), (0, False)):
+        assert find_valid(configure(tmp_path, f"train.eval_every={every}"), None, None) is None
+        assert ("train.eval_every is 5, but" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("command", ["pack", "audit"])
