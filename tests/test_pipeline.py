@@ -140,8 +140,11 @@ def stop(number, frame):
 
 for each in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(each, stop)
+woken, waker = os.pipe()
+os.set_blocking(waker, False)
+signal.set_wakeup_fd(waker)  # a signal that comes just before the read ends it too; a pause it would not
 open(sys.argv[1] + "/ready", "w").close()
-signal.pause()
+os.read(woken, 1)
 """
 LAUNCHER = """
 import os, subprocess, sys
