@@ -167,16 +167,18 @@ def run_block(language: str, text: str, names: dict) -> None:
         assert language == "text", f"a block is of {language!r}; say bash, python, yaml, json, or text for output"
 
 
-def run_page(page: str) -> None:
-    """Every block of a page, in order; Python's see what earlier ones defined."""
+def run_page(page: str) -> int:
+    """Every block of a page, in order; Python's see what earlier ones defined. Returns how many worked."""
     names: dict = {}
-    for language, text in blocks_of(page):
+    blocks = blocks_of(page)
+    for language, text in blocks:
         run_block(language, text, names)
+    return len(blocks)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_every_block_of_a_page_works_in_order(place, page):
-    run_page(page)
+    assert run_page(page) == len(blocks_of(page))
 
 
 def test_a_newcomer_goes_by_the_readme_from_recordings_to_a_transcript_on_another_machine(

@@ -46,14 +46,6 @@ def check_header(folder):
     assert read_header(folder) == CACHE
 
 
-def check_pack(folder, name):
-    tiny.make_shards(folder / "x", num_samples=1)  # the manifest of a pack
-    (folder / "x" / "train" / "index.json").unlink()
-    (folder / name).rename(folder / "x" / "train" / name)
-    with pytest.raises(ValueError, match=name):
-        pack(folder / "x" / "train.json", folder / "x" / "train", name="train", workers=1)
-
-
 READERS = {
     "manifest.json": lambda folder: check_checkpoint(folder, "manifest.json"),
     "state.json": lambda folder: check_checkpoint(folder, "state.json"),
@@ -95,9 +87,11 @@ def test_a_file_of_another_shape_is_not_done_or_refused_by_its_name(tmp_path, ca
 @pytest.mark.parametrize("text", [*SHAPES[:10], NULLS[0]])
 def test_a_pack_does_not_go_on_from_a_record_of_another_shape(tmp_path, text):
     for name in ("index.json", "index.partial.json"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text(text)
-        check_pack(tmp_path / name, name)
+        out = tiny.make_shards(tmp_path / name, num_samples=1)
+        (out / "index.json").unlink()
+        (out / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            pack(tmp_path / name / "train.json", out, name="train", workers=1)
 
 
 def test_what_is_wrong_with_an_object_is_said():

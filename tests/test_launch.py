@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distill.cli import LAST_WORDS, StoppedError, guard
@@ -136,6 +137,15 @@ def name_process(_) -> int:
     return os.getpid()
 
 
+def has_ended(process: int) -> bool:
+    """Whether a process is gone, or waits for nothing but to be reaped."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return not psutil.pid_exists(process)
+
+
 def test_workers_of_a_killed_command_end_with_it():
     read_end, write_end = os.pipe()
     command = os.fork()
@@ -148,10 +158,6 @@ def test_workers_of_a_killed_command_end_with_it():
     os.close(write_end)
     os.waitpid(command, 0)
     worker = int(os.read(read_end, 100))
-    while True:  # until it is gone, or the test's own time is over
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            break
-        if Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
-            break
+    while not has_ended(worker):  # or until the test's own time is over
+        pass
+    assert has_ended(worker)
