@@ -25,7 +25,7 @@ format: .venv/installed
 # the reference of fields and commands, then the site, into site/
 docs: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/python -m distill.reference docs/reference.md
+	$(BIN)/python -m distill.commandline.reference docs/reference.md
 	$(BIN)/mkdocs build --strict
 
 .venv/installed: constraints.txt setup.cfg

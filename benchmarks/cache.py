@@ -25,8 +25,8 @@ from record import write_result
 from distill.cache import FIGURES, cache
 from distill.config import Config, load_config
 from distill.run import run
-from shards.cache import read_done
-from shards.source import expand_shards
+from shards.targets.store import read_done
+from shards.tars.source import expand_shards
 
 CONFIG = "configs/fsdd.yaml"
 WARM_UP = 5  # steps that no time is taken of

@@ -26,9 +26,9 @@ from codecs_teacher import make_hidden, make_teacher, measure_error
 from record import write_result
 from torch import Tensor
 
-from distill.fidelity import kl_gradient, make_student
-from shards.codecs import Adaptive, Codec, Dense, Hidden, Sampled, TopK, decode
-from shards.distributions import Distribution
+from distill.caching.fidelity import kl_gradient, make_student
+from shards.targets.codecs import Adaptive, Codec, Dense, Hidden, Sampled, TopK, decode
+from shards.targets.distributions import Distribution
 
 VOCABS = {"Llama 3": 128_256, "Qwen 2.5": 151_936}
 NUM_POSITIONS, TILE, NUM_DENSE = 512, 32, 64

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distill.fidelity import kl_gradient
-from shards.distributions import Distribution
+from distill.caching.fidelity import kl_gradient
+from shards.targets.distributions import Distribution
 
 WIDTH = 3072  # of the hidden state, Llama 3.2 3B's
 

@@ -18,10 +18,10 @@ from record import write_result
 from transformers import AutoTokenizer
 
 from distill.config import Config, load_config
-from distill.evaluate import count_parameters
+from distill.evaluation.answering import count_parameters
 from distill.pipeline import launch_stage
 from distill.teach import build_whisper, pretrain_ears_
-from teachers.whisper import WhisperEar
+from teachers.ears.whisper import WhisperEar
 
 WIDTH, LAYERS = 64, 2
 VARIANTS = {  # title, whether the ears are its own, words

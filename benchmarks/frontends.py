@@ -20,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperFeatureExtractor
 
 from shards.sample import SAMPLE_RATE
-from teachers.beats import BEATS_FBANK, BeatsConfig, BeatsEar, GatedAttention
-from teachers.eat import EatConfig, EatEar
-from teachers.frontend import WhisperLogMel
-from teachers.one_frontend import OneFrontEnd, measure_approximation
-from teachers.whisper import WhisperEar
+from teachers.ears.beats import BEATS_FBANK, BeatsConfig, BeatsEar, GatedAttention
+from teachers.ears.eat import EatConfig, EatEar
+from teachers.ears.frontend import WhisperLogMel
+from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
+from teachers.ears.whisper import WhisperEar
 
 NUM_MELS = 128
 LARGE_V3 = {

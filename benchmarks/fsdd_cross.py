@@ -16,11 +16,11 @@ from record import write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill.config import Config, load_config
+from distill.demo.tokenizer import train_byte_tokenizer
 from distill.pipeline import launch_stage, make_shards
 from distill.teach import corpus_texts, pretrain_on_text_
-from distill.tokenizer import train_byte_tokenizer
-from teachers.prompts import load_prompts
 from teachers.salmonn import SalmonnConfig
+from teachers.words.prompts import load_prompts
 
 # a connector that has heard before, as a released SALMONN's has, and steps enough for a LLM that has not
 SETTINGS = ["loss.cross_tokenizer=chunk", "student.connector=teacher", "train.steps=1000"]

@@ -14,11 +14,11 @@ from fsdd_students import CONFIG, LOADING, SEEDS, load_trained, score_wer
 from record import write_result
 
 from distill.answers import Answerer
-from distill.capture import Capturer
+from distill.caching.capture import Capturer
 from distill.config import Config, load_config
 from distill.pipeline import launch_stage
 from distill.teacher import load_teacher, teach_online
-from shards.stream import ShardStream
+from shards.streaming.stream import ShardStream
 from teachers.salmonn import Salmonn
 
 SETTINGS = ["loss.feature=0", "train.steps=200", "train.learning_rate=1e-3", "on_policy.max_new_tokens=12",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from threading import Lock
 
 from distill.config import Config
-from distill.evaluate import evaluate
+from distill.evaluation.answering import evaluate
 from students.student import load_student
 from teachers.salmonn import Salmonn
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.fused import fused_ce_kl
-from distill.losses import ce, dense_divergence, forward_kl
-from shards.distributions import Distribution
+from distill.objective.fused import fused_ce_kl
+from distill.objective.losses import ce, dense_divergence, forward_kl
+from shards.targets.distributions import Distribution
 
 # Where each peer is installed, found before anything of it is imported; None where it is not.
 PEERS = {package: find_spec(package) for package in ("trl", "liger_kernel")}

@@ -11,10 +11,10 @@ from statistics import median
 
 from record import write_result
 
-from shards.audit import audit
-from shards.manifest import read_manifest, write_manifest
-from shards.pack import pack
-from shards.verify import verify
+from shards.manifests.manifest import read_manifest, write_manifest
+from shards.packing.audit import audit
+from shards.packing.pack import pack
+from shards.packing.verify import verify
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

@@ -24,24 +24,24 @@ from record import write_result
 from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
 
 from distill.cache import cache
-from distill.capture import Capturer
+from distill.caching.capture import Capturer
 from distill.config import Config, load_config
-from distill.costs import model_config
-from distill.evaluate import Cost, measure_cost
+from distill.demo.tokenizer import train_tokenizer
+from distill.evaluation.answering import Cost, measure_cost
 from distill.run import run
+from distill.sizes.costs import model_config
 from distill.teacher import load_teacher, resolve_ears, teach_online
-from distill.tokenizer import train_tokenizer
-from shards.pack import pack
+from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
-from shards.stream import ShardStream
+from shards.streaming.stream import ShardStream
 from students.student import load_student
-from teachers.beats import FIXED_CFG, BeatsConfig, BeatsEar
-from teachers.checkpoint import save_checkpoint
-from teachers.loading import build_salmonn
+from teachers.ears.beats import FIXED_CFG, BeatsConfig, BeatsEar
+from teachers.files.checkpoint import save_checkpoint
+from teachers.files.loading import build_salmonn
+from teachers.files.weights import put_
 from teachers.lora import SALMONN_LORA
-from teachers.prompts import load_prompts
 from teachers.salmonn import SalmonnConfig
-from teachers.weights import put_
+from teachers.words.prompts import load_prompts
 
 RECIPE = "configs/salmonn_3b_to_1b.yaml"
 LLMS = {"llm": "meta-llama/Llama-3.2-3B-Instruct", "student": "meta-llama/Llama-3.2-1B-Instruct"}

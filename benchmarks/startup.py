@@ -47,7 +47,7 @@ def make_data(folder: Path) -> None:
 
 def commands() -> dict[str, list[str]]:
     """By name; the helps of every command are added."""
-    from distill.commands import COMMANDS
+    from distill.commandline.commands import COMMANDS
 
     helps = {f"{name} --help": [*DISTILL, *name.split(), "--help"] for name in COMMANDS}
     return {

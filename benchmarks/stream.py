@@ -35,15 +35,15 @@ from record import write_result
 from scipy.signal import lfilter
 from transformers import WhisperFeatureExtractor
 
-from shards.audio import encode_flac, hash_waveform, to_int16
-from shards.index import build_index, pack_sidecar, sidecar_path
+from shards.audio.decode import encode_flac, hash_waveform, to_int16
 from shards.sample import SAMPLE_RATE, Sample
-from shards.stream import ShardStream
-from shards.tarwriter import TarWriter
-from teachers.batch import pad_waveforms
-from teachers.beats import BEATS_FBANK
-from teachers.frontend import WhisperLogMel
-from teachers.one_frontend import OneFrontEnd
+from shards.streaming.stream import ShardStream
+from shards.tars.index import build_index, pack_sidecar, sidecar_path
+from shards.tars.tarwriter import TarWriter
+from teachers.ears.beats import BEATS_FBANK
+from teachers.ears.frontend import WhisperLogMel
+from teachers.ears.one_frontend import OneFrontEnd
+from teachers.words.batch import pad_waveforms
 
 NUM_MELS = 128  # Whisper large-v3
 BATCH_SIZE = 8

@@ -1,16 +1,22 @@
 """The objective, the Distiller, the stages, metrics, config, command line and report."""
 
-from shards.faces import offer
+import sys
+from pathlib import Path
+
+# `accelerate launch distill/run.py` puts this folder first on the path, where its rooms would shadow packages
+sys.path[:] = [place for place in sys.path if place != str(Path(__file__).parent)]
+
+from shards.faces import offer  # noqa: E402
 
 _FACES = {
-    "Callback": "distill.callbacks",
+    "Callback": "distill.training.callbacks",
     "CacheConfig": "distill.config",
     "Config": "distill.config",
     "Distiller": "distill.distiller",
     "EvalConfig": "distill.config",
     "FitResult": "distill.distiller",
     "LossConfig": "distill.config",
-    "OwnTerm": "distill.terms",
+    "OwnTerm": "distill.objective.terms",
     "StudentConfig": "distill.config",
     "TeacherConfig": "distill.config",
     "TrainConfig": "distill.config",

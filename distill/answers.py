@@ -21,24 +21,24 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from distill.cache import FIGURES, describe_teacher, write_missing
-from distill.capture import Capturer, seeded_generator
+from distill.caching.capture import Capturer, seeded_generator
 from distill.cli import run_stage
 from distill.config import Config
-from distill.crossteacher import CrossTeacher, meet
-from distill.ranks import build_accelerator, resolve_precision
-from distill.runlock import RunLock
+from distill.objective.crossteacher import CrossTeacher, meet
 from distill.teacher import load_to_keep
-from shards.cache import TargetReader, TargetWriter, is_of_other_audio, read_done
-from shards.catalog import hash_shards
-from shards.header import HEADER, CacheHeader, read_header
+from distill.training.ranks import build_accelerator, resolve_precision
+from distill.training.runlock import RunLock
 from shards.sample import Sample
-from shards.source import expand_shards
-from shards.targets import TargetRecord
+from shards.streaming.catalog import hash_shards
+from shards.targets.header import HEADER, CacheHeader, read_header
+from shards.targets.record import TargetRecord
+from shards.targets.store import TargetReader, TargetWriter, is_of_other_audio, read_done
+from shards.tars.source import expand_shards
 from students.start import identify_student
 from students.student import load_student
-from teachers.ending import TextEnd, find_end
-from teachers.loading import CONFIG
+from teachers.files.loading import CONFIG
 from teachers.salmonn import Salmonn
+from teachers.words.ending import TextEnd, find_end
 
 ROUND = "on_policy"  # the field that only the header of a round has
 

@@ -14,24 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.capture import Capturer, build_codec, captured_mass, feature_dtypes
+from distill.caching.capture import Capturer, build_codec, captured_mass, feature_dtypes
 from distill.cli import run_stage
 from distill.config import Config
-from distill.progress import Progress
-from distill.ranks import build_accelerator, resolve_precision, say
 from distill.teacher import describe_wording, load_to_keep, resolve_ears
-from shards.augment import sample_seed
-from shards.cache import TargetShard, TargetWriter, read_done
-from shards.catalog import hash_shards
-from shards.codecs import Hidden, describe_codec
-from shards.header import CacheHeader
+from distill.training.progress import Progress
+from distill.training.ranks import build_accelerator, resolve_precision, say
+from shards.audio.augment import sample_seed
 from shards.lock import read_holder
 from shards.sample import Sample
-from shards.source import expand_shards
-from shards.stream import ShardStream
-from shards.targets import TargetRecord
-from teachers.cacheparts import hash_head, hash_prompts, head_tensor, save_parts
-from teachers.loading import hash_frozen_parts, hash_tensors, own_tensors
+from shards.streaming.catalog import hash_shards
+from shards.streaming.stream import ShardStream
+from shards.targets.codecs import Hidden, describe_codec
+from shards.targets.header import CacheHeader
+from shards.targets.record import TargetRecord
+from shards.targets.store import TargetShard, TargetWriter, read_done
+from shards.tars.source import expand_shards
+from teachers.files.cacheparts import hash_head, hash_prompts, head_tensor, save_parts
+from teachers.files.loading import hash_frozen_parts, hash_tensors, own_tensors
 from teachers.logits import logit_transform
 from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary

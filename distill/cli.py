@@ -19,11 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from distill.commands import COMMANDS, add_config_arguments, find_unknown, read_config_arguments
-from distill.hints import COMMANDS as OTHER_COMMANDS
-from distill.hints import did_you_mean, nearest
+from distill.commandline.commands import COMMANDS, add_config_arguments, find_unknown, read_config_arguments
+from distill.commandline.hints import COMMANDS as OTHER_COMMANDS
+from distill.commandline.hints import did_you_mean, nearest
 from distill.launch import bind_to_launcher
-from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
+from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.parent import is_in_main_thread
 from shards.telling import hush, is_quiet
 
@@ -145,7 +145,7 @@ def known_tasks(stage, args: argparse.Namespace) -> dict:
     """For stages that check a manifest's tasks, `tasks`, those of `args.prompts`, and `questions`, see there."""
     if "tasks" not in inspect.signature(stage).parameters:
         return {}
-    from teachers.prompts import load_prompts
+    from teachers.words.prompts import load_prompts
 
     prompts = load_prompts(args.prompts, "{}")
     return {"tasks": prompts.by_task.keys(), "questions": prompts.asking}

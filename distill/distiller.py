@@ -18,28 +18,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill import checkpoint as ckpt
-from distill.callbacks import Callbacks
 from distill.config import Config, EvalConfig, LossConfig, TrainConfig
-from distill.crossteacher import CrossTeacher, meet
-from distill.identity import WEIGHTS, find_start, identify_fit
+from distill.config.rules import check_terms
+from distill.evaluation.metrics import NO_METRICS, OwnMetric
+from distill.evaluation.validation import Best, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips
-from distill.metrics import NO_METRICS, OwnMetric
-from distill.microbatch import Collator, MicroBatch, check_frames, split
-from distill.objective import Objective, check_codec
-from distill.optimizer import group_by_decay, learning_rate
-from distill.progress import Progress
-from distill.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
-from distill.resuming import check_changes, identify_training
-from distill.rules import check_terms
-from distill.runlock import RunLock
-from distill.runlog import RunLog, read_table
-from distill.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
-from distill.terms import OwnTerm, check_own
-from distill.trackers import Trackers, check_trackers
-from distill.validation import Best, check_split, validate
-from distill.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
-from distill.zero import (
+from distill.objective.crossteacher import CrossTeacher, meet
+from distill.objective.module import Objective, check_codec
+from distill.objective.terms import OwnTerm, check_own
+from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
+from distill.training import checkpoint as ckpt
+from distill.training.callbacks import Callbacks
+from distill.training.identity import WEIGHTS, find_start, identify_fit
+from distill.training.microbatch import Collator, MicroBatch, check_frames, split
+from distill.training.optimizer import group_by_decay, learning_rate
+from distill.training.progress import Progress
+from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.training.resuming import check_changes, identify_training
+from distill.training.runlock import RunLock
+from distill.training.runlog import RunLog, read_table
+from distill.training.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
+from distill.training.trackers import Trackers, check_trackers
+from distill.training.zero import (
     configure_deepspeed,
     describe_build_locks,
     gathered,
@@ -48,12 +48,12 @@ from distill.zero import (
     join_,
     say_of_build,
 )
-from shards.catalog import hash_shards
 from shards.sample import SAMPLE_RATE, Sample
-from shards.source import expand_shards
-from shards.stream import ShardStream
+from shards.streaming.catalog import hash_shards
+from shards.streaming.stream import ShardStream
+from shards.tars.source import expand_shards
 from students.pretrained import Student
-from teachers.loading import hash_tensors, own_tensors
+from teachers.files.loading import hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
 from teachers.targets import CachedTeacher
 
@@ -86,7 +86,7 @@ class Distiller:
             alone.
         student: a model, of which whatever requires gradients is trained, or the folder of a saved one.
         train: shards (folder, pattern, URL), a manifest, a `ShardStream` of global batches, a Hugging Face data set, or
-            any iterable with an end of samples (see `shards.items`); what is not shards yet is packed into
+            any iterable with an end of samples (see `shards.packing.items`); what is not shards yet is packed into
             `run_folder/data`, once.
         valid: as train; the student answers it every `options.eval_every` steps and at the end, and keeps the weights
             of the step whose answers were best.
@@ -98,7 +98,7 @@ class Distiller:
         precision: "auto", "float32" or "bf16".
         accelerator: the processes; by default those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.
-        callbacks: are told of steps, validations and checkpoints, see `distill.callbacks`.
+        callbacks: are told of steps, validations and checkpoints, see `distill.training.callbacks`.
         terms: loss terms of one's own, by name.
         metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
 

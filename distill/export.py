@@ -18,13 +18,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from distill.card import SCORECARD, Scorecard, cost_rows, count_clips, explain_scores, read_scorecard, score_rows
+from distill.evaluation.scorecard import (
+    SCORECARD,
+    Scorecard,
+    cost_rows,
+    count_clips,
+    explain_scores,
+    read_scorecard,
+    score_rows,
+)
 from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
-from teachers.checkpoint import save_checkpoint
-from teachers.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
+from teachers.files.checkpoint import save_checkpoint
+from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
+from teachers.files.saving import staged, write_atomically
 from teachers.salmonn import Salmonn, SalmonnConfig
-from teachers.saving import staged, write_atomically
 
 LLM, CARD, SALMONN = "llm", "README.md", "salmonn.pth"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")  # of a model's folder, beside its weights

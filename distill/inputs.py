@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 
 from distill.config import CacheConfig, Config, LossConfig, TeacherConfig
-from distill.objective import missing
+from distill.objective.module import missing
 from distill.teacher import load_teacher
-from shards.header import HEADER
-from shards.items import pack_items
-from shards.manifest import LINES_SUFFIXES
-from shards.pack import pack
-from shards.packfolder import hash_file
+from shards.manifests.manifest import LINES_SUFFIXES
+from shards.packing.folder import hash_file
+from shards.packing.items import pack_items
+from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
-from shards.stream import ShardStream
+from shards.streaming.stream import ShardStream
+from shards.targets.header import HEADER
 from students.pretrained import Student
 from students.student import load_student, train_own_
 from teachers.salmonn import Salmonn
@@ -91,7 +91,7 @@ def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: 
     """Shards: as they are given, or packed into `folder` from a manifest or from samples.
 
     Args:
-        samples: shards' folder, pattern or URL; a manifest; or what `shards.items` packs.
+        samples: shards' folder, pattern or URL; a manifest; or what `shards.packing.items` packs.
         folder: of the run's own data.
         name: of the split.
         student: whose prompts say which tasks there are.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.stopping import GRACE_SECONDS, PREEMPTED, STOP_SIGNALS, is_ignored
+from distill.training.stopping import GRACE_SECONDS, PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.parent import end_with_parent
 
 PARENT = "DISTILL_PARENT"  # in the environment: the process that must live as long as this one

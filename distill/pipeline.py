@@ -16,18 +16,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from distill.config import SPLITS, Config, load_config
+from distill.config.rules import value_at
 from distill.launch import name_parent
-from distill.rules import value_at
-from distill.runlock import RunLock
-from distill.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
-from shards.encode import EncodeOptions
+from distill.training.runlock import RunLock
+from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.jsonfile import ShapeError, read_object
-from shards.manifest import missing_file_error, open_atomically
-from shards.pack import pack
-from shards.packfolder import hash_file
-from shards.source import is_remote
+from shards.manifests.manifest import missing_file_error, open_atomically
+from shards.packing.encode import EncodeOptions
+from shards.packing.folder import hash_file
+from shards.packing.pack import pack
+from shards.tars.source import is_remote
 from shards.telling import tell
-from teachers.prompts import load_prompts
+from teachers.words.prompts import load_prompts
 
 # that are never a hub id
 FILES = ("teacher.path", "teacher.prompts", "eval.prompts", "teacher.second", "student.start")
@@ -67,7 +67,7 @@ def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str 
         launch_stage("distill.cache", path, overrides, launch)
     launch_stage("distill.run", path, overrides, launch)
 
-    from distill.scorecard import evaluate_run
+    from distill.evaluation.evaluate import evaluate_run
 
     evaluate_run(config)
     tell(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
@@ -127,7 +127,7 @@ def cut_manifest(config: Config) -> None:
         FileNotFoundError: there is no training manifest.
         ValueError: they are of another one; what is packed, cached and trained is of it too.
     """
-    from shards.split import split
+    from shards.manifests.split import split
 
     train, valid = config.manifest("train"), config.manifest("valid")
     source, record = Path(config.corpus.train), train.parent / CUT
@@ -163,7 +163,7 @@ def make_corpus(config: Config) -> None:
     Raises:
         ValueError: it is of another size; what is packed, cached and trained is of it too.
     """
-    from shards.synth import SIZES, write_corpus
+    from shards.demo.synth import SIZES, write_corpus
 
     folder = config.manifest("test").parent
     record, num_train = folder / CORPUS, config.corpus.num_train

@@ -8,26 +8,26 @@ from pathlib import Path
 import torch
 import yaml
 
+from distill.caching.filter import load_weights
 from distill.cli import run_stage
 from distill.config import SPLITS, Config, to_yaml
 from distill.distiller import Distiller
-from distill.filter import load_weights
-from distill.identity import identify_settings
 from distill.inputs import check_clips
-from distill.ranks import build_accelerator, resolve_precision, say
-from distill.resuming import say_changes
-from distill.runlock import RunLock
-from distill.stopping import PREEMPTED
 from distill.teacher import load_teacher, precision_name, teach_online
-from shards.catalog import check_channels, hash_shards, is_packed
+from distill.training.identity import identify_settings
+from distill.training.ranks import build_accelerator, resolve_precision, say
+from distill.training.resuming import say_changes
+from distill.training.runlock import RunLock
+from distill.training.stopping import PREEMPTED
 from shards.sample import SAMPLE_RATE
-from shards.source import expand_shards
-from shards.stream import ShardStream
+from shards.streaming.catalog import check_channels, hash_shards, is_packed
+from shards.streaming.stream import ShardStream
+from shards.tars.source import expand_shards
 from students.start import start_from_
 from students.student import build_student, save_student
+from teachers.files.saving import write_atomically
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
-from teachers.saving import write_atomically
 from teachers.targets import CachedTeacher, OnlineTeacher
 
 
@@ -131,7 +131,7 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
 
 
 def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict:
-    """What a config says of a run's models, over what `distill.identity` finds itself: by contents, not by places."""
+    """What a config says of a run's models, over what `training.identity` finds itself: by contents, not by places."""
     from distill.cache import describe_teacher
 
     return {

@@ -19,22 +19,22 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperCo
 
 from distill.cli import run_stage
 from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
+from distill.demo.tokenizer import train_tokenizer
 from distill.distiller import Distiller, FitResult
-from distill.optimizer import group_by_decay, learning_rate
-from distill.progress import Progress
-from distill.ranks import average_over_ranks_, build_accelerator, say
-from distill.runlock import RunLock
-from distill.stopping import PREEMPTED
-from distill.tokenizer import train_tokenizer
+from distill.training.optimizer import group_by_decay, learning_rate
+from distill.training.progress import Progress
+from distill.training.ranks import average_over_ranks_, build_accelerator, say
+from distill.training.runlock import RunLock
+from distill.training.stopping import PREEMPTED
 from shards.jsonfile import ShapeError, read_object
-from shards.manifest import open_atomically, read_manifest
-from shards.stream import ShardStream
+from shards.manifests.manifest import open_atomically, read_manifest
+from shards.streaming.stream import ShardStream
 from shards.telling import tell
-from teachers.batch import pad_waveforms
-from teachers.loading import build_salmonn, save_salmonn
-from teachers.prompts import Prompts, load_prompts
+from teachers.ears.whisper import WhisperEar
+from teachers.files.loading import build_salmonn, save_salmonn
 from teachers.salmonn import Salmonn, SalmonnConfig
-from teachers.whisper import WhisperEar
+from teachers.words.batch import pad_waveforms
+from teachers.words.prompts import Prompts, load_prompts
 
 PARTS, DONE = "parts.json", "teach.json"  # written when the parts, and when the teacher, are whole
 HEARD_IN_ORDER = ("asr", "audiocaption_v2", "audiocaption")  # tasks whose answers follow their audio in time

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from distill.config import Config, TeacherConfig
-from distill.ranks import resolve_precision
+from distill.training.ranks import resolve_precision
 from shards.sample import SAMPLE_RATE
 from shards.telling import tell
-from teachers.checkpoint import load_checkpoint
-from teachers.hearing import WEIGHTS
-from teachers.loading import load_salmonn, read_config
+from teachers.ears.hearing import WEIGHTS
+from teachers.files.checkpoint import load_checkpoint
+from teachers.files.loading import load_salmonn, read_config
 from teachers.qwen2_audio import describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
 from teachers.targets import HEAD_INPUT, OnlineTeacher
@@ -36,7 +36,7 @@ def precision_name(config: Config) -> str:
 
 
 def resolve_ears(config: Config, *, is_kept: bool) -> str:
-    """How the teacher's ears hear, one of `teachers.hearing.WEIGHTS`; the one place that says so.
+    """How the teacher's ears hear, one of `teachers.ears.hearing.WEIGHTS`; the one place that says so.
 
     Args:
         config: of the run.
@@ -101,7 +101,7 @@ def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") ->
         config: of the run.
         llm_weights: False leaves the LLM on the meta device: of a teacher whose targets are cached, ears, connector and
             names are all that a run needs. A Qwen2-Audio comes whole.
-        ears: how they hear, see `teachers.hearing`; empty: as for a teacher whose targets are not kept.
+        ears: how they hear, see `teachers.ears.hearing`; empty: as for a teacher whose targets are not kept.
 
     Raises:
         FileNotFoundError: there is nothing at its path.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.telling import tell
-from teachers.loading import load_ear
+from teachers.files.loading import load_ear
 from teachers.salmonn import Salmonn, SalmonnConfig
 
 EARS = ("whisper", "second")

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shards.audio import hash_waveform, load_audio, pad_to_window, to_waveform
-from shards.container import AudioLimits
-from shards.quiet import cut_at_quiet
+from shards.audio.container import AudioLimits
+from shards.audio.decode import hash_waveform, load_audio, pad_to_window, to_waveform
+from shards.audio.quiet import cut_at_quiet
 from shards.sample import SAMPLE_RATE, Sample
 from students.student import load_student
-from teachers.loading import CONFIG, read_config, save_salmonn
+from teachers.files.loading import CONFIG, read_config, save_salmonn
 from teachers.salmonn import Salmonn
 
 ASR, CAPTION, QUESTION = "asr", "audiocaption", "QA"  # tasks, whose first prompt is asked

@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from teachers.loading import (
+from teachers.files.loading import (
     WEIGHTS,
     hash_frozen_parts,
     hash_tensors,
@@ -14,9 +14,9 @@ from teachers.loading import (
     read_config,
     read_names,
 )
+from teachers.files.weights import open_safetensors
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
-from teachers.weights import open_safetensors
 
 # names of places, and what no weight tells
 MAY_DIFFER = ("llm", "whisper", "second", "prompts", "eval_prompts", "qformer_dropout")

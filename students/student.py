@@ -22,11 +22,11 @@ from students.ears import (
     share_or_load_ears,
 )
 from students.quantize import check_whole, quantize_4bit_
-from teachers.batch import RowTokenizer
-from teachers.loading import build_salmonn, load_salmonn, read_config, save_salmonn
+from teachers.files.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary
+from teachers.words.batch import RowTokenizer
 
 LORA = Lora()  # of a student where nothing else is said
 

@@ -10,7 +10,7 @@ _FACES = {
     "Targets": "teachers.targets",
     "Vocabulary": "teachers.targets",
     "load_qwen2_audio": "teachers.qwen2_audio",
-    "load_salmonn": "teachers.loading",
+    "load_salmonn": "teachers.files.loading",
 }  # name: the module it comes from, imported when it is asked for
 
 __all__ = sorted(_FACES)

@@ -69,5 +69,5 @@ def check_unpacked(weight: Tensor, name: str = "weight") -> None:
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
             f"{name} is packed for answers on AVX512-BF16, but 4 bits are read and trained in bitsandbytes' plain "
-            f"layout only; load the LLM again and let it answer inside a model that teachers.loading built."
+            f"layout only; load the LLM again and let it answer inside a model that teachers.files.loading built."
         )

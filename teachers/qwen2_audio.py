@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
-from teachers.batch import Batch, RowTokenizer, check_pad_id
+from teachers.ears.frontend import HOP_SAMPLES
+from teachers.ears.hearing import WEIGHTS, hear_in_, products_of
+from teachers.ears.whisper import ear_of_tower
+from teachers.files.loading import CONFIG
+from teachers.files.weights import read_json
 from teachers.fourbit import keep_unpacked_
-from teachers.frontend import HOP_SAMPLES
-from teachers.hearing import WEIGHTS, hear_in_, products_of
-from teachers.loading import CONFIG
-from teachers.prompts import AUDIO_IN_FRONT, AUDIO_PLACE, Prompts
 from teachers.salmonn import Heard, Salmonn, SalmonnConfig
-from teachers.weights import read_json
-from teachers.whisper import ear_of_tower
+from teachers.words.batch import Batch, RowTokenizer, check_pad_id
+from teachers.words.prompts import AUDIO_IN_FRONT, AUDIO_PLACE, Prompts
 
 MODEL_TYPE = "qwen2_audio"
 PLACE = f"Audio 1: <|audio_bos|>{AUDIO_PLACE}<|audio_eos|>\n"  # and in Qwen2-Audio's own chat
@@ -141,7 +141,7 @@ def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtyp
         folder: of Qwen2-Audio, instructed or not.
         prompts: JSON file of prompts by task, with `<SpeechHere>` where audio goes; empty: the library's.
         dtype: of the weights.
-        ears: how its tower hears, see `teachers.hearing`; empty: as `dtype` says.
+        ears: how its tower hears, see `teachers.ears.hearing`; empty: as `dtype` says.
 
     Raises:
         ValueError: tensors are missing, unknown or of other shapes, or a token of its chat is not in its vocabulary.

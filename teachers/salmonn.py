@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shards.augment import mask_mel_
+from shards.audio.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from shards.telling import tell
-from teachers.batch import Batch, RowTokenizer, check_pad_id, collate
-from teachers.ending import Ends, TextEnd, cut_after_end, read_answer
+from teachers.ears.frontend import HOP_SAMPLES
+from teachers.ears.hearing import products_of
+from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
 from teachers.fourbit import keep_unpacked_
-from teachers.frontend import HOP_SAMPLES
-from teachers.generation import generate_neutrally, own_end_ids
-from teachers.hearing import products_of
 from teachers.logits import head_logits
-from teachers.one_frontend import OneFrontEnd, measure_approximation
-from teachers.prompts import Prompts, load_prompts
 from teachers.qformer import WindowQFormer
+from teachers.words.batch import Batch, RowTokenizer, check_pad_id, collate
+from teachers.words.ending import Ends, TextEnd, cut_after_end, read_answer
+from teachers.words.generation import generate_neutrally, own_end_ids
+from teachers.words.prompts import Prompts, load_prompts
 
 LEAST_SAMPLES = SAMPLE_RATE  # a shorter clip is heard with silence up to 1 s behind it, as every SALMONN was trained
 FRAME_SAMPLES = 320  # audio samples behind one encoder frame: Whisper, BEATs and EAT all give 50 a second
@@ -144,9 +144,9 @@ class Salmonn(nn.Module):
                         **settings) -> "Salmonn":  # fmt: skip
         """A released SALMONN (`salmonn_v1.pth`, Nota's `llama_stage2_ckpt.pth`) as a frozen teacher.
 
-        What became of the file's keys is printed; see `teachers.checkpoint.load_checkpoint` for `settings` and errors.
+        What became of the file's keys is printed; see `files.checkpoint.load_checkpoint` for `settings` and errors.
         """
-        from teachers.checkpoint import load_checkpoint  # it builds a Salmonn
+        from teachers.files.checkpoint import load_checkpoint  # it builds a Salmonn
 
         second_kind = "beats" if beats else "eat" if eat else ""
         model, report = load_checkpoint(

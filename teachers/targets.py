@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from shards.cache import TargetReader
-from shards.codecs import HiddenStates, decode
-from shards.distributions import Distribution
-from shards.header import CacheHeader
 from shards.sample import Sample
-from shards.targets import TargetRecord, identify_sample
-from teachers.batch import Batch, Row, RowTokenizer
-from teachers.cacheparts import hash_prompts, load_head, load_rows
-from teachers.loading import hash_frozen_parts, hash_tensors, own_tensors
+from shards.targets.codecs import HiddenStates, decode
+from shards.targets.distributions import Distribution
+from shards.targets.header import CacheHeader
+from shards.targets.record import TargetRecord, identify_sample
+from shards.targets.store import TargetReader
+from teachers.files.cacheparts import hash_prompts, load_head, load_rows
+from teachers.files.loading import hash_frozen_parts, hash_tensors, own_tensors
 from teachers.logits import head_logits
 from teachers.salmonn import Salmonn
+from teachers.words.batch import Batch, Row, RowTokenizer
 
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
 FRAMES = "frames_"  # beginning of the names of the encoders' frames

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.audio import encode_flac, hash_waveform
+from shards.audio.decode import encode_flac, hash_waveform
 from shards.sample import SAMPLE_RATE
-from shards.tarwriter import TarWriter
+from shards.tars.tarwriter import TarWriter
 
 TASKS = ("asr", "audiocaption", "QA")
 SIZES = [5, 1, 9, 3, 7]  # of the shards of a folder: 25 samples
@@ -62,7 +62,7 @@ def write_shards(folder: Path, sizes) -> list[str]:
 
 def write_catalog(folder: Path) -> None:
     """The index.json that pack leaves, for a folder that is in order."""
-    from shards.index import build_index
+    from shards.tars.index import build_index
 
     shards = []
     for path in sorted(folder.glob("*.tar")):

@@ -19,13 +19,13 @@ import tiny
 import yaml
 
 from distill.cli import main, run_stage
+from distill.commandline.places import find_launch
 from distill.config import load_config
-from distill.places import find_launch
-from shards.manifest import read_manifest
-from teachers.checkpoint import save_checkpoint
+from shards.manifests.manifest import read_manifest
+from teachers.files.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = {"extending.md"}  # tests/test_extending.py runs its blocks
+ELSEWHERE = {"extending.md"}  # tests/training/test_extending.py runs its blocks
 PAGES = ["CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if p.name not in ELSEWHERE)]
 SMALL = {
     "data": {"workers": 0},

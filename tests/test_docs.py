@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill.commands import COMMANDS
+from distill.commandline.commands import COMMANDS
+from distill.commandline.reference import make_reference
 from distill.config import Config, list_fields
-from distill.reference import make_reference
-from distill.rules import value_at
+from distill.config.rules import value_at
 
 ROOT = Path(__file__).parents[1]
 FAULTS = (ROOT / "docs" / "faults.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
 
 
-@pytest.mark.parametrize("named", sorted(set(re.findall(r"tests/test_\w+\.py::test_\w+", FAULTS))))
+@pytest.mark.parametrize("named", sorted(set(re.findall(r"tests/(?:\w+/)?test_\w+\.py::test_\w+", FAULTS))))
 def test_every_test_that_the_table_of_faults_names_exists(named):
     path, name = named.split("::")
     assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
@@ -46,7 +46,7 @@ def test_every_config_field_that_the_page_on_data_names_exists():
 def test_every_message_in_the_table_of_symptoms_is_one_that_the_library_says():
     table = FAULTS.split("## Symptom and remedy")[1].split("\n\n")[1]
     folders = ("shards", "teachers", "students", "distill")
-    said = "".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).glob("*.py")))
+    said = "".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
     said = re.sub(r'"\s*\n\s*f?"', "", said)  # a text over several lines of code
     messages = [text for text in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)]
     parts = [part.strip() for message in messages for part in message.split("…")]

@@ -5,21 +5,21 @@ import json
 import pytest
 import tiny
 
-from distill.card import SCORECARD, read_scorecard
-from distill.checkpoint import damage
+from distill.caching.filter import load_weights
 from distill.cli import guard
-from distill.filter import load_weights
+from distill.evaluation.report import read_metrics
+from distill.evaluation.scorecard import SCORECARD, read_scorecard
 from distill.pipeline import read_record
-from distill.report import read_metrics
 from distill.teach import has_parts, is_done
-from shards.cache import TargetWriter, done_path, read_done
-from shards.catalog import read_listing
-from shards.header import HEADER, IDENTITY_FIELDS, CacheHeader, read_header, write_header
+from distill.training.checkpoint import damage
 from shards.jsonfile import ShapeError, parse_object
-from shards.pack import pack
-from teachers.loading import CONFIG
-from teachers.prompts import load_prompts
-from teachers.weights import read_json
+from shards.packing.pack import pack
+from shards.streaming.catalog import read_listing
+from shards.targets.header import HEADER, IDENTITY_FIELDS, CacheHeader, read_header, write_header
+from shards.targets.store import TargetWriter, done_path, read_done
+from teachers.files.loading import CONFIG
+from teachers.files.weights import read_json
+from teachers.words.prompts import load_prompts
 
 CACHE = CacheHeader(dict.fromkeys(IDENTITY_FIELDS, "x"))
 SHAPES = ["", "{", "{}", "[]", "null", "3", '"text"', "[null]", "NaN", "\ufeff{}", "[" * 100_000, '{"a": {"b": null}}']

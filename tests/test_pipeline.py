@@ -13,13 +13,13 @@ import pytest
 import soundfile
 import tiny
 
-import shards.synth
+import shards.demo.synth
 from distill.cli import main
 from distill.config import Config, load_config
+from distill.evaluation.evaluate import evaluate_run
 from distill.pipeline import make_shards, run_pipeline
 from distill.run import find_valid, run
-from distill.scorecard import evaluate_run
-from shards.manifest import read_manifest
+from shards.manifests.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
 
 
@@ -62,7 +62,7 @@ def test_a_cut_that_was_interrupted_is_made_again(tmp_path):
 
 
 def test_an_embedded_corpus_of_another_size_is_not_used_again_and_one_of_another_seed_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shards.synth, "SIZES", {"train": 4, "valid": 2, "test": 2})
+    monkeypatch.setattr(shards.demo.synth, "SIZES", {"train": 4, "valid": 2, "test": 2})
     (tmp_path / "own.yaml").write_text(f"{{data: {{folder: {tmp_path}/data}}, corpus: {{kind: synth}}}}")
     make_shards(load_config(tmp_path / "own.yaml", ["corpus.num_train=4"]))
     manifest = tmp_path / "data" / "corpus" / "train.json"
@@ -207,7 +207,7 @@ TELLING = re.compile(
 
 
 def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(shards.synth, "SIZES", {"train": 24, "valid": 8, "test": 8})
+    monkeypatch.setattr(shards.demo.synth, "SIZES", {"train": 24, "valid": 8, "test": 8})
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the pipeline sets it for its process
     words = [f"runs={tmp_path}/runs", f"data.folder={tmp_path}/data", "corpus.num_train=24", "data.workers=0"]
     words += ["scratch.steps=2", "scratch.ear_steps=2", "scratch.text_steps=2", "train.steps=2", "train.batch_size=8"]

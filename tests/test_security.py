@@ -10,7 +10,7 @@ import tiny
 from distill.cache import cache
 from distill.config import load_config
 from distill.run import run
-from teachers.loading import load_salmonn
+from teachers.files.loading import load_salmonn
 
 TOKEN = "hf_" + "aZ09" * 9
 

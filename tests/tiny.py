@@ -12,15 +12,15 @@ import torch
 from accelerate.state import AcceleratorState
 
 from distill.config import ScratchConfig
+from distill.demo.tokenizer import train_tokenizer
 from distill.teach import build_llm, build_whisper
-from distill.tokenizer import train_tokenizer
-from shards.manifest import open_atomically
-from shards.pack import pack
+from shards.manifests.manifest import open_atomically
+from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE, Sample
-from teachers.loading import build_salmonn, save_salmonn
+from teachers.files.loading import build_salmonn, save_salmonn
 from teachers.lora import Lora
-from teachers.prompts import load_prompts
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.prompts import load_prompts
 
 TASKS = (
     "asr",

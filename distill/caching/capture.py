@@ -1,0 +1,229 @@
+"""What the teacher says about a few samples, as their target records. Knows no shard and no file.
+
+Whose answer is learned, `cache.answers`: "label" has one record a clip. So has "both": a labelled clip's record holds
+the targets of the teacher's own answer beside those of the label (`TargetRecord.other`), and training takes turns, the
+label in even epochs. A second sample under another key would have changed the number of samples, their order and the
+length of an epoch; so keys, audio, queries and the resumption stay as they are, and the record says which is which.
+
+Shapes: S supervised positions, V vocabulary, W windows, Q queries a window, E width, R encoder frames.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.config import CacheConfig, Config
+from distill.evaluation.metrics import error_rate
+from distill.objective.alignment import answer_ends, token_bytes
+from distill.training.ranks import resolve_precision
+from shards.sample import Sample
+from shards.targets.codecs import CODECS, Codec, Hidden, HiddenStates, Sampled, decode
+from shards.targets.record import TargetRecord
+from teachers.logits import head_logits
+from teachers.salmonn import Heard, Salmonn
+from teachers.targets import (
+    FRAMES,
+    HEAD_INPUT,
+    QUERIES,
+    OnlineTeacher,
+    hidden_name,
+    identify_row,
+    learns_own_answer,
+    record_blocks,
+)
+from teachers.words.batch import Batch
+
+NO_BYTES = -1  # end of a token in an answer that the tokens do not spell
+
+
+class Capturer:
+    """Runs the teacher over samples; a batch's records depend on the batch alone, draws included.
+
+    Args:
+        teacher: with the answers' settings.
+        config: of the run.
+    """
+
+    def __init__(self, teacher: OnlineTeacher, config: Config):
+        self.teacher, self.model, self.config = teacher, teacher.model, config
+        self.codec = build_codec(config.cache)
+        self.dtype = resolve_precision(config.precision)
+        self.layers = [layer for layer in config.cache.hidden_layers if layer != HEAD_INPUT]
+        self.pieces = read_pieces(self.model)
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, TargetRecord]:
+        """Each sample's record, by key."""
+        cache = self.config.cache
+        asked = [s for s in samples if learns_own_answer(s, cache.answers) or cache.answers == "both"]
+        asked = list(samples) if cache.transcripts else asked
+        with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            own = dict(zip([sample.key for sample in asked], self.teacher.answer(asked)))
+            primary = [replace(s, text=own[s.key]) if learns_own_answer(s, cache.answers) else s for s in samples]
+            batch = self.model.collate(primary).to(self.model.device)
+            frames = self.model.frames(batch.waveforms_BN, batch.num_samples_B)
+            sources = ["teacher" if learns_own_answer(s, cache.answers) else "label" for s in samples]
+            records = self._capture(batch, frames, sources)
+            others = self._capture_others(samples, frames, own) if cache.answers == "both" else {}
+        for sample in samples:
+            notes = self._note_transcript(sample, own[sample.key]) if cache.transcripts else {}
+            records[sample.key] = replace(records[sample.key], notes=notes, other=others.get(sample.key))
+        return records
+
+    def _capture_others(self, samples: Sequence[Sample], frames: list[Tensor], own: dict[str, str]):
+        """Records of the teacher's own answers to labelled clips, without what is the same for both answers."""
+        places = [b for b, sample in enumerate(samples) if sample.text is not None]
+        if not places:
+            return {}
+        answered = [replace(samples[b], text=own[samples[b].key]) for b in places]
+        batch = self.model.collate(answered).to(self.model.device)
+        return self._capture_answers(batch, [x_BRE[places] for x_BRE in frames], "teacher")
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> dict[str, TargetRecord]:
+        """Records of the student's answers, which are the samples' own, without what is the same for every answer."""
+        with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            batch = self.model.collate(samples).to(self.model.device)
+            return self._capture_answers(batch, self.model.frames(batch.waveforms_BN, batch.num_samples_B), "student")
+
+    def _capture_answers(self, batch: Batch, frames: list[Tensor], source: str) -> dict[str, TargetRecord]:
+        """Records of answers that stand beside a clip's first record, which has queries and frames."""
+        records, shared = self._capture(batch, frames, [source] * len(batch.rows)), (QUERIES, FRAMES)
+        return {
+            key: replace(record, features={n: x for n, x in record.features.items() if not n.startswith(shared)})
+            for key, record in records.items()
+        }
+
+    def _capture(self, batch: Batch, frames: list[Tensor], sources: list[str]) -> dict[str, TargetRecord]:
+        """One pass of the LLM; each sample's record by key."""
+        heard = self.model.hear(batch, frames)
+        with record_blocks(self.model, self.layers) as outputs:
+            hidden_SD = self.model.answer_states(batch, heard)
+        logits_SV = head_logits(self.model.llm, hidden_SD)
+        states = {n: x_BTD.flatten(0, 1)[batch.predicting_S] for n, x_BTD in outputs.items()}
+        if HEAD_INPUT in self.config.cache.hidden_layers:
+            states[HEAD_INPUT] = hidden_SD
+        states = {hidden_name(n): x_SD.float().cpu().numpy() for n, x_SD in states.items()}
+        label_logprobs_S, entropy_S = judge(logits_SV, batch.labels_S)
+        identities = [identify_row(sample, row) for sample, row in zip(batch.samples, batch.rows)]
+        ends = np.cumsum([0] + [len(row.answer) for row in batch.rows])
+        parts = [slice(start, end) for start, end in pairwise(ends)]
+        payloads = self._encode(logits_SV, hidden_SD, parts, identities)
+        records = {}
+        for b, (sample, row, part) in enumerate(zip(batch.samples, batch.rows, parts)):
+            features = {name: x_SD[part] for name, x_SD in states.items()} | self._hear(b, sample, heard, frames)
+            records[sample.key] = TargetRecord(
+                payload=payloads[b],
+                answer_ids_S=np.asarray(row.answer, np.int32),
+                label_logprobs_S=label_logprobs_S[part],
+                entropy_S=entropy_S[part],
+                byte_ends_S=self._byte_ends(row.answer, sample.text),
+                answer=sample.text,
+                answer_source=sources[b],
+                identity=identities[b],
+                features=features,
+            )
+        return records
+
+    def _encode(self, logits_SV: Tensor, hidden_SD: Tensor, parts: list[slice], identities: list[str]) -> list[bytes]:
+        """Each sample's payload; draws are seeded by what the sample is."""
+        if isinstance(self.codec, Sampled):
+            return [
+                self.codec.encode(fetch(self.codec.capture(logits_SV[part], seeded_generator(identity))))
+                for part, identity in zip(parts, identities)
+            ]
+        if isinstance(self.codec, Hidden):
+            captured = fetch(self.codec.capture(hidden_SD, logits_SV.shape[1]))
+        else:
+            captured = fetch(self.codec.capture(logits_SV))
+        return [self.codec.encode({n: x[part] if x.ndim else x for n, x in captured.items()}) for part in parts]
+
+    def _hear(self, b: int, sample: Sample, heard: Heard, frames: list[Tensor]) -> dict[str, np.ndarray]:
+        """What was heard of one clip, as far as it is kept."""
+        kept = {}
+        if self.config.cache.features != "none" and self.model.has_queries:
+            kept[QUERIES] = heard.queries_BWQE[b, : heard.num_windows_B[b]].float().cpu().numpy()
+        if self.config.cache.frames != "none":
+            size = num_frames_read(self.model, len(sample.waveform_N), self.config.student.windows)
+            for number, x_BRE in enumerate(frames):
+                kept[f"{FRAMES}{number}_RE"] = x_BRE[b, :size].float().cpu().numpy()
+        return kept
+
+    def _byte_ends(self, answer: list[int], text: str) -> np.ndarray:
+        """Where each token ends in the answer's bytes, its end tokens with the last; NO_BYTES where that is unknown."""
+        try:
+            if self.pieces is None:
+                raise ValueError("the tokenizer's pieces are no bytes")
+            ends = answer_ends(answer, self.pieces, text, self.model.rows.end)
+        except ValueError:
+            return np.full(len(answer), NO_BYTES, np.int32)
+        num_bytes = len(text.encode())
+        return np.asarray([num_bytes if end is None else min(end, num_bytes) for end in ends], np.int32)
+
+    def _note_transcript(self, sample: Sample, own: str) -> dict[str, str]:
+        """The teacher's own answer beside a label, and its error rate where the task has one."""
+        if sample.text is None:
+            return {}
+        rate = error_rate(sample.task, sample.text, own, normalise=self.config.eval.normalise)
+        return {"transcript": own} | ({} if rate is None else {"wer": f"{rate:.6f}"})
+
+
+def judge(logits_SV: Tensor, labels_S: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probability of each label and the entropy of each position, nats, float32."""
+    logprobs_SV = torch.log_softmax(logits_SV.float(), -1)
+    entropy_S = -(logprobs_SV.exp() * logprobs_SV).nan_to_num(0.0).sum(-1)
+    return logprobs_SV.gather(1, labels_S[:, None])[:, 0].cpu().numpy(), entropy_S.cpu().numpy()
+
+
+def build_codec(cache: CacheConfig) -> Codec:
+    """The codec that the config names, with those of its settings that it has."""
+    kind = CODECS[cache.codec]
+    settings = {name: getattr(cache, name) for name in ("k", "threshold", "draws", "exponent")}
+    settings |= {"temperatures": tuple(cache.temperatures), "max_k": cache.k, "min_k": min(cache.k, 9)}
+    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
+
+
+def feature_dtypes(cache: CacheConfig, record: TargetRecord) -> dict[str, str]:
+    """How each of a record's features is stored, by name."""
+    states = "int8" if cache.features == "none" else cache.features
+    names = record.features.keys() | (record.other.features.keys() if record.other else set())
+    return {name: cache.frames if name.startswith(FRAMES) else states for name in names}
+
+
+def captured_mass(payload: bytes) -> float:
+    """Probability that a payload keeps, summed over its positions; hidden states keep all of it."""
+    decoded = decode(payload)
+    if isinstance(decoded, HiddenStates):
+        return float(len(decoded.hidden_SD))
+    return float(decoded.logprobs_SK.exp().sum())
+
+
+def num_frames_read(model: Salmonn, num_samples: int, windows: str) -> int:
+    """Encoder frames of a clip that a student's windows, "audio" or "all", read: up to the end of the last one."""
+    qformer, total = model.qformer, model.num_frames(num_samples)
+    if windows == "all" or not qformer.window_frames:
+        return total
+    return (model.num_windows_with_audio(num_samples) - 1) * qformer.stride_frames + qformer.window_frames
+
+
+def seeded_generator(identity: str) -> torch.Generator:
+    """A generator for what `identify_sample` named, the same wherever it is drawn."""
+    return torch.Generator().manual_seed(int(hashlib.sha256(identity.encode()).hexdigest()[:15], 16))
+
+
+def read_pieces(model: Salmonn) -> list[bytes] | None:
+    """The bytes of every id of the teacher; None for a tokenizer whose pieces are no bytes."""
+    try:
+        return token_bytes(model.tokenizer)
+    except ValueError:
+        return None
+
+
+def fetch(captured: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """What a codec captured, on the host."""
+    return {name: values.cpu().numpy() for name, values in captured.items()}

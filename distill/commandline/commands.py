@@ -1,0 +1,307 @@
+"""Every command: its stage, what its help says, what it takes, and what of that is read before the stage is imported.
+
+Imports no stage, so that help, completion and a wrong word, key or path cost no torch. What a stage of `shards` takes
+it says itself, as it imports nothing heavy; of the others it is said here.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.commandline.hints import did_you_mean, nearest, nearest_fields
+from distill.commandline.places import find_config, find_launch, find_run, find_student, list_recipes, list_recordings
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line.
+
+    Args:
+        module: of the stage; its `main(args)` returns the exit code, its docstring is the description.
+        help: a line for the list of commands.
+        takes: adds the arguments; None: the module's own `add_arguments` does, and importing it is cheap.
+        reads: checks and loads what the arguments name, in place, before the stage is imported.
+        has_json: whether it takes `--json` too, and prints the result for a script.
+    """
+
+    module: str
+    help: str
+    takes: Callable[[argparse.ArgumentParser], None] | None = None
+    reads: Callable[[argparse.Namespace], None] = lambda args: None
+    has_json: bool = False
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """A config and `key=value` words, as every stage of the pipeline takes them."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, a run's folder, or the name of a recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="fields to change, such as train.steps=200"
+    )
+
+
+def read_config_arguments(args: argparse.Namespace) -> None:
+    """`args.config` becomes the `Config`, and `args.path` the file that it was read from; words come in any order.
+
+    Raises:
+        FileNotFoundError: there is no such file, run or recipe.
+        ValueError: no word names one, or the config is wrong.
+    """
+    from distill.config import load_config
+
+    words = [args.config, *args.overrides]
+    named = [word for word in words if "=" not in word or Path(word).exists()]
+    if not named:
+        raise ValueError(
+            f"CONFIG is {args.config}, but that sets a field and the config to set it in is not named; write "
+            f"CONFIG {' '.join(words)}, with a YAML file, a run's folder or a recipe's name."
+        )
+    words.remove(named[0])
+    args.path, args.overrides = str(find_config(named[0])), words
+    args.config = load_config(args.path, args.overrides)
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--launch",
+        help="launch file of the training stages, or its name in configs/accelerate; default: one process",
+    )
+
+
+def read_pipeline_arguments(args: argparse.Namespace) -> None:
+    read_config_arguments(args)
+    args.launch = args.launch and str(find_launch(args.launch))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill stats model` takes; its numbers have their defaults in `distill.sizes.costs.Usage`."""
+    parser.add_argument("words", nargs="+", metavar="CONFIG|key=value", help="YAML files or recipes, and fields")
+    suppressed = argparse.SUPPRESS
+    parser.add_argument("--seconds", type=float, default=suppressed, help="of audio, in the sample that is counted")
+    parser.add_argument("--prompt-tokens", type=int, default=suppressed, help="of it")
+    parser.add_argument("--answer-tokens", type=int, default=suppressed, help="of it")
+
+
+def read_model_arguments(args: argparse.Namespace) -> None:
+    """`args.configs` is each config by its path.
+
+    Raises:
+        ValueError: no word is a config.
+    """
+    from distill.config import load_config
+
+    overrides = [word for word in args.words if "=" in word]
+    paths = [str(find_config(word)) for word in args.words if "=" not in word]
+    if not paths:
+        raise ValueError("configs are none, but a table is of some; name YAML files or recipes.")
+    args.configs = {path: load_config(path, overrides) for path in paths}
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--max-gb", type=float, help="the most that the cache may take, 10^9 bytes; default: any")
+    parser.add_argument("--clips", type=int, default=300, help="that the teacher hears (%(default)s)")
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--share", type=float, default=0.01, help="of the batches that are computed again (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of their choice (%(default)s)")
+
+
+def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--max-wer", type=float, help="of the teacher's own transcript against the label, a fraction")
+    parser.add_argument("--max-ce", type=float, help="the teacher's mean cross-entropy on the label, nats a token")
+    parser.add_argument(
+        "--weight", type=float, default=0.0, help="of a clip over a limit; 0 leaves it out (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="the file to write; default: one in the cache's folder")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, runs/NAME, or its config")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--merge", action="store_true", help="write the LLM with LoRA inside instead of LoRA alone")
+    parser.add_argument("--whole", action="store_true", help="copy ears and LLM inside, for use on any machine")
+    parser.add_argument("--salmonn", action="store_true", help="write SALMONN's own checkpoint format beside")
+
+
+def read_export_arguments(args: argparse.Namespace) -> None:
+    args.run = find_run(args.run)
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/NAME, or its config")
+
+
+def add_transcribe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("student", metavar="STUDENT", help="saved student, such as runs/NAME/student, run or export")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, or folders of them")
+    parser.add_argument("--format", choices=("txt", "srt", "vtt", "tsv", "json"), default="txt", help="(%(default)s)")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="an object a line")
+    parser.add_argument("--out", type=Path, help="folder for a file a recording; else they are printed")
+    parser.add_argument("--task", default="asr", help="whose prompt is asked (%(default)s)")
+    parser.add_argument("--question", help="ask this instead, as task QA")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="of the answer about a piece (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pieces that are answered at once (%(default)s)")
+
+
+def read_transcribe_arguments(args: argparse.Namespace) -> None:
+    """`args.files` is every recording, those of folders among them.
+
+    Raises:
+        FileNotFoundError: there is no student, or not one recording.
+        ValueError: subtitles of several recordings would be printed as one, or one would be written over another.
+    """
+    args.student, args.files = find_student(args.student), list_recordings(args.files)
+    if not any(path.is_file() for path in args.files):
+        names = ", ".join(map(str, args.files)) or "none"
+        raise FileNotFoundError(f"recordings are {names}, but there is no such file; give wav, flac, ogg or mp3 files.")
+    if len(args.files) > 1 and args.format in ("srt", "vtt") and args.out is None:
+        raise ValueError(f"--format is {args.format}, but {len(args.files)} recordings need a file each; give --out.")
+    stems = [path.stem for path in args.files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if args.out is not None and twice:
+        raise ValueError(f"{twice[0]} is the name of several recordings, but --out has one file a name; split them.")
+
+
+def add_new_arguments(parser: argparse.ArgumentParser) -> None:
+    recipes = ", ".join(list_recipes())
+    parser.add_argument("words", nargs="+", metavar="[RECIPE] FILE", help=f"the file to write, after one of {recipes}")
+
+
+def read_new(args: argparse.Namespace) -> None:
+    """`args.file` and `args.recipe`, None without one.
+
+    Raises:
+        ValueError: there are more than two words.
+    """
+    if len(args.words) > 2:
+        raise ValueError(f"words are {' '.join(args.words)}, but `distill new` takes [RECIPE] FILE; leave some out.")
+    *recipe, file = args.words
+    args.recipe, args.file = (recipe or [None])[0], Path(file).expanduser()
+
+
+def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script is printed")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="after --: print what the last one may become instead")
+
+
+def of_a_config(module: str, help: str, has_json: bool = False) -> Command:
+    """A stage that takes a config and nothing else."""
+    return Command(module, help, add_config_arguments, read_config_arguments, has_json)
+
+
+COMMANDS = {
+    "new": Command(
+        "distill.commandline.starter",
+        "write a config to start from, every field explained",
+        add_new_arguments,
+        read_new,
+    ),
+    "pipeline": Command(
+        "distill.pipeline",
+        "every stage below for one config, from raw audio to scorecard",
+        add_pipeline_arguments,
+        read_pipeline_arguments,
+    ),
+    "manifest": Command(
+        "shards.manifests.datasets", "LibriSpeech, GigaSpeech, Clotho, AudioCaps, WavCaps, MusicNet to a manifest"
+    ),
+    "audit": Command("shards.packing.audit", "find bad audio and text before training; nothing is replaced"),
+    "pack": Command("shards.packing.pack", "manifest and audio files to WebDataset shards"),
+    "split": Command("shards.manifests.split", "cut a manifest into train and valid without leakage"),
+    "subset": Command(
+        "shards.manifests.subset", "a mini set: a share of each task, chosen tasks, so many rows or hours"
+    ),
+    "stats": Command(
+        "shards.packing.stats", "counts, hours and lengths of a data set; `stats model CONFIG`: what each part costs"
+    ),
+    "stats model": Command(
+        "distill.sizes.table", "what each part of a config's models costs", add_model_arguments, read_model_arguments
+    ),
+    "teach": of_a_config("distill.teach", "the demo's small teacher, from nothing"),
+    "plan": Command(
+        "distill.caching.plan",
+        "what a target cache would take and keep, by codec, before it is made",
+        add_plan_arguments,
+        read_config_arguments,
+        has_json=True,
+    ),
+    "cache": of_a_config(
+        "distill.cache", "the teacher's targets beside the shards (also: accelerate launch -m distill.cache)"
+    ),
+    "cache-verify": Command(
+        "distill.caching.verify",
+        "re-read a target cache, and let the teacher say a share of it again",
+        add_verify_arguments,
+        read_config_arguments,
+    ),
+    "doctor": of_a_config(
+        "distill.doctor.doctor", "prove objective, data and cache right before GPU hours are spent", True
+    ),
+    "filter": Command(
+        "distill.caching.filter",
+        "leave out or down-weight clips whose labels the teacher does not believe",
+        add_filter_arguments,
+        read_config_arguments,
+    ),
+    "run": of_a_config("distill.run", "train a student (also: accelerate launch -m distill.run)"),
+    "answers": of_a_config("distill.answers", "on-policy: the student answers, the teacher scores (docs/rounds.md)"),
+    "evaluate": of_a_config(
+        "distill.evaluation.evaluate", "teacher and student on the test split: the scorecard", True
+    ),
+    "export": Command(
+        "distill.export",
+        "a finished student as a folder to hand on, LoRA kept or merged",
+        add_export_arguments,
+        read_export_arguments,
+    ),
+    "report": Command(
+        "distill.evaluation.report",
+        "a run's curves and scorecard as one HTML file",
+        add_report_arguments,
+        read_export_arguments,
+    ),
+    "transcribe": Command(
+        "distill.evaluation.transcribe",
+        "let a saved student answer about audio files",
+        add_transcribe_arguments,
+        read_transcribe_arguments,
+    ),
+    "completion": Command(
+        "distill.commandline.completion", 'for a shell: eval "$(distill completion bash)"', add_completion_arguments
+    ),
+    "env": Command(
+        "distill.commandline.environment", "versions, processor and GPU, for a bug report", lambda parser: None
+    ),
+}
+
+
+def find_unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str | None:
+    """What is wrong with the first option that a command does not take, and which it may mean; None: it takes all."""
+    options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    takes_fields = any(action.dest in ("overrides", "words") for action in parser._actions)
+    for word in words[: words.index("--") if "--" in words else None]:
+        key, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or any(option.startswith(f"--{key}") for option in options):
+            continue
+        fields = _meant_fields(key) if takes_fields else []
+        is_name = any(key in (field, field.rpartition(".")[2]) for field in fields)
+        if fields and (is_name or "." in key or not nearest(f"--{key}", options)):
+            return f"option is {word}, but a field is set without dashes; " + did_you_mean(
+                [f"{field}={value or '…'}" for field in fields], ""
+            )
+        hint = did_you_mean(nearest(f"--{key}", options), f"see `{parser.prog} --help`.")
+        return f"option is {word}, but `{parser.prog}` has none of that name; {hint}"
+    return None
+
+
+def _meant_fields(key: str) -> list[str]:
+    from distill.config import list_fields
+
+    return nearest_fields(key, list_fields())

@@ -1,0 +1,413 @@
+"""What a config may not say although every type is right, and no config may hold. Reads no file.
+
+`check_section` is each section's own gate, `check_config` holds what sections say of each other: a field that is wrong
+is refused in the same words whether a file, the command line or Python gave it.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
+
+from distill.objective.schedule import TERMS, parse_schedule
+
+SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
+NO_CREDENTIALS = ("end_token", "bos_token")  # though they are named like one
+SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
+
+CHOICES = {
+    "precision": ("auto", "float32", "bf16"),
+    "corpus.kind": ("manifest", "synth"),
+    "corpus.channels": ("left", "mean"),
+    "student.quantization": ("nf4", "none"),
+    "student.connector": ("teacher", "new"),
+    "student.second_kind": ("", "none", "beats", "eat"),
+    "student.windows": ("audio", "all"),
+    "teacher.ears": ("auto", "float32", "fp16", "bf16"),
+    "teacher.front_end": ("exact", "shared"),
+    "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
+    "cache.features": ("int8", "float16", "none"),
+    "cache.frames": ("int8", "float16", "none"),
+    "cache.answers": ("label", "teacher", "both"),
+    "loss.feature_kind": ("mse", "cosine", "smooth_l1", "relation"),
+    "loss.hidden_kind": ("mse", "cosine", "smooth_l1", "relation"),
+    "loss.kl_kind": ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation"),
+    "loss.cross_tokenizer": ("refuse", "chunk"),
+    "train.resume": ("auto", "must", "never"),
+}
+POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "train.max_grad_norm",
+            "train.save_every", "train.keep", "student.lora_rank", "student.lora_alpha", "loss.temperature",
+            "loss.chunk_temperature", "cache.k", "cache.draws", "cache.exponent", "cache.batch_size", "cache.num_beams",
+            "cache.max_new_tokens",
+            "on_policy.clips", "on_policy.max_new_tokens", "eval.batch_size", "eval.num_beams", "eval.max_new_tokens",
+            "eval.repetition_penalty", "data.max_member_mb", "corpus.num_train", "scratch.batch_size",
+            "scratch.learning_rate", "scratch.ear_steps", "scratch.text_steps", "scratch.vocab_size", "scratch.seconds",
+            "scratch.ear_width", "scratch.ear_layers", "scratch.llm_width", "scratch.llm_layers",
+            "scratch.student_width", "scratch.student_layers", "scratch.qformer_width", "scratch.qformer_layers",
+            "scratch.window_seconds", "scratch.num_queries")  # fmt: skip
+NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "cache.threshold", "train.warmup_steps",
+                "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.stop_after",
+                "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
+                "on_policy.temperature", "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
+WEIGHTS = (*(f"loss.{term}" for term in TERMS), "loss.pseudo_ce")
+SHARES = ("data.labelled_share", "data.max_bad", "corpus.valid_share", "on_policy.share", "on_policy.clips")
+BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
+LONG = sys.maxsize  # steps of a run whose length is not known yet
+# accelerate's trackers, and the packages that they need
+TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
+            "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
+TAKES_PARAMETER = ("jsd", "skewed_kl", "skewed_reverse_kl")  # of loss.kl_kind
+HEAD_INPUT = -1  # among hidden layers
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def check_section(name: str, section) -> None:
+    """The gate of one section, called when it is made; numbers and lists take the field's own type, in place.
+
+    Args:
+        name: of the section, such as `train`; empty: the config itself.
+        section: a dataclass of `distill.config`.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    prefix = f"{name}." if name else ""
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        try:
+            object.__setattr__(section, field.name, expand_home(convert(value, field.type)))
+        except TypeError as error:
+            raise ValueError(f"{key} is {value!r}, but must be {error}; correct it.") from None
+        check_value(key, getattr(section, field.name))
+    if name in RULES:
+        RULES[name](section)
+
+
+def expand_home(value):
+    """A path with the home folder that `~/` stands for; anything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def convert(value, kind):
+    """A value as its field's type: 1 where 1.0 is meant, a list for a tuple, numpy's numbers as Python's.
+
+    Raises:
+        TypeError: it is of another type; the text says of which it must be.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else convert(value, next(k for k in inner if k is not NoneType))
+    if origin is dict and isinstance(value, Mapping):
+        return {convert(key, inner[0]): convert(one, inner[1]) for key, one in value.items()}
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(convert(one, inner[0]) for one in value)
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if (kind in (str, bool) or dataclasses.is_dataclass(kind)) and isinstance(value, kind):
+        return value
+    raise TypeError(describe_kind(kind))
+
+
+def describe_kind(kind) -> str:
+    """A type in words."""
+    if get_origin(kind) in (list, tuple):
+        return f"a list, of {describe_kind(get_args(kind)[0]).removeprefix('a ')} each"
+    if get_origin(kind) is dict:
+        return " to ".join(describe_kind(inner) for inner in get_args(kind)) + ", by name"
+    return f"a {kind.__name__}" if dataclasses.is_dataclass(kind) else KINDS[kind]
+
+
+def check_value(key: str, value) -> None:
+    """Refuse a value that its own field forbids, whatever the others are."""
+    if key in CHOICES and value not in CHOICES[key]:
+        names = ", ".join(choice or "''" for choice in CHOICES[key])
+        raise ValueError(f"{key} is {value!r}, but must be one of {names}; correct it.")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if key in NOT_NEGATIVE and not inner >= 0:
+                raise ValueError(f"{key}.{name} is {inner}, but must be 0 or more; correct it.")
+    elif key in POSITIVE and not value > 0:
+        raise ValueError(f"{key} is {value}, but must be above 0; correct it.")
+    elif key in NOT_NEGATIVE and not value >= 0:
+        raise ValueError(f"{key} is {value}, but must be 0 or more; correct it.")
+    elif key in WEIGHTS and not value >= 0:
+        raise ValueError(f"{key} is {value}, but a weight is 0 or more; correct it.")
+    elif key in SHARES and not 0 <= value <= 1:
+        raise ValueError(f"{key} is {value}, but is a share from 0 to 1; correct it.")
+    elif key in BELOW_ONE and not 0 <= value < 1:
+        raise ValueError(f"{key} is {value}, but must be 0 or more and below 1; correct it.")
+
+
+def check_train(train) -> None:
+    """Refuse a learning rate that climbs where it should fall, and a tracker that there is not."""
+    unknown = [name for name in train.trackers if name not in TRACKERS]
+    if unknown:
+        raise ValueError(
+            f"train.trackers names {unknown[0]!r}, but must be among {', '.join(TRACKERS)}; correct the name, or give "
+            f"Distiller a callback of your own."
+        )
+    if train.min_learning_rate > train.learning_rate:
+        raise ValueError(
+            f"train.min_learning_rate is {train.min_learning_rate:g}, but train.learning_rate, the peak, is "
+            f"{train.learning_rate:g}; lower it."
+        )
+
+
+def check_loss(loss) -> None:
+    """Refuse schedules that cannot be read, and a divergence without its parameter or with one it does not take."""
+    for name, text in loss.schedules.items():
+        if name not in TERMS:
+            raise ValueError(f"loss.schedules names {name}, but the terms are {', '.join(TERMS)}; correct the name.")
+        parse_schedule(text, getattr(loss, name), LONG, f"loss.schedules.{name}")
+    kind, parameter = loss.kl_kind, loss.kl_parameter
+    if kind not in TAKES_PARAMETER and parameter is not None:
+        raise ValueError(f"loss.kl_parameter is {parameter}, but {kind} takes none; leave it out.")
+    if kind in TAKES_PARAMETER and (parameter is None or not 0 < parameter < 1):
+        raise ValueError(
+            f"loss.kl_parameter is {parameter}, but {kind} takes one strictly between 0 and 1; set it, or use "
+            f"forward_kl or reverse_kl."
+        )
+
+
+def check_temperatures(cache) -> None:
+    """Refuse temperatures without 1, at which every cache can be read."""
+    if not all(t > 0 for t in cache.temperatures) or 1.0 not in cache.temperatures:
+        raise ValueError(
+            f"cache.temperatures is {list(cache.temperatures)}, but all must be above 0 and 1.0 among them; correct it."
+        )
+
+
+RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures}
+
+
+def uses(config, term: str) -> bool:
+    """Whether a term of the loss ever has a weight; those across tokenizers only where such are compared."""
+    loss = config.loss
+    return bool(getattr(loss, term) or term in loss.schedules) and (term != "chunk" or loss.cross_tokenizer == "chunk")
+
+
+# Fields that nothing reads unless something else is so: when they are read, and that in words
+READ_WHERE = (
+    (("corpus.train", "corpus.valid", "corpus.test", "corpus.valid_share", "corpus.channels"),
+     lambda c: c.corpus.kind == "manifest", "corpus.kind=manifest"),
+    (("corpus.num_train",), lambda c: c.corpus.kind == "synth", "corpus.kind=synth"),
+    (("corpus.valid_share",), lambda c: not (c.corpus.valid and c.corpus.valid_share), "an empty corpus.valid"),
+    (("cache.threshold",), lambda c: c.cache.codec == "adaptive", "cache.codec=adaptive"),
+    (("cache.draws", "cache.exponent"), lambda c: c.cache.codec == "sampled", "cache.codec=sampled"),
+    (("loss.pseudo_ce",), lambda c: uses(c, "ce"), "loss.ce above 0"),
+    (("loss.kl_kind",), lambda c: uses(c, "kl"), "loss.kl above 0"),
+    (("loss.temperature",), lambda c: uses(c, "kl") or c.loss.cross_tokenizer == "chunk", "loss.kl above 0"),
+    (("loss.feature_kind",), lambda c: uses(c, "feature"), "loss.feature above 0"),
+    (("loss.hidden_kind", "loss.hidden_layers"), lambda c: uses(c, "hidden"), "loss.hidden above 0"),
+    (("loss.chunk",), lambda c: c.loss.cross_tokenizer == "chunk", "loss.cross_tokenizer=chunk"),
+    (("loss.chunk_temperature",), lambda c: uses(c, "chunk"), "loss.cross_tokenizer=chunk and loss.chunk above 0"),
+    (("on_policy.clips", "on_policy.temperature", "on_policy.max_new_tokens"),
+     lambda c: c.on_policy.round, "on_policy.round above 0"),
+    (("eval.length_penalty",), lambda c: c.eval.num_beams > 1, "eval.num_beams above 1"),
+    *(((f"augment.{name}_range",), lambda c, name=name: getattr(c.augment, f"{name}_share"),
+       f"augment.{name}_share above 0") for name in ("speed", "room", "noise", "gain")),
+    (tuple(f"augment.mask_{name}" for name in ("bands", "band_share", "spans", "span_seconds", "span_share")),
+     lambda c: c.augment.mask_share, "augment.mask_share above 0"),
+    (("augment.teacher_hears",), lambda c: c.augment.is_active, "one of augment.*_share above 0"),
+)  # fmt: skip
+
+
+def check_unread(config) -> None:
+    """Refuse a field that differs from its default where nothing reads it: whoever set it expects it to count.
+
+    Raises:
+        ValueError: naming the field, and what would read it.
+    """
+    for keys, is_read, where in READ_WHERE:
+        for key in keys:
+            section, _, name = key.partition(".")
+            value, default = value_at(config, key), default_of(getattr(config, section), name)
+            if value != default and not is_read(config):
+                raise ValueError(
+                    f"{key} is {show(value)}, but nothing reads it without {where}; set that, or leave {key} at "
+                    f"{show(default)}."
+                )
+    if "chunk" in config.loss.schedules and config.loss.cross_tokenizer != "chunk":
+        raise ValueError(
+            "loss.schedules names chunk, but that term is there only with loss.cross_tokenizer=chunk; set that, or "
+            "leave it out."
+        )
+
+
+def default_of(section, name: str):
+    """The default of a field of a dataclass."""
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def show(value) -> str:
+    """A value as a message has it."""
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def check_config(config) -> None:
+    """The one gate for sections that contradict each other."""
+    check_unread(config)
+    check_name(config)
+    check_terms(config.loss, config.train.steps)
+    check_targets(config)
+    check_augmentation(config)
+    check_round(config)
+    check_scratch(config)
+    check_places(config)
+
+
+def check_places(config) -> None:
+    """Refuse a URL where something is kept that only a folder of this machine can hold."""
+    if "://" in config.runs:
+        raise ValueError(f"runs is {config.runs}, but a run's folder is on this machine; name a local folder.")
+    if config.on_policy.round and "://" in str(config.cache_folder):
+        raise ValueError(
+            f"on_policy.round is {config.on_policy.round} and the cache is {config.cache_folder}, but answers of a "
+            f"round are kept in a local cache alone; set cache.folder to a local folder."
+        )
+
+
+def check_name(config) -> None:
+    """Refuse a name that is none of a folder inside `runs`."""
+    if config.name in ("", ".", "..") or re.search(r"[/\\\0]", config.name):
+        raise ValueError(
+            f"name is {config.name!r}, but the run's folder is runs/NAME; give a name without slashes, and "
+            f"set runs= for another place."
+        )
+
+
+def check_terms(loss, num_steps: int, own: tuple[str, ...] = ()) -> None:
+    """Refuse an objective of no term, and schedules longer than the run.
+
+    Args:
+        loss: the objective.
+        num_steps: of the run.
+        own: names of loss terms of one's own, whose weight is above 0.
+    """
+    ends = {}
+    for name, text in loss.schedules.items():
+        schedule = parse_schedule(text, getattr(loss, name), num_steps, f"loss.schedules.{name}")
+        ends[name] = 0.0 if schedule.kind == "constant" else schedule.end
+    terms = [name for name in TERMS if name != "chunk" or loss.cross_tokenizer == "chunk"]
+    if not own and not any(getattr(loss, name) or (name in ends and ends[name]) for name in terms):
+        raise ValueError(
+            f"the weights of {', '.join(f'loss.{name}' for name in terms)} are all 0, but a student learns from one at "
+            f"least; set one above 0."
+        )
+
+
+def check_targets(config) -> None:
+    """Refuse an objective that the teacher's targets, as this config has them made, cannot serve."""
+    loss, cache, is_online = config.loss, config.cache, config.teacher.online
+    uses_kl = bool(loss.kl or "kl" in loss.schedules)
+    if uses_kl and cache.codec == "sampled" and not is_online and (loss.kl_kind, loss.temperature) != ("forward_kl", 1):
+        raise ValueError(
+            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but draws of the "
+            f"teacher (cache.codec=sampled) give forward_kl at temperature 1 alone; use that, or cache.codec=topk."
+        )
+    is_kept = cache.codec in ("hidden", "dense") or loss.temperature in cache.temperatures
+    if (uses_kl or loss.cross_tokenizer == "chunk") and not is_kept:
+        raise ValueError(
+            f"loss.temperature is {loss.temperature:g}, but cache.temperatures is "
+            f"{list(cache.temperatures)} and {cache.codec} keeps no other; add it there, or change it."
+        )
+    kept = {*cache.hidden_layers, *([HEAD_INPUT] if is_online or cache.codec == "hidden" else [])}
+    lost = sorted(set(loss.layer_pairs) - kept)
+    if (loss.hidden or "hidden" in loss.schedules) and lost:
+        raise ValueError(
+            f"loss.hidden_layers names the teacher's {lost[0]}, but cache.hidden_layers is "
+            f"{list(cache.hidden_layers)}; add it there, or set loss.hidden=0."
+        )
+
+
+def check_round(config) -> None:
+    """Refuse a round that cannot be.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    needs = {"on_policy.round": config.on_policy.round, "student.start": config.student.start}
+    for name, value in needs.items():
+        if config.on_policy.share and not value:
+            raise ValueError(
+                f"on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
+                f"`distill answers`, and as student.start the student that answered."
+            )
+    if config.on_policy.share and not (config.loss.kl or "kl" in config.loss.schedules):
+        raise ValueError(
+            f"on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
+            f"cross-entropy to learn from; set loss.kl above 0, or on_policy.share=0."
+        )
+
+
+def check_scratch(config) -> None:
+    """Refuse to describe a teacher that is made here: `scratch` says all of it.
+
+    Raises:
+        ValueError: naming both settings.
+    """
+    if not config.scratch.steps or config.teacher.path:
+        return
+    for name in ("llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts"):
+        if getattr(config.teacher, name):
+            raise ValueError(
+                f"teacher.{name} is {getattr(config.teacher, name)!r}, but scratch.steps is "
+                f"{config.scratch.steps} and makes a teacher of its own; leave teacher.{name} out, or set "
+                f"scratch.steps=0 and teacher.path."
+            )
+
+
+def check_augmentation(config) -> None:
+    """Refuse what would train on targets of another sound than the student hears: cached ones are of the clean clip.
+
+    Raises:
+        ValueError: naming both settings.
+    """
+    augment = config.augment
+    if not augment.is_active:
+        return
+    if augment.teacher_hears == "same" and not config.teacher.online:
+        raise ValueError(
+            "augment.teacher_hears is 'same', but cached targets belong to the clean clip; "
+            "set augment.teacher_hears=clean, or teacher.online=true."
+        )
+    if config.cache.frames != "none" and not config.teacher.online:
+        raise ValueError(
+            f"augment is set, but cache.frames is {config.cache.frames!r} and cached frames are of the clean "
+            f"clip; set cache.frames=none, or every augment.*_share=0."
+        )
+    if augment.speed_share and augment.teacher_hears == "clean" and config.loss.feature:
+        raise ValueError(
+            f"augment.speed_share is {augment.speed_share}, but loss.feature is {config.loss.feature} and "
+            f"compares windows at equal times, which speed moves; set one of them to 0."
+        )
+
+
+def value_at(config, key: str):
+    """The value of a dotted key."""
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def refuse_secrets(tree, origin: str, prefix: str = "") -> None:
+    """Refuse keys named like a credential and values shaped like one; a config is copied into every run folder."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            refuse_secrets(value, origin, f"{prefix}{key}.")
+        elif (SECRET.search(str(key)) and key not in NO_CREDENTIALS) or SECRET_VALUE.search(str(value)):
+            raise ValueError(
+                f"{origin}: {prefix}{key} looks like a credential, but configs are copied into run folders; "
+                f"log in with `hf auth login` or set HF_TOKEN instead."
+            )

@@ -1,0 +1,1 @@
+"""What only a teacher made from nothing needs."""

@@ -1,0 +1,1 @@
+"""Proof that a run is right before it costs hours."""

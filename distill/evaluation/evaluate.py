@@ -1,0 +1,138 @@
+"""The last stage: teacher and student answer the test split, and what they keep and cost becomes the scorecard.
+
+Run with `distill evaluate CONFIG [key=value …]`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from distill.config import SPLITS, Config
+from distill.evaluation.answering import Cost, answer, measure_cost
+from distill.evaluation.keptanswers import keep_answers, locate, read_answers
+from distill.evaluation.metrics import Prediction, retained_quality, score
+from distill.evaluation.report import read_metrics, write_report
+from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, write_scorecard
+from distill.run import student_llm
+from distill.teacher import load_teacher, teacher_path
+from distill.training.ranks import resolve_precision
+from distill.training.runlock import RunLock
+from distill.training.runlog import METRICS
+from shards.streaming.catalog import check_channels
+from shards.streaming.stream import ShardStream
+from students.student import load_student
+from teachers.files.loading import CONFIG
+from teachers.files.saving import write_atomically
+from teachers.salmonn import Salmonn
+
+
+def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
+    """Score both models on the test split, print the scorecard, and write it and every answer into the run's folder."""
+    folder = config.run_folder / "student"
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"student is {folder}, but there is no saved student; finish `distill run` of name={config.name}, or give "
+            f"the name= of a run that is finished."
+        )
+    check_channels(config.shards(split) for split in SPLITS)
+    with RunLock(config.run_folder):
+        return score_models(config, folder, as_json=as_json)
+
+
+def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
+    """As `evaluate_run`, in a folder that nobody else writes into, of the student saved in `folder`."""
+    student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization})"
+    answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's
+    answers["teacher"], costs["teacher"] = examine_teacher(config)
+    loader = partial(load_student, folder, dtype=resolve_precision(config.precision))
+    answers["student"], costs["student"] = examine(loader, "student", config)
+    write_answers(answers, config.run_folder / "answers.jsonl")
+    card = Scorecard(
+        name=config.name,
+        teacher=figures("teacher", costs["teacher"], answers["teacher"], teacher_path(config), config),
+        student=figures(student_name, costs["student"], answers["student"], folder, config),
+        retained=retained_quality(answers["student"], answers["teacher"], normalise=config.eval.normalise),
+        training=training_figures(config),
+    )
+    write_scorecard(card, config.run_folder)
+    report = write_report(config.run_folder)
+    if as_json:
+        print(card.to_json())
+    else:
+        print_scorecard(card)
+        print(f"report: {report}")
+    return card
+
+
+def examine_teacher(config: Config) -> tuple[list[Prediction], Cost]:
+    """What the teacher answers and costs, as it was kept of an evaluation of another student, or made now and kept."""
+    path = locate(config)
+    kept = read_answers(path)
+    if kept is not None:
+        print(f"teacher: its answers are in {path}, used again", file=sys.stderr)
+        return kept
+    answers, cost = examine(lambda: load_teacher(config), "teacher", config)
+    keep_answers(path, answers, cost)
+    return answers, cost
+
+
+def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
+    """Load a model, let it answer the test split, measure what it costs, and let it go."""
+    model = load().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.ask_with(config.eval.prompts)
+    answers = answer(model, config.shards("test"), config.eval, title=name)
+    stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
+    readable = next((samples[0] for samples in stream if samples), None)  # one that cannot be read is left out
+    if readable is None:
+        raise ValueError(
+            f"{config.shards('test')} has no clip that can be read, but a model is to answer some; pack it."
+        )
+    return answers, measure_cost(model, readable)
+
+
+def figures(name: str, cost: Cost, answers: list[Prediction], path: Path, config: Config) -> ModelFigures:
+    """One model's column."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]  # a Qwen2-Audio comes in several
+    return ModelFigures(
+        name=name,
+        num_parameters=cost.num_parameters,
+        scores=score(answers, normalise=config.eval.normalise),
+        weights_mb=cost.weight_bytes / 1e6,
+        peak_mb=None if cost.peak_bytes is None else cost.peak_bytes / 1e6,
+        checkpoint_mb=sum(file.stat().st_size for file in files) / 1e6,
+        first_token_ms=cost.first_token_ms,
+        next_token_ms=cost.next_token_ms,
+    )
+
+
+def training_figures(config: Config) -> dict[str, float | str]:
+    """How the student was trained, in a few figures."""
+    records, _ = read_metrics(config.run_folder / METRICS)
+    seconds, audio = (sum(r[name] for r in records if name in r) for name in ("seconds", "audio_seconds"))
+    return {
+        "steps": len(records),
+        "minutes": round(seconds / 60, 2),
+        "hours of audio": round(audio / 3600, 2),
+        "targets": "online" if config.teacher.online else f"cached, {config.cache.codec} {config.cache.k}",
+    }
+
+
+def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
+    """Every answer beside its references, one JSON line a clip and model."""
+    lines = [
+        json.dumps({"model": name, "key": p.key, "task": p.task, "references": p.references, "answer": p.hypothesis})
+        for name, predictions in answers.items()
+        for p in predictions
+    ]
+    write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `distill evaluate`."""
+    evaluate_run(args.config, as_json=args.json)
+    return 0

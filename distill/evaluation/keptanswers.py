@@ -1,0 +1,70 @@
+"""A teacher's answers to a split and what they cost, kept beside its cache for the next student of the same teacher.
+
+Known by a hash of the teacher, the split's shards, what is asked, the options of `eval` and the device; what is damaged
+or of another hash is made again. Knows no score.
+"""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from distill.cache import describe_teacher
+from distill.config import Config, fingerprint
+from distill.evaluation.answering import Cost
+from distill.evaluation.metrics import Prediction
+from distill.teacher import load_teacher, resolve_ears
+from shards.jsonfile import ShapeError, read_object
+from shards.streaming.catalog import hash_shards
+from shards.tars.source import expand_shards
+from teachers.files.saving import write_atomically
+
+FOLDER = "teacher-answers"  # inside the cache's folder
+VERSION = 2  # of the files, and of how answers are made
+OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "front_end", "dtype")
+
+
+def locate(config: Config) -> Path:
+    """Where the answers of the config's teacher to its test split are, if they are kept; loads no LLM."""
+    of_teacher = (
+        "name",
+        "runs",
+        "precision",
+        "data",
+        "teacher",
+        "scratch",
+        "eval",
+    )  # nothing else has a part in its answers
+    plain = Config(**{name: getattr(config, name) for name in of_teacher})
+    teacher = load_teacher(plain, llm_weights=False)
+    identity = describe_teacher(teacher, plain).identity
+    options = {name: value for name, value in asdict(config.eval).items() if name not in ("normalise", "prompts")}
+    options["asked"] = {task: prompts[0] for task, prompts in teacher.rows.prompts.asked.items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    made_by = {name: identity[name] for name in OF_TEACHER} | {"ears": resolve_ears(config, is_kept=False)}
+    parts = [VERSION, made_by, options, device]
+    split = hash_shards(expand_shards(config.shards("test")))
+    return config.cache_folder / FOLDER / f"{fingerprint([*parts, split])[:16]}.json"
+
+
+def read_answers(path: Path) -> tuple[list[Prediction], Cost] | None:
+    """Answers and cost that were kept; None where there are none or the file is damaged."""
+    try:
+        content = read_object(path, {"answers": list, "cost": dict})
+        answers = [Prediction(**{**fields, "references": tuple(fields["references"])}) for fields in content["answers"]]
+        return answers, Cost(**content["cost"])
+    except (OSError, ShapeError, TypeError, KeyError):
+        return None
+
+
+def keep_answers(path: Path, answers: list[Prediction], cost: Cost) -> None:
+    """Keep answers and cost for the next student.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"answers": [asdict(a) for a in answers], "cost": asdict(cost)}, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(content))

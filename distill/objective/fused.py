@@ -1,0 +1,304 @@
+"""Cross-entropy and a sparse divergence from hidden states, in one pass over the vocabulary, without keeping logits.
+
+The head is read in tiles of rows. Each tile's logits live until the next; what is kept of them is an online
+log-sum-exp, the logits of the label and of the teacher's kept ids, and the mean of the weight rows under the student,
+from which the gradient of the hidden states follows when the pass is over: two matrix products, as many as the plain
+forward and backward need. A head that trains costs two more, in the backward, where its gradient is formed tile by
+tile; a frozen one has no gradient buffer. The values are those of `losses.py`, which the tests hold them to.
+
+Shapes: S supervised positions, D width, V vocabulary, K kept teacher tokens, C columns of one tile of logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.objective.head import Head, choose_product_dtype, is_quantised, locate
+from distill.objective.losses import (
+    Divergence,
+    bucket_divergence,
+    check_temperature,
+    forward_kl_terms,
+    move_into_bucket,
+    widen,
+)
+
+
+class FusedLoss(NamedTuple):
+    """Values a position, nats. `loss_S` carries the gradient, the others are for the log and carry none."""
+
+    loss_S: Tensor
+    ce_S: Tensor
+    kl_S: Tensor
+
+
+class _Request(NamedTuple):
+    """Everything of a call that is not differentiated."""
+
+    head: Head
+    labels_S: Tensor
+    ids_SK: Tensor
+    logprobs_SK: Tensor
+    log_residual_S: Tensor
+    ce_weight_S: Tensor
+    kl_weight_S: Tensor
+    temperature: float
+    divergence: Divergence
+    needs_gradient: bool
+
+    @property
+    def is_kept_SK(self) -> Tensor:
+        return (self.logprobs_SK > -torch.inf) & (self.kl_weight_S != 0)[:, None]
+
+
+class _Mean:
+    """Online log-sum-exp of logits over a temperature, and the mean of the weight rows under its softmax."""
+
+    def __init__(self, hidden_SD: Tensor, temperature: float, needs_mean: bool):
+        self.temperature = temperature
+        self.max_S = hidden_SD.new_full(hidden_SD.shape[:1], -torch.inf)
+        self.sum_S = torch.zeros_like(self.max_S)
+        self.mean_SD = torch.zeros_like(hidden_SD) if needs_mean else None
+
+    def add(self, head: Head, logits_SC: Tensor, slope_SC: Tensor | None, tile_CD: Tensor) -> None:
+        """Take in one tile; `logits_SC` is used up."""
+        if self.temperature != 1:
+            logits_SC /= self.temperature
+        max_S = torch.maximum(self.max_S, logits_SC.amax(1))
+        shift_S = max_S.masked_fill(max_S == -torch.inf, 0)
+        fade_S = (self.max_S - shift_S).exp_()
+        weights_SC = logits_SC.sub_(shift_S[:, None]).exp_()
+        self.max_S = max_S
+        self.sum_S.mul_(fade_S).add_(weights_SC.sum(1))
+        if self.mean_SD is not None:
+            if slope_SC is not None:
+                weights_SC *= slope_SC
+            head.add_product_(self.mean_SD.mul_(fade_S[:, None]), weights_SC, tile_CD)
+
+    def finish(self, constant_slope: float) -> tuple[Tensor, Tensor | None]:
+        """Log-sum-exp (-inf where every logit was masked) and the mean times the slope."""
+        if self.mean_SD is not None:
+            self.mean_SD *= (constant_slope / self.sum_S.clamp(min=torch.finfo(self.sum_S.dtype).tiny))[:, None]
+        return self.max_S + self.sum_S.log(), self.mean_SD
+
+
+class _Columns:
+    """Where the label and the kept ids of each position lie in a tile."""
+
+    def __init__(self, request: _Request, start: int, stop: int):
+        self.label_S1, self.is_label_S1 = locate(request.labels_S[:, None], start, stop)
+        self.kept_SK, is_inside_SK = locate(request.ids_SK, start, stop)
+        self.is_kept_SK = is_inside_SK & request.is_kept_SK
+
+    def pick(self, tile_SC: Tensor, label_S: Tensor, kept_SK: Tensor) -> None:
+        """Copy the label's and the kept ids' logits out of the tile, then take the kept ids out of it."""
+        label_S.copy_(tile_SC.gather(1, self.label_S1).where(self.is_label_S1, label_S[:, None])[:, 0])
+        kept_SK.copy_(tile_SC.gather(1, self.kept_SK).where(self.is_kept_SK, kept_SK))
+        # Adding 0 or -inf, unlike assigning, gives one result when ids of other tiles are clamped to the same column.
+        tile_SC.scatter_add_(1, self.kept_SK, torch.zeros_like(kept_SK).masked_fill_(self.is_kept_SK, -torch.inf))
+
+    def put(self, tile_SC: Tensor, label_S: Tensor, kept_SK: Tensor) -> None:
+        """Add the label's and the kept ids' coefficients to the tile."""
+        tile_SC.scatter_add_(1, self.label_S1, label_S[:, None] * self.is_label_S1)
+        tile_SC.scatter_add_(1, self.kept_SK, kept_SK * self.is_kept_SK)
+
+
+class _Coefficients(NamedTuple):
+    """The gradient of `loss_S` in the bare products.
+
+    `others_S` is what the softmax over the ids that are not kept is multiplied with, at each temperature.
+    """
+
+    label_S: Tensor
+    kept_SK: Tensor
+    others_S: dict[float, Tensor]
+    log_sums_S: dict[float, Tensor]
+
+
+def _divergence(request: _Request, student_SC: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of positions with a weight (0 elsewhere) and its gradient in the student's log-probabilities."""
+    has_target_S = request.kl_weight_S != 0
+    # A position without a target may hold anything: it is replaced, so that no NaN of it meets a zero.
+    student_SC = student_SC.where(has_target_S[:, None], 0).requires_grad_()
+    logprobs_SK = request.logprobs_SK.where(has_target_S[:, None], 0)
+    residual_S = request.log_residual_S.where(has_target_S, 0)
+    with torch.enable_grad():
+        kl_S = bucket_divergence(student_SC, logprobs_SK, residual_S, request.temperature, request.divergence)
+        kl_S = kl_S.where(has_target_S, 0)
+        slope_SC = torch.autograd.grad(kl_S.sum(), student_SC)[0]
+    return kl_S.detach(), slope_SC
+
+
+def _combine(request: _Request, label_S, kept_SK, log_sums_S) -> tuple[FusedLoss, _Coefficients]:
+    """Values and gradient coefficients from the log-sum-exps and the picked logits."""
+    head, temperature = request.head, request.temperature
+    log_total_S = torch.logaddexp(log_sums_S[1.0], kept_SK.logsumexp(1))
+    ce_S = (log_total_S - label_S).where(request.ce_weight_S != 0, 0)
+    soft_SC = torch.cat([kept_SK / temperature, log_sums_S[temperature][:, None]], 1)
+    student_SC = soft_SC - soft_SC.logsumexp(1, keepdim=True)
+    kl_S, slope_SC = _divergence(request, student_SC)
+    loss_S = request.ce_weight_S * ce_S + request.kl_weight_S * kl_S
+
+    slope_SC = slope_SC * (request.kl_weight_S / temperature)[:, None]
+    soft_SC = slope_SC - student_SC.exp() * slope_SC.sum(1, keepdim=True)
+    kept_ce_SK = (kept_SK - log_total_S[:, None]).exp() * request.ce_weight_S[:, None]
+    others_ce_S = (log_sums_S[1.0] - log_total_S).exp() * request.ce_weight_S
+    others_S = {1.0: others_ce_S}
+    others_S[temperature] = soft_SC[:, -1] + (others_ce_S if temperature == 1 else 0)
+    is_kept_SK = request.is_kept_SK
+    kept_slope_SK = head.slope(kept_SK.where(is_kept_SK, 0))
+    label_slope_S = head.slope(label_S.where(request.ce_weight_S != 0, 0))
+    coefficients = _Coefficients(
+        -request.ce_weight_S * label_slope_S,
+        ((soft_SC[:, :-1] + kept_ce_SK) * kept_slope_SK).where(is_kept_SK, 0),
+        others_S,
+        log_sums_S,
+    )
+    return FusedLoss(loss_S, ce_S, kl_S), coefficients
+
+
+def _pass(request: _Request, hidden_SD: Tensor) -> tuple[FusedLoss, _Coefficients, Tensor | None]:
+    """One pass over the tiles: the values, the coefficients, and the gradient of the hidden states."""
+    head = request.head
+    temperatures = dict.fromkeys((1.0, float(request.temperature)))
+    means = [_Mean(hidden_SD, temperature, request.needs_gradient) for temperature in temperatures]
+    label_S = hidden_SD.new_full(request.labels_S.shape, -torch.inf)
+    kept_SK = hidden_SD.new_full(request.ids_SK.shape, -torch.inf)
+    for start, stop in head.tiles(len(hidden_SD), hidden_SD.device.type):
+        tile_CD = head.tile(start, stop)
+        logits_SC, slope_SC = head.logits(hidden_SD, tile_CD, start)
+        _Columns(request, start, stop).pick(logits_SC, label_S, kept_SK)
+        for mean in means[:-1]:
+            mean.add(head, logits_SC.clone(), slope_SC, tile_CD)
+        means[-1].add(head, logits_SC, slope_SC, tile_CD)
+    constant_slope = head.scale if head.softcap is None else 1.0
+    finished = {mean.temperature: mean.finish(constant_slope) for mean in means}
+    log_sums_S = {temperature: log_sum_S for temperature, (log_sum_S, _) in finished.items()}
+    values, coefficients = _combine(request, label_S, kept_SK, log_sums_S)
+    if not request.needs_gradient:
+        return values, coefficients, None
+    gradient_SD = torch.zeros_like(hidden_SD)
+    for temperature, (_, mean_SD) in finished.items():
+        gradient_SD.addcmul_(mean_SD, coefficients.others_S[temperature][:, None])
+    ids_SK = torch.cat([request.ids_SK, request.labels_S[:, None]], 1).clamp(0, head.num_tokens - 1)
+    head.add_rows_(gradient_SD, ids_SK, torch.cat([coefficients.kept_SK, coefficients.label_S[:, None]], 1))
+    return values, coefficients, gradient_SD
+
+
+def _head_gradient(request, coefficients: _Coefficients, hidden_SD, grad_S, weight_VD, bias_V):
+    """Gradient of the weight and the bias, from logits computed again, one tile after the other."""
+    head = request.head
+    grad_VD, grad_V = torch.zeros_like(weight_VD), None if bias_V is None else torch.zeros_like(bias_V)
+    for start, stop in head.tiles(len(hidden_SD), hidden_SD.device.type):
+        logits_SC, slope_SC = head.logits(hidden_SD, head.tile(start, stop), start)
+        columns = _Columns(request, start, stop)
+        columns.pick(logits_SC, torch.zeros_like(grad_S), torch.zeros_like(coefficients.kept_SK))
+        tile_SC = torch.zeros_like(logits_SC)
+        for temperature, log_sum_S in coefficients.log_sums_S.items():
+            shift_S1 = log_sum_S.masked_fill(log_sum_S == -torch.inf, 0)[:, None]
+            softmax_SC = (logits_SC / temperature).sub_(shift_S1).exp_()
+            tile_SC.addcmul_(softmax_SC, coefficients.others_S[temperature][:, None])
+        tile_SC *= head.scale if slope_SC is None else slope_SC
+        columns.put(tile_SC, coefficients.label_S, coefficients.kept_SK)
+        tile_SC *= grad_S[:, None]
+        grad_VD[start:stop] = head.matmul(tile_SC.T, hidden_SD)
+        if grad_V is not None:
+            grad_V[start:stop] = tile_SC.sum(0)
+    return grad_VD, grad_V
+
+
+class _Fused(torch.autograd.Function):
+    """Autograd's view: hidden states, weight and bias in, three values a position out."""
+
+    @staticmethod
+    def forward(ctx, request: _Request, hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None):
+        with torch.autocast(hidden_SD.device.type, enabled=False):
+            values, coefficients, gradient_SD = _pass(request, widen(hidden_SD))
+        trains_head = request.needs_gradient and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        ctx.save_for_backward(gradient_SD, *((hidden_SD, weight_VD, bias_V) if trains_head else ()))
+        ctx.again = (request, coefficients) if trains_head else None
+        ctx.dtype = hidden_SD.dtype
+        ctx.mark_non_differentiable(values.ce_S, values.kl_S)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad_S: Tensor, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph is True, but the gradient of the fused objective was formed in its forward and cannot be "
+                "differentiated again; use the plain functions of losses.py."
+            )
+        gradient_SD, *saved = ctx.saved_tensors
+        hidden_grad = (gradient_SD * grad_S[:, None]).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.again is None:
+            return None, hidden_grad, None, None
+        hidden_SD, weight_VD, bias_V = saved
+        with torch.autocast(hidden_SD.device.type, enabled=False):
+            weight_grad, bias_grad = _head_gradient(*ctx.again, widen(hidden_SD), grad_S, weight_VD, bias_V)
+        return None, hidden_grad, weight_grad, bias_grad
+
+
+def fused_ce_kl(
+    hidden_SD: Tensor,
+    weight_VD: Tensor,
+    labels_S: Tensor,
+    ids_SK: Tensor,
+    logprobs_SK: Tensor,
+    log_residual_S: Tensor,
+    ce_weight_S: Tensor,
+    kl_weight_S: Tensor,
+    temperature: float,
+    *,
+    divergence: Divergence = forward_kl_terms,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias_V: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> FusedLoss:
+    """`ce_weight * ce + kl_weight * kl` of each supervised position, without its logits.
+
+    Args:
+        hidden_SD: the states that enter the head, bfloat16 or wider; accumulated in float32 (float64 stays).
+        weight_VD: the head's weight, from `head_weight`; a frozen one gets no gradient buffer, 4-bit is read in tiles.
+        labels_S: next-token ids; anything where `ce_weight_S` is 0. An id outside the tokens makes it infinite.
+        ids_SK: the teacher's kept ids; anything where `kl_weight_S` is 0 or the log-probability is -inf. K may be 0.
+        logprobs_SK: their log-probabilities at `temperature`; -inf in unused slots.
+        log_residual_S: log of the teacher's mass outside the kept ids at `temperature`; -inf for none.
+        ce_weight_S: what a position's cross-entropy counts: 0 for none, and `ce_S` is 0 there.
+        kl_weight_S: what its divergence counts: 0 where the teacher said nothing, and `kl_S` is 0 there.
+        temperature: of the divergence, whose value and gradient it multiplies by its square.
+        divergence: terms of the divergence, from `losses.build_divergence`.
+        softcap: c of `c * tanh(logits / c)`, applied last. Both from `logit_transform(config)`.
+        logit_scale: multiplies the head's product.
+        bias_V: the head's bias.
+        vocab_size: number of tokens that teacher and student share, from `shared_vocab_size`; rows of a padded head
+            beyond it take no part, and what the teacher gave to such ids counts as outside the kept ones.
+
+    Returns:
+        `FusedLoss`; the kl of `loss_S` and of `kl_S` holds temperature². A second derivative is refused.
+
+    Raises:
+        ValueError: the temperature is not positive, or `vocab_size` is larger than the head.
+    """
+    check_temperature(temperature)
+    dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
+    product_dtype = choose_product_dtype(hidden_SD, weight_VD, dtype)
+    head = Head(weight_VD, bias_V, logit_scale, softcap, vocab_size, dtype, product_dtype)
+    if vocab_size is not None:
+        logprobs_SK, log_residual_S = move_into_bucket(logprobs_SK, log_residual_S, ids_SK < vocab_size)
+    tensors = (hidden_SD, bias_V) if is_quantised(weight_VD) else (hidden_SD, weight_VD, bias_V)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    request = _Request(
+        head=head,
+        labels_S=labels_S,
+        ids_SK=ids_SK,
+        logprobs_SK=logprobs_SK.detach().to(dtype),
+        log_residual_S=log_residual_S.detach().to(dtype),
+        ce_weight_S=ce_weight_S.detach().to(dtype),
+        kl_weight_S=kl_weight_S.detach().to(dtype),
+        temperature=float(temperature),
+        divergence=divergence,
+        needs_gradient=needs_gradient,
+    )
+    return FusedLoss(*_Fused.apply(request, hidden_SD, weight_VD, bias_V))

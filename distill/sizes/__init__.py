@@ -1,0 +1,1 @@
+"""What models cost in parameters, bytes and FLOPs, without their weights."""

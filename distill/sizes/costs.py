@@ -1,0 +1,263 @@
+"""What each part of teacher and student costs: parameters, bytes and FLOPs a sample, for any config, without weights.
+
+The models are built on the meta device from the sizes in their configs: of a local folder or the hub's local copy, else
+the published ones in `known_models.json`, else the hub's. `costtable.py` shows the figures.
+
+Shapes: B batch, T LLM positions, S supervised positions, L audio tokens, X mel frames, M mel bins, D LLM width.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2AudioForConditionalGeneration
+
+from distill.config import Config
+from distill.run import ears_of, lora_of, student_llm
+from distill.teach import build_llm, build_whisper, teacher_config
+from distill.teacher import teacher_path
+from shards.sample import SAMPLE_RATE
+from students.ears import choose_ears
+from students.quantize import is_fused, nf4_bytes, weight_names
+from teachers.ears.beats import BEATS_FBANK, BeatsConfig, read_cfg
+from teachers.ears.eat import EatConfig
+from teachers.ears.encoders import build_encoder
+from teachers.ears.frontend import count_frames
+from teachers.ears.whisper import whisper_fields
+from teachers.files.checkpoint import describe_checkpoint
+from teachers.files.loading import lora_settings, read_config
+from teachers.files.weights import read_torch_file
+from teachers.lora import SALMONN_LORA, Lora, add_lora_
+from teachers.qwen2_audio import MODEL_TYPE, Qwen2Audio, describe_qwen2_audio, is_qwen2_audio
+from teachers.salmonn import Salmonn, SalmonnConfig
+
+KNOWN_MODELS = Path(__file__).with_name("known_models.json")
+NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
+AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs and EAT
+PARTS = ("Whisper encoder", "BEATs", "EAT", "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body",
+         "LoRA", "LLM head")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The sample that FLOPs are counted for."""
+
+    seconds: float = 10.0  # of audio
+    prompt_tokens: int = 20  # text around the audio
+    answer_tokens: int = 30  # with the end token
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model. FLOPs are of one sample's forward; a multiplication and an addition are two."""
+
+    name: str
+    parameters: int
+    bytes: float
+    flops: int
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that decides a model's sizes."""
+
+    config: SalmonnConfig
+    lora: Lora | None
+    dtype: torch.dtype  # of what is frozen
+    is_4bit: bool = False
+
+
+def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedConfig]]:
+    """The teacher that a run's config names, and the configs of parts that are yet to be trained here."""
+    path, dtype = teacher_path(config), frozen_dtype(config)
+    if is_qwen2_audio(path) or str(path) in QWEN2_AUDIO:
+        return Blueprint(describe_qwen2_audio(path), None, dtype), {}
+    if path.is_dir():
+        saved = read_config(path)
+        return Blueprint(saved["model"], lora_settings(saved), dtype), {}
+    if not config.teacher.path:
+        return Blueprint(teacher_config(config.scratch, path.parent), None, dtype), scratch_configs(config)
+    names = {name: getattr(config.teacher, name) for name in ("llm", "whisper", "second", "second_kind")}
+    if path.is_file():
+        salmonn, lora = describe_checkpoint(read_torch_file(path, device="meta"), path, **names)
+        return Blueprint(salmonn, lora, dtype), {}
+    return Blueprint(SalmonnConfig(**names), SALMONN_LORA, dtype), {}
+
+
+def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
+    """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
+    heard = choose_ears(teacher.config, **ears_of(config))
+    salmonn = dataclasses.replace(heard, llm=student_llm(config), windows=config.student.windows)
+    return Blueprint(salmonn, lora_of(config), frozen_dtype(config), config.student.quantization == "nf4")
+
+
+def frozen_dtype(config: Config) -> torch.dtype:
+    """Of frozen weights on the GPU that a table is for."""
+    return torch.float32 if config.precision == "float32" else torch.bfloat16
+
+
+def scratch_configs(config: Config) -> dict[str, PretrainedConfig]:
+    """Of the parts that `distill teach` has not made yet, by their paths; the vocabulary is as large as allowed."""
+    folder, scratch = config.run_folder / "scratch", config.scratch
+    with torch.device("meta"):
+        llms = {
+            "llm": build_llm(scratch.vocab_size, scratch.llm_width, scratch.llm_layers, NO_TOKENIZER),
+            "student-llm": build_llm(scratch.vocab_size, scratch.student_width, scratch.student_layers, NO_TOKENIZER),
+            "whisper": build_whisper(scratch),
+        }
+    return {str(folder / name): model.config for name, model in llms.items()}
+
+
+def model_config(name: str) -> PretrainedConfig:
+    """A model's config by folder or hub id: from this disk, from the published sizes kept here, or from the hub.
+
+    Raises:
+        FileNotFoundError: none of them has it.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        known = json.loads(KNOWN_MODELS.read_text())
+    if name in known:
+        return AutoConfig.for_model(**known[name])
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model is {name!r}, but it is no folder here, the hub does not give it ({str(error).splitlines()[0]}) and "
+            f"its sizes are not among {len(known)} known ones; name one of {', '.join(sorted(known)[:4])}, …"
+        ) from error
+
+
+def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> Salmonn:
+    """The model without weights and without LoRA; its rows cannot be tokenised."""
+    config = blueprint.config
+    plain = dataclasses.replace(config, prompts="", eval_prompts="", end_token="", bos_token="")
+    llm_config = _find(config.llm, given)
+    with torch.device("meta"):
+        if llm_config.model_type == MODEL_TYPE:
+            loaded = Qwen2AudioForConditionalGeneration(llm_config).to(blueprint.dtype)
+            return Qwen2Audio(plain, loaded, NO_TOKENIZER)
+        llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
+        whisper = build_encoder("whisper", whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
+        second = None
+        if config.second:
+            second = build_encoder(config.second_kind, second_sizes(config)).to(blueprint.dtype)
+        return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
+
+
+def _find(name: str, given: dict[str, PretrainedConfig]) -> PretrainedConfig:
+    return given[name] if name in given else model_config(name)
+
+
+def second_sizes(config: SalmonnConfig) -> dict:
+    """Sizes of the second encoder: the file's own where it is BEATs and here, else the official ones."""
+    num_classes = AUDIO_CLASSES if "finetune" in config.second else None
+    if config.second_kind == "eat":
+        return dataclasses.asdict(EatConfig(num_classes=num_classes))
+    if Path(config.second).is_file():
+        return dataclasses.asdict(read_cfg(read_torch_file(config.second, device="meta")["cfg"], config.second))
+    return dataclasses.asdict(BeatsConfig(predictor_class=num_classes))
+
+
+def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfig] | None = None) -> list[Part]:
+    """Every part of a model with its cost; parts that a model lacks are not listed."""
+    model = build_on_meta(blueprint, given or {})
+    num_samples = round(usage.seconds * SAMPLE_RATE)
+    num_tokens = model.num_audio_tokens(num_samples)
+    flops = {**_count_ears(model, num_samples), **_count_connector(model, num_samples)}
+    length = usage.prompt_tokens + num_tokens + usage.answer_tokens
+    flops["LLM body"] = _count_body(model, length)
+    head = model.llm.get_output_embeddings()
+    flops["LLM head"] = count_flops(lambda: head(_empty(usage.answer_tokens, head.in_features, like=head)))
+    sizes = measure_sizes(blueprint, given)
+    if "LoRA" in sizes:
+        flops["LoRA"] = 2 * length * sizes["LoRA"][0]
+    names = [name for name in PARTS if name in sizes or name in flops]  # a tied head has no weights of its own
+    return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
+
+
+def measure_sizes(
+    blueprint: Blueprint, given: dict[str, PretrainedConfig] | None = None
+) -> dict[str, tuple[int, float]]:
+    """Parameters and bytes of each part of a model that it has."""
+    model = build_on_meta(blueprint, given or {})
+    head = model.llm.get_output_embeddings()
+    linears = {m.weight for m in model.llm.modules() if isinstance(m, nn.Linear) and m is not head}
+    linears |= {m.get_parameter(name) for m in model.llm.modules() if is_fused(m) for name in weight_names(m)}
+    if blueprint.lora is not None:
+        with torch.device("meta"):
+            add_lora_(model.llm, blueprint.lora)
+    return _size_parts(model, linears if blueprint.is_4bit else frozenset())
+
+
+def _size_parts(model: Salmonn, in_4bit: Set[nn.Parameter]) -> dict[str, tuple[int, float]]:
+    """Parameters and bytes of each part."""
+    sizes: dict[str, tuple[int, float]] = {}
+    for name, parameter in model.named_parameters():
+        number = parameter.numel()
+        size = nf4_bytes(number) if parameter in in_4bit else number * parameter.element_size()
+        title = part_of(name, model.config)
+        known = sizes.get(title, (0, 0.0))
+        sizes[title] = (known[0] + number, known[1] + size)
+    return sizes
+
+
+def part_of(name: str, config: SalmonnConfig) -> str:
+    """The part that a tensor of a `Salmonn` belongs to."""
+    if "lora_" in name:
+        return "LoRA"
+    if name.startswith("llm."):
+        return {"embed_tokens": "LLM embeddings", "lm_head": "LLM head"}.get(name.split(".")[-2], "LLM body")
+    second = {"beats": "BEATs", "eat": "EAT", "": ""}[config.second_kind]
+    titles = {"whisper": "Whisper encoder", "second": second, "ln_speech": "LayerNorms", "ln_audio": "LayerNorms",
+              "qformer": "Q-Former", "project": "projection"}  # fmt: skip
+    return titles[name.split(".")[0]]
+
+
+def count_flops(forward: Callable) -> int:
+    """FLOPs of a forward on the meta device."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
+def _count_ears(model: Salmonn, num_samples: int) -> dict[str, int]:
+    log_mel = model.whisper.log_mel
+    flops = {
+        "Whisper encoder": count_flops(lambda: model.whisper.encode(_empty(1, log_mel.num_mels, log_mel.num_frames)))
+    }
+    if model.second is not None:
+        mel_BXM = _empty(1, count_frames(num_samples), BEATS_FBANK.num_mels)
+        num_frames_B = _empty(1, dtype=torch.long)
+        flops[part_of("second.", model.config)] = count_flops(lambda: model.second.encode(mel_BXM, num_frames_B))
+    return flops
+
+
+def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:
+    width = model.whisper.width + (model.second.width if model.second is not None else 0)
+    frames_BRE = _empty(1, model.num_frames(num_samples), width)
+    num_windows, project = model.num_windows(num_samples), model.project
+    tokens_LE = _empty(model.num_audio_tokens(num_samples), project.in_features, like=project)
+    flops = {"projection": count_flops(lambda: project(tokens_LE))}
+    if model.qformer is not None:
+        flops["Q-Former"] = count_flops(lambda: model.qformer(frames_BRE, num_windows))
+    return flops
+
+
+def _count_body(model: Salmonn, length: int) -> int:
+    embeddings = model.llm.get_input_embeddings()
+    embeds_BTD = _empty(1, length, embeddings.embedding_dim, like=embeddings)
+    mask = _empty(1, 1, length, length, like=embeddings)  # given whole: transformers looks into smaller ones
+    return count_flops(lambda: model.llm.base_model(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))
+
+
+def _empty(*shape: int, like: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype if like is None else like.weight.dtype, device="meta")

@@ -1,0 +1,1 @@
+"""What a training loop needs beside the objective: micro-batches, ranks, checkpoints, signals, logs."""

@@ -1,0 +1,81 @@
+"""What must stay as it was for a run to go on, as plain data: objective, student, teacher. Reads checkpoints.
+
+A model is known by its contents, wherever it lies; large files are read once (`teachers.files.hashes`).
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from distill.config import LossConfig, StudentConfig
+from distill.objective.terms import OwnTerm
+from distill.training.checkpoint import STATE
+from students.start import identify_student
+from teachers.files.loading import hash_frozen_parts, hash_tensors, identify_checkpoint, own_tensors
+from teachers.salmonn import Salmonn
+
+WEIGHTS = "weights"  # in a checkpoint's state: the hash of the student's own tensors, as `student.own` at its start
+
+
+def identify_fit(student: Salmonn, teacher, loss: LossConfig, terms: dict[str, OwnTerm], given: dict) -> dict:
+    """The identity of a run.
+
+    Args:
+        student: as it starts.
+        teacher: whose targets it learns; None: none.
+        loss: the objective.
+        terms: of one's own, by name.
+        given: what the caller says itself; it stands over what is found here. A student that it names has its frozen
+            parts among its settings, as `identify_settings` gives them.
+    """
+    settings = given.get("student") or {"frozen": hash_frozen_parts(student, how=identify_checkpoint)}
+    found = {"loss": asdict(loss)}
+    if terms:
+        found["terms"] = {name: {"weight": term.weight, "value": name_of(term.value)} for name, term in terms.items()}
+    if teacher is not None and "targets" not in given:
+        found["targets"] = identify_teacher(teacher)
+    return found | given | {"student": {"own": hash_tensors(own_tensors(student)), **settings}}
+
+
+def identify_settings(settings: StudentConfig, llm: str) -> dict:
+    """A config's student, with the hash of what each path leads to in the path's place.
+
+    Args:
+        settings: of the student.
+        llm: where its LLM lies, which the settings need not say.
+    """
+    student = asdict(settings) | {"llm": identify_checkpoint(llm)}
+    for name in ("whisper", "second"):
+        if student[name]:
+            student[name] = identify_checkpoint(student[name])
+    if student["start"]:
+        student["start"] = identify_student(student["start"])
+    return student
+
+
+def identify_teacher(teacher) -> dict:
+    """What a teacher says of itself, or its class where it says nothing."""
+    header = getattr(teacher, "header", None)
+    if header is not None:
+        return header.identity
+    return getattr(teacher, "identity", {"class": type(teacher).__qualname__})
+
+
+def name_of(function) -> str:
+    """A function's name, with its class."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def find_start(run_folder: Path, own: str) -> str:
+    """The hash a student began with, when `own` is what a checkpoint of the run made of it; else `own`.
+
+    A student that the run has trained in this process is the run's student, though its weights have changed.
+    """
+    for path in (run_folder / "checkpoints").glob(f"step-*/{STATE}"):
+        try:
+            state = json.loads(path.read_text())
+            if state[WEIGHTS] == own:
+                return state["identity"]["student"]["own"]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: it is passed over when the run looks for its last
+            continue
+    return own

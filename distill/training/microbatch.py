@@ -1,0 +1,120 @@
+"""A step's samples cut into micro-batches, collated, with the teacher's targets beside them. Knows no optimizer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.config import LossConfig
+from distill.objective.schedule import sample_weight
+from distill.objective.weighing import Counts, Weights, count, weigh
+from shards.sample import SAMPLE_RATE, Sample
+from shards.targets.header import CacheHeader
+from students.ears import EARS, describe_ears
+from teachers.files.loading import hash_frozen_parts
+from teachers.salmonn import Salmonn
+from teachers.targets import Targets
+from teachers.words.batch import Batch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One backward's worth of a step, on this rank."""
+
+    batch: Batch
+    targets: Targets | None
+    is_pseudo: list[bool]  # whether a sample's answer is the teacher's own
+    sample_weights: list[float]  # what a sample counts in every term
+    is_real: bool  # False: a silent stand-in that keeps the ranks in step
+    frames: list[Tensor] | None  # of ears that teacher and student share
+
+    @property
+    def counts(self) -> Counts:
+        return count(self.batch, self.targets, self.is_real)
+
+    def weigh(self, loss: LossConfig, totals: Counts) -> Weights:
+        """What its elements count, given the terms' weights at this step and the counts of the whole step."""
+        return weigh(self.batch, self.targets, self.is_pseudo, self.sample_weights, loss, totals, self.is_real)
+
+
+class Collator:
+    """Makes micro-batches of samples.
+
+    Args:
+        teacher: whose targets go along; None for none.
+        student: whose rows the batches are.
+        device: where the tensors go.
+        dtype: of the products of what runs here: shared ears, an online teacher.
+        task_weights: what the samples of a task count; 1 for one that is not named.
+    """
+
+    def __init__(self, teacher, student: Salmonn, device: torch.device, dtype: torch.dtype,
+                 task_weights: Mapping[str, float] = MappingProxyType({})):  # fmt: skip
+        self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
+        self.task_weights = task_weights
+        model = getattr(teacher, "model", None)
+        self.shares_ears = model is not None and all(
+            own is theirs for own, theirs in ((student.whisper, model.whisper), (student.second, model.second))
+        )
+
+    def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
+        """Collate, and fetch or compute the targets; no samples make a stand-in of a moment of silence."""
+        if not samples:
+            return MicroBatch(
+                self.student.collate([self._silence()]).to(self.device), None, [False], [0.0], False, None
+            )
+        weights = [sample_weight(sample.task, self.task_weights, sample.weight) for sample in samples]
+        if self.teacher is None:
+            batch = self.student.collate(samples).to(self.device)
+            return MicroBatch(batch, None, [False] * len(samples), weights, True, None)
+        with self._products():
+            samples, is_pseudo = self.teacher.label(samples)
+        batch = self.student.collate(samples).to(self.device)
+        hears_the_same = all(sample.clean_N is None for sample in samples)
+        frames = self._frames(batch) if self.shares_ears and hears_the_same else None
+        with self._products():
+            targets = self.teacher.targets(batch, frames)
+        return MicroBatch(batch, targets, is_pseudo, weights, True, targets.frames if frames is None else frames)
+
+    @torch.no_grad()
+    def _frames(self, batch: Batch) -> list[Tensor]:
+        """The frozen ears run once, for teacher and student."""
+        with self._products():
+            return self.student.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)
+
+    def _products(self) -> torch.autocast:
+        """The precision of whatever runs here, which is the caching job's too."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _silence(self) -> Sample:
+        task = next(task for task, prompts in self.student.rows.prompts.by_task.items() if "{}" not in prompts[0])
+        return Sample(
+            "silence", np.zeros(max(SAMPLE_RATE // 10, self.student.min_samples), np.float32), "", task, None, "", ""
+        )
+
+
+def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
+    """Refuse cached frames that another encoder made than the student hears with.
+
+    Raises:
+        ValueError: naming the encoders.
+    """
+    if header is None or header.identity["features"]["frames"] == "none":
+        return
+    theirs, own = header.identity["teacher_weights"], hash_frozen_parts(student, EARS)
+    other = [name for name in EARS if own.get(name) != theirs.get(name)]
+    if other:
+        raise ValueError(
+            f"cache.frames is {header.identity['features']['frames']!r}, but this student's ears are not the teacher's "
+            f"({describe_ears(student.config, other)}); cache again with cache.frames=none, or set teacher.online=true."
+        )
+
+
+def split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
+    """Cut a list into `parts` runs whose lengths differ by one at most; some are empty when there are too few."""
+    bounds = [round(i * len(samples) / parts) for i in range(parts + 1)]
+    return [samples[a:b] for a, b in pairwise(bounds)]

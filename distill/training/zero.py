@@ -1,0 +1,136 @@
+"""DeepSpeed's settings, and what ZeRO-3 needs beside them: it splits every parameter that it finds over the ranks.
+
+Only trainable tensors are given to it. Frozen ones stay whole on every rank: in 4 bits a piece of a weight is not a
+weight, and the head is read row by row, outside its own layer. Knows DeepSpeed, nothing of models.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from distill.config import TrainConfig
+from distill.training.ranks import is_deepspeed
+
+WHOLE = 10**12  # elements up to which a parameter is gathered for good between steps: all of them
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether parameters are split over the ranks."""
+    return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def configure_deepspeed(accelerator: Accelerator, options: TrainConfig, num_micro_batches: int) -> None:
+    """Tell DeepSpeed what the run's own config says, before it wraps the model."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = options.micro_batch_size
+    config["gradient_accumulation_steps"] = num_micro_batches
+    config["gradient_clipping"] = options.max_grad_norm
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    config.setdefault("steps_per_print", 10**9)
+    if is_zero3(accelerator):  # the Q-Former's queries belong to no layer's call, so what is trained stays gathered
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
+        config["zero_optimization"]["stage3_model_persistence_threshold"] = WHOLE
+
+
+def build_root() -> Path:
+    """Where torch compiles extensions: folders of operators, or of Python and CUDA versions with such folders."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def find_build_locks() -> list[Path]:
+    """Lock files of operators that are being compiled, or whose compiler was killed."""
+    root = build_root()
+    return sorted(path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern))
+
+
+def describe_build_locks() -> str:
+    """What locks of DeepSpeed's compiler there are and what to do; nothing where there are none.
+
+    torch waits for them without a word and without end, and nothing tells a compiler at work from one that was killed.
+    """
+    locks = find_build_locks()
+    if not locks:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(path.stat().st_mtime for path in locks)))
+    names = ", ".join(map(str, locks))
+    return (
+        f"{names} is there since {since}, and DeepSpeed waits until it is gone: if no other launch compiles now, one "
+        f"was killed while it did; remove the file."
+    )
+
+
+def say_of_build(say: Callable[[str], None]) -> None:
+    """Tell why DeepSpeed's start may take its time: it compiles operators once, or waits for who does."""
+    text = describe_build_locks()
+    if text:
+        say(text)
+    elif not is_built():
+        say("DeepSpeed compiles its operators at the first start on a machine: that takes a minute or two")
+
+
+def is_built() -> bool:
+    """Whether DeepSpeed has compiled something here before."""
+    root = build_root()
+    return any(any(root.glob(pattern)) for pattern in ("*/*.so", "*/*/*.so"))
+
+
+def hide_frozen_(module: nn.Module) -> None:
+    """Make every frozen parameter a plain attribute of its layer, in place, where DeepSpeed does not look."""
+    for layer in module.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                del layer._parameters[name]
+                layer.__dict__[name] = parameter  # nn.Module's own way would register it again
+
+
+@contextmanager
+def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
+    """A block in which every rank has the whole parameters, and may call layers as often as it likes.
+
+    Every rank must enter it. DeepSpeed's hooks gather by exchanges that all ranks take part in, but ranks that generate
+    answers of different lengths call layers at different times: inside the block there are no hooks.
+
+    Args:
+        accelerator: the processes; without ZeRO-3 the block is a plain one.
+        module: what `accelerator.prepare` wrapped.
+    """
+    if not is_zero3(accelerator):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    offload = accelerator.deepspeed_engine_wrapped.engine.optimizer.parameter_offload
+    with GatheredParameters(list(module.parameters())):
+        remove_hooks_(offload)
+        yield
+        offload.setup_zero_stage3_hooks()
+
+
+def join_(accelerator: Accelerator, module: nn.Module) -> None:
+    """Make a module that was trained under ZeRO-3 an ordinary one again, whole on every rank, in place."""
+    if not is_zero3(accelerator):
+        return
+    with gathered(accelerator, module):
+        whole = [parameter.detach().clone() for parameter in module.parameters()]
+    for parameter, tensor in zip(list(module.parameters()), whole):
+        parameter.data = tensor
+    remove_hooks_(accelerator.deepspeed_engine_wrapped.engine.optimizer.parameter_offload)
+    for layer in module.modules():
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, nn.Parameter):
+                del layer.__dict__[name]
+                layer.register_parameter(name, value)
+
+
+def remove_hooks_(offload) -> None:
+    """Take DeepSpeed's hooks off every layer."""
+    offload._remove_module_hooks()
+    offload.forward_hooks, offload.backward_hooks = [], []

@@ -1,0 +1,1 @@
+"""From a manifest to shards: audit, findings, encoding, packing, counts, proof."""

@@ -1,0 +1,1 @@
+"""The exact, resumable order of samples, and their reading."""

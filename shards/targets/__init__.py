@@ -1,0 +1,1 @@
+"""What a teacher said, as bytes on a disk: codecs, records, header, store."""

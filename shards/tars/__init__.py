@@ -1,0 +1,1 @@
+"""Tars: walked, indexed, written, fetched."""

@@ -1,0 +1,1 @@
+"""The encoders that hear, and the features they hear."""

@@ -1,0 +1,130 @@
+"""Whisper's encoder as an ear: waveforms in, frames out. The layers are transformers', the log-mel features ours.
+
+Knows nothing of Whisper's decoder and never loads it.
+
+Shapes: B batch, N audio samples, M mel bins, X mel frames (10 ms), R encoder frames (20 ms), E encoder width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from shards.audio.augment import mask_mel_
+from shards.sample import MelMask
+from teachers.ears.convolution import convolve_in_float32_
+from teachers.ears.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
+from teachers.files.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
+
+FRAME_SAMPLES = 2 * HOP_SAMPLES  # the second convolution halves the mel frames
+# Of a WhisperForConditionalGeneration, a WhisperModel, and Qwen2-Audio's tower, which is a Whisper encoder by weights
+WEIGHT_PREFIXES = ("model.encoder.", "encoder.", "audio_tower.", "model.audio_tower.")
+TOWER_TYPE = "qwen2_audio"
+
+
+class WhisperEar(nn.Module):
+    """A Whisper encoder that takes waveforms; always in eval mode, as layer drop would skip layers of a frozen ear."""
+
+    def __init__(self, encoder: WhisperEncoder):
+        super().__init__()
+        config = encoder.config
+        self.encoder = encoder.eval()
+        convolve_in_float32_(self)
+        self.log_mel = WhisperLogMel(config.num_mel_bins, 2 * config.max_source_positions)
+        self.width = config.d_model
+        self.max_samples = config.max_source_positions * FRAME_SAMPLES
+
+    @classmethod
+    def from_config(cls, config: WhisperConfig | dict) -> Self:
+        """Build with random weights; a dictionary holds the fields of a `WhisperConfig`."""
+        return cls(WhisperEncoder(config if isinstance(config, WhisperConfig) else WhisperConfig(**config)))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, num_mels: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load the encoder's weights of a Hugging Face Whisper folder or hub id; no other tensor is read.
+
+        Args:
+            path: folder or hub id that holds `config.json` and safetensors weights.
+            num_mels: mel bins that the caller expects (80 up to large-v2, 128 for large-v3 and turbo); None: any.
+            dtype: of the weights in memory.
+
+        Raises:
+            ValueError: not a Whisper, another number of mel bins, a damaged file, missing or misshapen tensors.
+        """
+        config = _load_config(path, num_mels)
+        with torch.device("meta"):
+            encoder = WhisperEncoder(config)
+        weights = {}
+        for file in find_safetensors(path):
+            weights |= read_safetensors(file, WEIGHT_PREFIXES, dtype)
+        load_strictly_(encoder, weights, path)
+        return cls(encoder)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever the model around this ear does."""
+        return super().train(False)
+
+    def forward(
+        self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode waveforms, padded to the encoder's full length as Whisper was trained.
+
+        Args:
+            waveforms_BN: float, 16 kHz in [-1, 1], padded with zeros.
+            num_samples_B: length of each row.
+            masks_B: what SpecAugment hides of each row; None: nothing.
+
+        Returns:
+            frames_BRE with R = max_source_positions, and num_frames_B: how many of them hold audio.
+
+        Raises:
+            ValueError: a row is empty or longer than the encoder hears.
+        """
+        self.check(num_samples_B)
+        num_frames_B = (num_samples_B.to(waveforms_BN.device) + FRAME_SAMPLES - 1) // FRAME_SAMPLES
+        return self.encode(self.mel(waveforms_BN, num_samples_B, masks_B)), num_frames_B
+
+    def mel(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None) -> Tensor:
+        """Log-mel features of the full length with parts hidden, mel_BMX."""
+        mel_BMX = self.log_mel(waveforms_BN, num_samples_B)
+        if masks_B is not None:
+            mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
+        return mel_BMX
+
+    def check(self, num_samples_B: Tensor) -> None:
+        """Refuse rows that this ear cannot hear, with `ValueError`."""
+        check_lengths(num_samples_B, 1, self.max_samples, "this Whisper")
+
+    def encode(self, mel_BMX: Tensor) -> Tensor:
+        """Encode log-mel features of the full length, frames_BRE."""
+        return self.encoder(mel_BMX.to(self.encoder.conv1.weight.dtype)).last_hidden_state
+
+
+def _load_config(path: str | Path, num_mels: int | None) -> WhisperConfig:
+    config = WhisperConfig.from_dict(whisper_fields(read_model_config(path, "whisper", TOWER_TYPE)))
+    if num_mels not in (None, config.num_mel_bins):
+        raise ValueError(
+            f"{path} has num_mel_bins {config.num_mel_bins}, but num_mels is {num_mels}; "
+            f"large-v2 and smaller have 80, large-v3 and turbo 128: name the other model or drop num_mels."
+        )
+    return config
+
+
+def whisper_fields(config: dict) -> dict:
+    """A `WhisperConfig`'s fields out of a Whisper's config or of a Qwen2-Audio's, whose tower is a Whisper encoder."""
+    return {**config["audio_config"], "model_type": "whisper"} if config["model_type"] == TOWER_TYPE else config
+
+
+def ear_of_tower(tower: nn.Module) -> WhisperEar:
+    """Qwen2-Audio's tower as an ear that shares its modules: its frames before they are averaged, normed."""
+    with torch.device("meta"):
+        encoder = WhisperEncoder(WhisperConfig.from_dict({**tower.config.to_dict(), "model_type": "whisper"}))
+    for name, _ in list(encoder.named_children()):
+        setattr(encoder, name, getattr(tower, name))
+    return WhisperEar(encoder)

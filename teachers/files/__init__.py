@@ -1,0 +1,1 @@
+"""A teacher on a disk: loaded, saved, read from others' files, known by its contents."""

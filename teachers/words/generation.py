@@ -1,0 +1,94 @@
+"""Answers of a LLM by a config of our own: nothing that lies in the LLM's folder changes them but its end ids.
+
+A folder's `generation_config.json` may hold a repetition penalty, sampling, a length or forbidden words that were meant
+for a chat; transformers takes whatever is not said otherwise from there.
+
+Shapes: B batch, T LLM positions or new ids, V vocabulary, D LLM width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+
+from teachers.words.ending import Ends, EndSequence, EndText, TextEnd
+
+
+class RealTokens(LogitsProcessor):
+    """Forbids the rows of a padded head, which stand for no token.
+
+    Args:
+        num_tokens: ids of the tokenizer.
+    """
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        is_padding_V = torch.arange(scores.shape[-1], device=scores.device) >= self.num_tokens
+        return scores.masked_fill(is_padding_V, -torch.inf)
+
+
+def own_end_ids(llm: nn.Module) -> list[int]:
+    """The ids that end an answer by the LLM's `generation_config`: all that is read of it."""
+    own = llm.generation_config.eos_token_id
+    return [] if own is None else list(own) if isinstance(own, Sequence) else [int(own)]
+
+
+@contextmanager
+def neutral(llm: nn.Module) -> Iterator[None]:
+    """While it is open, the LLM has no generation settings of its own."""
+    own, llm.generation_config = llm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        llm.generation_config = own
+
+
+def generate_neutrally(llm: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, *, ends: Ends, pad_id: int, num_tokens: int,
+                       processors: Sequence[LogitsProcessor] = (), repetition_penalty: float = 1.0,
+                       min_new_tokens: int = 0, **options) -> list[list[int]]:  # fmt: skip
+    """New ids of each row, padded behind its end.
+
+    Args:
+        llm: a causal LM of transformers.
+        embeds_BTD: prompts, padded on the left.
+        mask_BT: where they are no padding.
+        ends: each row and each beam ends at the first of them.
+        pad_id: what follows an end.
+        num_tokens: ids from this on are never said.
+        processors: applied last.
+        repetition_penalty: of every id that this row has said, once however often; the prompt does not count, and
+            neither does padding (transformers' own processor skips as many new ids as the row has padding). A row in a
+            batch is penalised as the row alone.
+        min_new_tokens: before so many nothing ends.
+        options: of `GenerationConfig`.
+    """
+    before: list[LogitsProcessor] = [RealTokens(num_tokens)]
+    if repetition_penalty != 1:
+        before.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    single = [end[0] for end in ends if not isinstance(end, TextEnd) and len(end) == 1]
+    config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=list(dict.fromkeys(single)) or None,
+        pad_token_id=pad_id,
+        min_new_tokens=min_new_tokens or None,
+        **options,
+    )
+    stops = [EndText(e, min_new_tokens) if isinstance(e, TextEnd) else EndSequence(e) for e in ends[:1]]
+    with neutral(llm):
+        return llm.generate(
+            inputs_embeds=embeds_BTD,
+            attention_mask=mask_BT,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([*before, *processors]),
+            stopping_criteria=StoppingCriteriaList(stops),
+        ).tolist()

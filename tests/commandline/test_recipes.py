@@ -1,0 +1,73 @@
+"""The recipes: published sizes of what they name, one cache for all students of a teacher, and the page on them."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.cli import main
+from distill.config import load_config
+from distill.sizes.costs import describe_student, describe_teacher, measure_sizes
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("salmonn_*.yaml"))
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "whisper", "llm"),  # published parameters, in millions
+    [
+        ("salmonn_3b_to_1b_turbo", 637.0, 1235.814),
+        ("salmonn_3b_to_3b_nf4", 636.8, 3212.750),
+        ("salmonn_3b_to_deepseek_15b", 636.8, 1777.088),
+        ("salmonn_3b_to_05b_small_ears", 88.154, 494.033),
+    ],
+)
+def test_a_recipes_student_has_the_published_parameters(name, whisper, llm):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    teacher, given = describe_teacher(config)
+    sizes = measure_sizes(describe_student(config, teacher), given)
+    assert sizes["Whisper encoder"][0] / 1e6 == pytest.approx(whisper, abs=0.05)
+    parts = ("LLM embeddings", "LLM body", "LLM head")
+    assert sum(sizes[part][0] for part in parts if part in sizes) / 1e6 == pytest.approx(llm, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "ears"),
+    [
+        ("salmonn_3b_to_1b", {"BEATs"}),
+        ("salmonn_3b_to_1b_turbo", {"BEATs"}),
+        ("salmonn_3b_to_1b_eat", {"EAT"}),
+        ("salmonn_3b_to_1b_no_beats", set()),
+        ("salmonn_3b_to_05b_small_ears", set()),
+    ],
+)
+def test_a_recipes_student_has_the_second_encoder_of_its_name(name, ears):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    teacher, given = describe_teacher(config)
+    assert {"BEATs", "EAT"} & measure_sizes(describe_student(config, teacher), given).keys() == ears
+
+
+def test_every_student_of_a_teacher_learns_from_the_same_cache():
+    by_teacher = {}
+    for path in RECIPES:
+        config = load_config(path)
+        by_teacher.setdefault(config.teacher, []).append((config.cache, config.data, config.precision))
+    assert len(by_teacher) == 2
+    assert all(len(set(map(repr, made_of))) == 1 for made_of in by_teacher.values())
+    assert len({config[0][0].folder for config in by_teacher.values()}) == 2
+
+
+def test_no_two_recipes_write_into_one_run_folder():
+    assert len({load_config(path).run_folder for path in RECIPES}) == len(RECIPES)
+
+
+def test_the_page_holds_the_table_that_its_command_prints(capsys):
+    assert main(["stats", "model", *map(str, RECIPES)]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed.count("\n") == len(RECIPES) + 3 and printed in PAGE
+    columns = printed.splitlines()[0].split("|")[1:-1]
+    assert len(set(columns)) == len(columns)
+
+
+def test_the_page_names_every_recipe():
+    assert all(f"`{path.stem}`" in PAGE for path in RECIPES)
