@@ -30,7 +30,7 @@ HUB_PARTS = ("llm", "whisper", "second")  # names in a student's config that ano
 class Segment:
     """A piece of a recording, and what the student says of it."""
 
-    start: float  # seconds
+    start: float  # seconds, to the millisecond
     end: float
     text: str
 
@@ -142,7 +142,8 @@ class Student:
         pieces = [x_N[start:end] for x_N, found in zip(waveforms, cuts) for start, end in found]
         texts = iter(self._say(pieces, task, question, max_new_tokens, batch_size))
         answers = [
-            [Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, next(texts)) for start, end in found] for found in cuts
+            [Segment(round(start / SAMPLE_RATE, 3), round(end / SAMPLE_RATE, 3), next(texts)) for start, end in found]
+            for found in cuts
         ]
         joined = [Answer(" ".join(s.text for s in found if s.text), tuple(found)) for found in answers]
         return joined if is_list else joined[0]

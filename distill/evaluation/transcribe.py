@@ -9,19 +9,15 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from shards.audio.decode import AudioError, AudioLimits, hash_waveform, load_audio
-from shards.audio.quiet import cut_at_quiet
+from shards.audio.container import AudioError
 from shards.manifests.manifest import open_atomically
-from shards.sample import SAMPLE_RATE, Sample
-from students.pretrained import Segment
-from students.student import load_student
-from teachers.salmonn import Salmonn
-
-LIMITS = AudioLimits(max_seconds=3600.0)
+from shards.sample import SAMPLE_RATE
+from students.pretrained import Answer, Segment, Student, load_waveform
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Transcript:
 
 
 def transcribe(
-    student: Salmonn,
+    student: Student,
     files: Sequence[Path],
     *,
     task: str = "asr",
@@ -50,49 +46,35 @@ def transcribe(
     """The student's greedy answers, a transcript a file, in their order; pieces of several files share a batch.
 
     Args:
-        student: in evaluation mode.
+        student: who hears.
         files: wav, flac, ogg or mp3.
         task: whose prompt is asked.
         question: that a task of questions asks.
         max_new_tokens: of the answer about a piece.
         batch_size: pieces that are answered at once.
     """
-    waiting: list[tuple[Transcript | Path, list[tuple[Sample, float]]]] = []
+    ask = partial(student.ask, task=task, question=question, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    waiting: list[tuple[Path, np.ndarray | Exception]] = []
     for path in files:
         try:
-            waiting.append((path, list(cut(path, student, task, question))))
+            waiting.append((path, load_waveform(path, SAMPLE_RATE, student.model)))
         except (AudioError, OSError) as error:
-            waiting.append((Transcript(str(path), (), str(error)), []))
-        if sum(len(pieces) for _, pieces in waiting) >= batch_size:
-            yield from answer(student, waiting, max_new_tokens, batch_size)
+            waiting.append((path, error))
+        if sum(len(x) for _, x in waiting if isinstance(x, np.ndarray)) >= batch_size * student.model.max_samples:
+            yield from answer(ask, waiting)
             waiting = []
-    yield from answer(student, waiting, max_new_tokens, batch_size)
+    yield from answer(ask, waiting)
 
 
-def cut(path: Path, student: Salmonn, task: str, question: str | None) -> Iterator[tuple[Sample, float]]:
-    """The pieces of a recording that the student can hear, each with its start in seconds."""
-    waveform_N = load_audio([path], limits=LIMITS)
-    for start, end in cut_at_quiet(waveform_N, student.max_samples, student.min_samples):
-        piece_N = waveform_N[start:end]
-        sample = Sample(path.stem, piece_N, None, task, question, "", hash_waveform(piece_N))
-        yield sample, start / SAMPLE_RATE
-
-
-def answer(student: Salmonn, waiting: list, max_new_tokens: int, batch_size: int) -> Iterator[Transcript]:
-    """Transcripts of the recordings whose pieces wait."""
-    samples = [sample for _, pieces in waiting for sample, _ in pieces]
-    texts: list[str] = []
-    for first in range(0, len(samples), batch_size):
-        texts += student.generate(samples[first : first + batch_size], max_new_tokens=max_new_tokens)
-    said = iter(texts)
-    for file, pieces in waiting:
-        if isinstance(file, Transcript):
-            yield file
-            continue
-        segments = tuple(
-            Segment(round(start, 3), round(start + sample.duration, 3), next(said)) for sample, start in pieces
-        )
-        yield Transcript(str(file), segments)
+def answer(ask: Callable[[list], list[Answer]], waiting: Sequence[tuple[Path, np.ndarray | Exception]]
+           ) -> Iterator[Transcript]:  # fmt: skip
+    """Transcripts of the recordings that wait, and of those that could not be read."""
+    answers = iter(ask([x for _, x in waiting if isinstance(x, np.ndarray)]))
+    for path, heard in waiting:
+        if isinstance(heard, Exception):
+            yield Transcript(str(path), (), str(heard))
+        else:
+            yield Transcript(str(path), next(answers).segments)
 
 
 def format_txt(transcript: Transcript) -> str:
@@ -160,8 +142,7 @@ def write(transcripts: Iterable[Transcript], kind: str, out: Path | None, *, sev
 
 def main(args: argparse.Namespace) -> int:
     """Run `distill transcribe`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_student(args.student, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    student = Student.from_pretrained(args.student)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     transcripts = transcribe(
