@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.nn.functional import ctc_loss
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, ctc_loss
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
 from distill.cli import run_stage
@@ -23,11 +23,12 @@ from distill.demo.tokenizer import train_tokenizer
 from distill.distiller import Distiller, FitResult
 from distill.training.optimizer import group_by_decay, learning_rate
 from distill.training.progress import Progress
-from distill.training.ranks import average_over_ranks_, build_accelerator, say
+from distill.training.ranks import average_gradients_over_ranks_, build_accelerator, say
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
 from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import open_atomically, read_manifest
+from shards.sample import Sample
 from shards.streaming.stream import ShardStream
 from shards.telling import tell
 from teachers.ears.whisper import WhisperEar
@@ -38,6 +39,7 @@ from teachers.words.prompts import Prompts, load_prompts
 
 PARTS, DONE = "parts.json", "teach.json"  # written when the parts, and when the teacher, are whole
 HEARD_IN_ORDER = ("asr", "audiocaption_v2", "audiocaption")  # tasks whose answers follow their audio in time
+HEARD_AT_ONCE = ("gender_recognition",)  # tasks whose answers are one thing about all of their audio
 
 
 def teach(config: Config) -> int:
@@ -221,7 +223,8 @@ def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCa
 
 
 def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Accelerator | None = None) -> None:
-    """CTC on the answers that follow their audio in time, in place: what a real Whisper brings along.
+    """What a real Whisper brings along, in place: CTC on the answers that follow their audio in time, and on those that
+    say one thing about all of it the cross-entropy of their first token from the mean of the frames.
 
     Each of the accelerator's ranks does its part of a batch, and all end with the same ears.
 
@@ -229,29 +232,43 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
     """
     scratch = config.scratch
     options = TrainConfig(steps=scratch.ear_steps, learning_rate=2e-3, warmup_steps=30)
-    tasks = sorted(set(HEARD_IN_ORDER) & set(ShardStream(config.shards("train"), batch_size=1).tasks))
+    tasks = sorted({*HEARD_IN_ORDER, *HEARD_AT_ONCE} & set(ShardStream(config.shards("train"), batch_size=1).tasks))
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     stream = ShardStream(config.shards("train"), batch_size=scratch.batch_size, seed=config.seed, tasks=tasks,
                          rank=rank, world_size=size)  # fmt: skip
-    head = nn.Linear(ear.width, len(tokenizer))
-    parameters = dict(ear.encoder.named_parameters()) | {f"head.{n}": p for n, p in head.named_parameters()}
+    heads = nn.ModuleDict({name: nn.Linear(ear.width, len(tokenizer)) for name in ("order", "whole")})
+    parameters = dict(ear.encoder.named_parameters()) | dict(heads.named_parameters())
     optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
     with Progress("ears", options.steps, accelerator=accelerator) as progress:
         for step, samples in zip(range(options.steps), stream):
-            ids = [tokenizer.encode(sample.text, add_special_tokens=False) for sample in samples]
-            frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
-            logprobs_RBV = head(frames_BRE).log_softmax(-1).transpose(0, 1)
-            labels, lengths = torch.tensor([i for row in ids for i in row]), torch.tensor([len(row) for row in ids])
-            loss = ctc_loss(
-                logprobs_RBV, labels, num_frames_B, lengths, blank=tokenizer.pad_token_id, zero_infinity=True
-            )
+            loss = ear_loss(ear, heads, samples, tokenizer)
             set_rate_(optimizer, learning_rate(step, options))
             loss.backward()
-            average_over_ranks_(accelerator, [p.grad for p in parameters.values() if p.grad is not None])
+            average_gradients_over_ranks_(accelerator, [p for p in parameters.values() if p.requires_grad])
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             progress.advance(f"loss {loss.item():.3f}")
+
+
+def ear_loss(ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], tokenizer) -> Tensor:
+    """The sum of both losses of `pretrain_ears_`, each a mean over the samples that have it."""
+    ids = [tokenizer.encode(sample.text, add_special_tokens=False) for sample in samples]
+    frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
+    at_once = torch.tensor([sample.task in HEARD_AT_ONCE for sample in samples])
+    in_order = [row for row, is_whole in zip(ids, at_once.tolist()) if not is_whole]
+    loss = frames_BRE.sum() * 0.0
+    if in_order:
+        logprobs_RBV = heads["order"](frames_BRE[~at_once]).log_softmax(-1).transpose(0, 1)
+        labels, lengths = torch.tensor([i for row in in_order for i in row]), torch.tensor([len(r) for r in in_order])
+        loss = loss + ctc_loss(logprobs_RBV, labels, num_frames_B[~at_once], lengths,
+                               blank=tokenizer.pad_token_id, zero_infinity=True)  # fmt: skip
+    if at_once.any():
+        is_frame_BR = torch.arange(frames_BRE.shape[1]) < num_frames_B[:, None]
+        means_BE = (frames_BRE * is_frame_BR[..., None]).sum(1) / num_frames_B[:, None]
+        first = torch.tensor([row[0] for row, is_whole in zip(ids, at_once.tolist()) if is_whole])
+        loss = loss + cross_entropy(heads["whole"](means_BE[at_once]), first)
+    return loss
 
 
 def set_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:

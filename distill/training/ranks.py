@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object as gather_list
-from torch import Tensor
+from torch import nn
 
 from shards.telling import tell
 
@@ -55,14 +55,15 @@ def sum_over_ranks(accelerator: Accelerator, values_: list[float]) -> list[float
     return summed.tolist()
 
 
-def average_over_ranks_(accelerator: Accelerator | None, tensors: Sequence[Tensor]) -> None:
-    """Give every rank the mean of its tensors and the others', in place and in one exchange."""
+def average_gradients_over_ranks_(accelerator: Accelerator | None, parameters: Sequence[nn.Parameter]) -> None:
+    """Give every rank the mean of its gradients and the others', in place and in one exchange; none counts as zero."""
     if accelerator is None or accelerator.num_processes == 1:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(accelerator.device)
-    parts = accelerator.reduce(flat, "mean").split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts):
-        tensor.copy_(part.view_as(tensor))
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).to(accelerator.device)
+    parts = accelerator.reduce(flat, "mean").split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts):
+        parameter.grad = part.view_as(parameter).to(parameter.device)
 
 
 def gather(accelerator: Accelerator, values: list) -> list:

@@ -1,11 +1,15 @@
 """The demo's teacher: made of the parts that its own settings ask for."""
 
+import pytest
 import tiny
+import torch
+from torch import nn
 
 from distill.config import load_config
-from distill.teach import has_parts, make_parts, mark_of, teach, write_mark
+from distill.teach import ear_loss, has_parts, make_parts, mark_of, teach, write_mark
 from distill.training.ranks import build_accelerator
 from teachers.files.loading import load_salmonn
+from teachers.words.batch import pad_waveforms
 
 SIZES = {"steps": 1, "ear_steps": 1, "text_steps": 1, "batch_size": 4, "vocab_size": 400, "ear_width": 32,
          "ear_layers": 1, "llm_layers": 1, "student_layers": 1, "student_width": 32, "qformer_width": 32}  # fmt: skip
@@ -25,3 +29,20 @@ def test_a_teacher_is_never_made_of_parts_that_other_settings_left(tmp_path, cap
     assert "scratch is unfinished or of other settings, made anew" in capsys.readouterr().err
     assert load_salmonn(folder / "teacher").llm.config.hidden_size == 64
     assert has_parts(folder, marks[1])
+
+
+def test_ears_learn_words_in_their_order_and_what_is_said_of_a_whole_clip_from_its_mean(tmp_path):
+    tiny.make_parts(tmp_path)
+    model = tiny.make_teacher(tmp_path)
+    heads = nn.ModuleDict({name: nn.Linear(model.whisper.width, len(model.tokenizer)) for name in ("order", "whole")})
+    words = tiny.make_sample(1, text="one two")
+    voice = tiny.make_sample(2, text="male", task="gender_recognition", seconds=0.9)
+    one, other, both = (ear_loss(model.whisper, heads, s, model.tokenizer) for s in ([words], [voice], [words, voice]))
+    assert float(both) == pytest.approx(float(one) + float(other), rel=1e-4)
+    frames_BRE, num_frames_B = model.whisper(*pad_waveforms([voice.waveform_N]))
+    logprobs_V = heads["whole"](frames_BRE[0, : num_frames_B[0]].mean(0)).log_softmax(-1)
+    assert float(other) == pytest.approx(
+        -float(logprobs_V[model.tokenizer.encode("male", add_special_tokens=False)[0]])
+    )
+    other.backward()
+    assert heads["order"].weight.grad is None and torch.count_nonzero(heads["whole"].weight.grad) > 0
