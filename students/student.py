@@ -26,7 +26,7 @@ from teachers.files.loading import build_salmonn, load_salmonn, read_config, sav
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.targets import Vocabulary
-from teachers.words.batch import RowTokenizer
+from teachers.words.rows import RowTokenizer
 
 LORA = Lora()  # of a student where nothing else is said
 

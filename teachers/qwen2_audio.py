@@ -21,8 +21,9 @@ from teachers.files.loading import CONFIG
 from teachers.files.weights import read_json
 from teachers.fourbit import keep_unpacked_
 from teachers.salmonn import Heard, Salmonn, SalmonnConfig
-from teachers.words.batch import Batch, RowTokenizer, check_pad_id
+from teachers.words.batch import Batch, check_pad_id
 from teachers.words.prompts import AUDIO_IN_FRONT, AUDIO_PLACE, Prompts
+from teachers.words.rows import RowTokenizer
 
 MODEL_TYPE = "qwen2_audio"
 PLACE = f"Audio 1: <|audio_bos|>{AUDIO_PLACE}<|audio_eos|>\n"  # and in Qwen2-Audio's own chat

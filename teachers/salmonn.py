@@ -23,10 +23,11 @@ from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
 from teachers.fourbit import keep_unpacked_
 from teachers.logits import head_logits
 from teachers.qformer import WindowQFormer
-from teachers.words.batch import Batch, RowTokenizer, check_pad_id, collate
+from teachers.words.batch import Batch, check_pad_id, collate
 from teachers.words.ending import Ends, TextEnd, cut_after_end, read_answer
 from teachers.words.generation import generate_neutrally, own_end_ids
 from teachers.words.prompts import Prompts, load_prompts
+from teachers.words.rows import RowTokenizer
 
 LEAST_SAMPLES = SAMPLE_RATE  # a shorter clip is heard with silence up to 1 s behind it, as every SALMONN was trained
 FRAME_SAMPLES = 320  # audio samples behind one encoder frame: Whisper, BEATs and EAT all give 50 a second

@@ -26,7 +26,8 @@ from teachers.files.cacheparts import hash_prompts, load_head, load_rows
 from teachers.files.loading import hash_frozen_parts, hash_tensors, own_tensors
 from teachers.logits import head_logits
 from teachers.salmonn import Salmonn
-from teachers.words.batch import Batch, Row, RowTokenizer
+from teachers.words.batch import Batch
+from teachers.words.rows import Row, RowTokenizer
 
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
 FRAMES = "frames_"  # beginning of the names of the encoders' frames

@@ -17,7 +17,8 @@ import numpy as np
 from shards.audio.container import AudioError
 from shards.manifests.manifest import open_atomically
 from shards.sample import SAMPLE_RATE
-from students.pretrained import Answer, Segment, Student, load_waveform
+from students.asking import Answer, Listener, Segment, load_waveform
+from students.pretrained import Student
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Transcript:
 
 
 def transcribe(
-    student: Student,
+    student: Listener,
     files: Sequence[Path],
     *,
     task: str = "asr",
@@ -57,10 +58,10 @@ def transcribe(
     waiting: list[tuple[Path, np.ndarray | Exception]] = []
     for path in files:
         try:
-            waiting.append((path, load_waveform(path, SAMPLE_RATE, student.model)))
+            waiting.append((path, load_waveform(path, SAMPLE_RATE, student.min_samples)))
         except (AudioError, OSError) as error:
             waiting.append((path, error))
-        if sum(len(x) for _, x in waiting if isinstance(x, np.ndarray)) >= batch_size * student.model.max_samples:
+        if sum(len(x) for _, x in waiting if isinstance(x, np.ndarray)) >= batch_size * student.max_samples:
             yield from answer(ask, waiting)
             waiting = []
     yield from answer(ask, waiting)

@@ -19,7 +19,8 @@ from distill.objective.vocabulary import cut_alike, shared_vocab_size
 from shards.sample import Sample
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets, Vocabulary, check_vocabularies
-from teachers.words.batch import Batch, RowTokenizer
+from teachers.words.batch import Batch
+from teachers.words.rows import RowTokenizer
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from teachers.files.saving import as_system_errors, sync_file
 from teachers.files.weights import open_safetensors, read_json
 from teachers.logits import logit_transform
 from teachers.salmonn import Salmonn
-from teachers.words.batch import RowTokenizer
 from teachers.words.prompts import Prompts
+from teachers.words.rows import RowTokenizer
 
 FOLDER, HEAD, TOKENIZER, PROMPTS = "teacher", "head.safetensors", "tokenizer", "prompts.json"
 

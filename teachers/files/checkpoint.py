@@ -17,7 +17,7 @@ from teachers.files.saving import write_atomically
 from teachers.files.weights import put_, read_torch_file
 from teachers.lora import SALMONN_LORA, Lora
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
-from teachers.words.batch import NO_BOS
+from teachers.words.rows import NO_BOS
 
 LORA = re.compile(r"llama_model\.(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight$")
 # Saved beside the trainable tensors though they are not: buffers, and second names of shared or tied frozen tensors

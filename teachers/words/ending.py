@@ -3,16 +3,10 @@
 An end that is a control token is its id. Any other (`</s>` in Llama 3's vocabulary, which knows no such token) is
 text: SALMONN's trainers tokenise it in one piece with the answer, whose last character can share a token with its first
 (`.</`). So such an answer ends where its decoded text says the end, whatever the ids are.
-
-Shapes: B batch, T new ids.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
 
 
 @dataclass(frozen=True)
@@ -71,36 +65,6 @@ class TextEnd:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-class EndSequence(StoppingCriteria):
-    """Ends each row (and each beam) of its own accord when its ids end with a sequence."""
-
-    def __init__(self, ids: Sequence[int]):
-        self.ids = list(ids)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        if input_ids.shape[1] < len(self.ids):
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        return (input_ids[:, -len(self.ids) :] == torch.tensor(self.ids, device=input_ids.device)).all(1)
-
-
-class EndText(StoppingCriteria):
-    """Ends each row (and each beam) of its own accord when its text says the end; only its last ids are decoded.
-
-    Args:
-        end: the end.
-        min_new_tokens: before so many nothing ends.
-    """
-
-    def __init__(self, end: TextEnd, min_new_tokens: int = 0):
-        self.end, self.min_new_tokens = end, min_new_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        if input_ids.shape[1] < self.min_new_tokens:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        last = input_ids[:, -self.end.num_ids - len(self.end.tail) :].tolist()
-        return torch.tensor([self.end.is_at(row) for row in last], device=input_ids.device)
 
 
 Ends = Sequence[Sequence[int] | TextEnd]  # of one model; the first is its own

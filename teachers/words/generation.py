@@ -16,10 +16,11 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from teachers.words.ending import Ends, EndSequence, EndText, TextEnd
+from teachers.words.ending import Ends, TextEnd
 
 
 class RealTokens(LogitsProcessor):
@@ -35,6 +36,36 @@ class RealTokens(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         is_padding_V = torch.arange(scores.shape[-1], device=scores.device) >= self.num_tokens
         return scores.masked_fill(is_padding_V, -torch.inf)
+
+
+class EndSequence(StoppingCriteria):
+    """Ends each row (and each beam) of its own accord when its ids end with a sequence."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.ids = list(ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        if input_ids.shape[1] < len(self.ids):
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return (input_ids[:, -len(self.ids) :] == torch.tensor(self.ids, device=input_ids.device)).all(1)
+
+
+class EndText(StoppingCriteria):
+    """Ends each row (and each beam) of its own accord when its text says the end; only its last ids are decoded.
+
+    Args:
+        end: the end.
+        min_new_tokens: before so many nothing ends.
+    """
+
+    def __init__(self, end: TextEnd, min_new_tokens: int = 0):
+        self.end, self.min_new_tokens = end, min_new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        if input_ids.shape[1] < self.min_new_tokens:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        last = input_ids[:, -self.end.num_ids - len(self.end.tail) :].tolist()
+        return torch.tensor([self.end.is_at(row) for row in last], device=input_ids.device)
 
 
 def own_end_ids(llm: nn.Module) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 
 from shards.audio.quiet import cut_at_quiet
 from students import Student, build_student, save_student
-from students.pretrained import load_waveform
+from students.asking import load_waveform
 from teachers import Lora, load_salmonn
 
 RATE = 16_000
@@ -86,8 +86,8 @@ def test_paths_arrays_and_tensors_of_any_rate_sound_alike(student, tmp_path):
     ]
     forms.append(np.rint(x_N * 32767).astype(np.int16))
     for form in forms:
-        assert np.allclose(load_waveform(form, RATE, student.model), x_N, atol=1e-3)
-    assert len(load_waveform(x_N, 8000, student.model)) == 2 * len(x_N)
+        assert np.allclose(load_waveform(form, RATE, student.min_samples), x_N, atol=1e-3)
+    assert len(load_waveform(x_N, 8000, student.min_samples)) == 2 * len(x_N)
     answers = student.describe(forms[:3], max_new_tokens=3)
     assert [a.text for a in answers] == [answers[0].text] * 3
 

@@ -10,7 +10,8 @@ from test_checkpoint import reference, samples_of  # noqa: F401 (a fixture)
 from distill.config import EvalConfig
 from distill.evaluation.answering import predict
 from teachers.salmonn import Salmonn
-from teachers.words.ending import EndSequence, cut_after_end, has_ended
+from teachers.words.ending import cut_after_end, has_ended
+from teachers.words.generation import EndSequence
 
 SALMONN = {"num_beams": 4, "repetition_penalty": 1.0, "length_penalty": 1.0}  # of decode configs in both trainers
 

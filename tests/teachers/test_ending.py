@@ -31,10 +31,11 @@ from teachers.files.checkpoint import load_checkpoint, save_checkpoint
 from teachers.files.loading import load_llm
 from teachers.lora import Lora, add_lora_
 from teachers.targets import OnlineTeacher, llm_blocks, record_blocks
-from teachers.words.batch import RowTokenizer
 from teachers.words.controls import TextEncoder
-from teachers.words.ending import EndText, TextEnd, has_ended, read_answer
+from teachers.words.ending import TextEnd, has_ended, read_answer
+from teachers.words.generation import EndText
 from teachers.words.prompts import Prompts
+from teachers.words.rows import RowTokenizer
 
 END = "</s>"
 CONTROLS = ["<|begin|>", "<|end_of_text|>", "<|eot_id|>"]
