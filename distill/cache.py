@@ -9,82 +9,30 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from distill.caching.capture import Capturer, build_codec, captured_mass, feature_dtypes
-from distill.cli import run_stage
+from distill.caching.batches import open_shard
+from distill.caching.capture import Capturer, captured_mass, feature_dtypes
+from distill.caching.identity import describe_teacher
+from distill.command import run_stage
 from distill.config import Config
-from distill.teacher import describe_wording, load_to_keep, resolve_ears
+from distill.teacher import load_to_keep
 from distill.training.progress import Progress
-from distill.training.ranks import build_accelerator, resolve_precision, say
-from shards.audio.augment import sample_seed
+from distill.training.ranks import build_accelerator, say
 from shards.lock import read_holder
 from shards.sample import Sample
 from shards.streaming.catalog import hash_shards
 from shards.streaming.stream import ShardStream
-from shards.targets.codecs import Hidden, describe_codec
-from shards.targets.header import CacheHeader
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetShard, TargetWriter, read_done
 from shards.tars.source import expand_shards
-from teachers.files.cacheparts import hash_head, hash_prompts, head_tensor, save_parts
-from teachers.files.loading import hash_frozen_parts, hash_tensors, own_tensors
-from teachers.logits import logit_transform
-from teachers.salmonn import Salmonn
-from teachers.targets import Vocabulary
+from teachers.files.cacheparts import save_parts
 
 Capture = Callable[[Sequence[Sample]], dict[str, TargetRecord]]  # makes the records of a batch, by key
-EARS = ("whisper.", "second.")  # whose tensors are hashed in the run's precision, whatever they are loaded in
 POLL_SECONDS = 1.0  # between looks at whether other ranks have finished the last shards
 FIGURES = ("samples", "tokens", "payload_bytes", "captured_mass", "own_answers", "cross_entropy", "entropy")
-
-
-def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) -> CacheHeader:
-    """Everything the targets depend on; its hash is the cache's fingerprint.
-
-    Args:
-        teacher: the model.
-        config: of the run.
-        is_kept: whether the targets go to a disk, as `resolve_ears` takes it.
-    """
-    settings, cache, dtype = asdict(teacher.config), config.cache, resolve_precision(config.precision)
-    own = {name: x.to(dtype) if name.startswith(EARS) else x for name, x in own_tensors(teacher).items()}
-    for name in ("llm", "whisper", "second", "prompts", "eval_prompts"):  # places; hashes of their contents are below
-        settings.pop(name)
-    codec = build_codec(cache)
-    head = {}
-    if isinstance(codec, Hidden):
-        head = {"head": hash_head(head_tensor(teacher)), **logit_transform(teacher.llm.config.get_text_config())}
-    return CacheHeader(
-        {
-            "teacher_weights": {"own": hash_tensors(own), **hash_frozen_parts(teacher)},
-            "teacher_config": settings,
-            "llm_width": teacher.project.out_features,
-            "tokenizer": asdict(Vocabulary.of(teacher.tokenizer)) | {"name": "cached"},
-            "prompts": hash_prompts(teacher.rows.prompts),
-            "wording": describe_wording(config, teacher),
-            "front_end": "teachers.frontend 2",  # 2: clips under 1 s are heard with silence up to it
-            "dtype": str(dtype),
-            "ears": resolve_ears(config, is_kept=is_kept),
-            "codec": describe_codec(codec) | head,
-            "features": {
-                "queries": cache.features,
-                "hidden_layers": list(cache.hidden_layers),
-                "frames": cache.frames,
-                "windows": config.student.windows if cache.frames != "none" else None,
-            },
-            "answers": {
-                "of": cache.answers,
-                "labelled_share": config.data.labelled_share,
-                "max_new_tokens": cache.max_new_tokens,
-                "num_beams": cache.num_beams,
-                "transcripts": cache.transcripts,
-            },
-        }
-    )
 
 
 def cache(config: Config) -> int:
@@ -194,19 +142,6 @@ class Job:
         """What a shard took on average; 0 before the first."""
         sizes = [read_done(self.writer.folder, shard)["bytes"] for shard in self.counted]
         return sum(sizes) // max(1, len(sizes))
-
-
-def open_shard(config: Config, shard: str, share: float = 1.0) -> ShardStream:
-    """The samples of one shard as the job reads them: in batches of like length, the same in every run."""
-    options = {"batch_size": config.cache.batch_size, "shuffle": False, "epochs": 1, "bucket_batches": 10**6}
-    options |= {"num_workers": config.data.workers, "labelled_share": config.data.labelled_share}
-    stream = ShardStream(shard, **options)
-    if share == 1:
-        return stream
-    keys = [stream.catalog.key(row) for row in range(len(stream.catalog))]
-    left_out = sorted(keys, key=lambda key: sample_seed(config.seed, config.on_policy.round, key))
-    left_out = left_out[math.ceil(share * len(keys)) :]
-    return ShardStream(shard, **options, sample_weights=dict.fromkeys(left_out, 0.0))
 
 
 def tally_(figures: dict[str, float], record: TargetRecord) -> None:

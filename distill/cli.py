@@ -1,41 +1,27 @@
 """The command line: `distill COMMAND …`. Reads the words, and imports a stage only when they are right.
 
-What there is to call is in `commands.py`; here words become a call, and an error becomes a line and an exit code.
+What there is to call is in `commands.py`; here words become a call.
 """
 
 import argparse
 import ast
-import errno
 import importlib
 import importlib.util
 import inspect
-import json
-import os
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from distill.commandline.commands import COMMANDS, add_config_arguments, find_unknown, read_config_arguments
-from distill.commandline.hints import COMMANDS as OTHER_COMMANDS
-from distill.commandline.hints import did_you_mean, nearest
-from distill.launch import bind_to_launcher
-from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
-from shards.parent import is_in_main_thread
-from shards.telling import hush, is_quiet
+from distill.command import Parser, add_flags, guard
+from distill.commandline.commands import COMMANDS, find_unknown
+from distill.config.suggestions import COMMANDS as OTHER_COMMANDS
+from distill.config.suggestions import did_you_mean, nearest
+from shards.telling import hush
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")  # that decide what a run does
 FLAGS = ("--debug", "--quiet")  # of every command, before it as good as behind it
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line in the form of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
 
 
 class Version(argparse.Action):
@@ -48,13 +34,6 @@ class Version(argparse.Action):
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         print(f"distill-audio {version('distill-audio')}, Python {python_version()}, {versions}")
         parser.exit()
-
-
-ENDED = "exit code {}: see the message above; the same command goes on from what is finished"
-LAST_WORDS = (  # of a process that gets no chance to say any
-    "ended without a word: exit code -9 is kill -9 or no memory left, 1 below threads' stacks is train.hang_minutes; "
-    "the same command goes on from what is finished"
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,12 +61,6 @@ def build_command_parser(name: str) -> argparse.ArgumentParser:
         parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
     add_flags(parser)
     return parser
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What every command takes."""
-    parser.add_argument("--quiet", action="store_true", help="print only results and errors")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def read_description(module: str) -> str:
@@ -138,115 +111,23 @@ def call(name: str, args: argparse.Namespace) -> int:
     command = COMMANDS[name]
     command.reads(args)
     stage = importlib.import_module(command.module).main
-    return stage(args, **known_tasks(stage, args))
+    return stage(args, **given_to(stage, args))
 
 
-def known_tasks(stage, args: argparse.Namespace) -> dict:
-    """For stages that check a manifest's tasks, `tasks`, those of `args.prompts`, and `questions`, see there."""
-    if "tasks" not in inspect.signature(stage).parameters:
-        return {}
-    from teachers.words.prompts import load_prompts
+def given_to(stage, args: argparse.Namespace) -> dict:
+    """What a stage asks for beside its arguments, by the names that its `main` takes.
 
-    prompts = load_prompts(args.prompts, "{}")
-    return {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
-
-
-class StoppedError(KeyboardInterrupt):
-    """A queue, a launcher or the end of a terminal asked to stop."""
-
-
-@contextmanager
-def stop_in_order() -> Iterator[None]:
-    """A block that every signal ends as Ctrl-C does, so that what it holds is put away; the second ends it at once."""
-
-    def stop(number: int, frame) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise StoppedError
-
-    numbers = [n for n in STOP_SIGNALS if n != signal.SIGINT and not is_ignored(n)] if is_in_main_thread() else []
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def guard(work, *, debug: bool) -> int:
-    """Run `work` and turn a user's error into one line and an exit code.
-
-    `KeyError` and the like are bugs of ours and keep their traceback.
+    Args:
+        stage: takes `tasks` and `questions` where it checks a manifest's tasks: those of the file `args.prompts`; and
+            `parsers` where it knows every command.
+        args: of the command line.
     """
-    bind_to_launcher()
-    tell_launcher(LAST_WORDS)
-    try:
-        with stop_in_order():
-            code = int(work() or 0)
-            sys.stdout.flush()  # a reader that is gone is found here, not at the interpreter's end
-        if code:  # the stage has said why
-            tell_launcher(ENDED.format(code))
-        return code
-    except KeyboardInterrupt as stopped:
-        print("stopped; files that were finished are kept, and the same command goes on from them", file=sys.stderr)
-        if not isinstance(stopped, StoppedError):
-            return 130
-        tell_launcher(ENDED.format(PREEMPTED))
-        return PREEMPTED
-    except BrokenPipeError:  # whoever read our lines, as `head` does, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
-        return 128 + signal.SIGPIPE
-    except (ValueError, OSError, RuntimeError) as error:
-        if debug:
-            raise
-        text = f"error: {describe(error)}"
-        print(text, file=sys.stderr)
-        tell_launcher(text)
-        return 1
+    asked, given = inspect.signature(stage).parameters, {}
+    if "parsers" in asked:
+        given["parsers"] = {name: partial(build_command_parser, name) for name in COMMANDS}
+    if "tasks" in asked:
+        from teachers.words.prompts import load_prompts
 
-
-def describe(error: Exception) -> str:
-    """What a user reads of an error: its text, where it is ours, or what it means, where the system or torch speaks."""
-    if isinstance(error, OSError) and error.strerror:
-        if error.strerror != os.strerror(error.errno):  # ours, with the system's number
-            return error.strerror
-        if error.errno == errno.EEXIST:
-            return f"{error.filename} is a file, but a folder is to be made there; name another one."
-        return (
-            f"{error.filename or 'a file'} cannot be used ({error.strerror}), but this command needs it; check its "
-            f"path, its rights and the free space."
-        )
-    if isinstance(error, OSError):  # a library's may fill a page, as that of a hub which is offline
-        return " ".join(str(error).split()) or type(error).__name__
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
-        return (
-            f"memory of the GPU is full ({'. '.join(str(error).split('. ')[:3])}), but a step must fit; lower "
-            f"train.micro_batch_size, data.batch_seconds, cache.batch_size or eval.batch_size, or set "
-            f"student.quantization=nf4."
-        )
-    return str(error) or type(error).__name__
-
-
-def tell_launcher(text: str) -> None:
-    """Leave an error where torchrun and `accelerate launch` look for it: it is then the last line of their report."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        with suppress(OSError):  # it was said already
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
-
-
-def run_stage(stage, argv: Sequence[str] | None = None) -> int:
-    """What `accelerate launch -m distill.STAGE CONFIG [key=value …]` does: `stage(config)` behind the guard."""
-    parser = Parser(description=(sys.modules[stage.__module__].__doc__ or "").split("\n\n")[0])
-    add_config_arguments(parser)
-    add_flags(parser)
-    args = parser.parse_intermixed_args(argv)
-    if args.quiet or is_quiet():
-        hush()
-
-    def work() -> int:
-        read_config_arguments(args)
-        result = stage(args.config)
-        return result if isinstance(result, int) else 0
-
-    return guard(work, debug=args.debug)
+        prompts = load_prompts(args.prompts, "{}")
+        given |= {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
+    return given

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from distill.commandline.launch import name_parent
 from distill.config import SPLITS, Config, load_config
 from distill.config.rules import value_at
-from distill.launch import name_parent
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.jsonfile import ShapeError, read_object
@@ -198,7 +198,7 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
     """
     command = [sys.executable, "-m"]
     if launch is not None:
-        command += ["distill.launch", "--config_file", launch, "--module"]
+        command += ["distill.commandline.launch", "--config_file", launch, "--module"]
     environment = {
         **os.environ,
         **name_parent(),

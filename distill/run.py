@@ -2,17 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import yaml
 
+from distill.answers import check_answers
 from distill.caching.filter import load_weights
-from distill.cli import run_stage
+from distill.caching.identity import describe_teacher
+from distill.command import run_stage
 from distill.config import SPLITS, Config, to_yaml
 from distill.distiller import Distiller
 from distill.inputs import check_clips
+from distill.student import lora_of, make_student, student_llm
 from distill.teacher import load_teacher, precision_name, teach_online
 from distill.training.identity import identify_settings
 from distill.training.ranks import build_accelerator, resolve_precision, say
@@ -23,10 +24,8 @@ from shards.sample import SAMPLE_RATE
 from shards.streaming.catalog import check_channels, hash_shards, is_packed
 from shards.streaming.stream import ShardStream
 from shards.tars.source import expand_shards
-from students.start import start_from_
-from students.student import build_student, save_student
+from students.student import save_student
 from teachers.files.saving import write_atomically
-from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.targets import CachedTeacher, OnlineTeacher
 
@@ -91,39 +90,10 @@ def tell_changes(config: Config) -> None:
     say_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
 
 
-def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callable[[str], None]) -> Salmonn:
-    """The config's student, which hears as its teacher or with ears of its own, at its start.
-
-    Args:
-        config: of the run.
-        model: the teacher.
-        dtype: of products, and of what is frozen and not in 4 bits.
-        say: is told which parts start anew.
-    """
-    student = build_student(
-        model,
-        student_llm(config),
-        lora=lora_of(config),
-        quantization=config.student.quantization,
-        connector=config.student.connector,
-        qformer_dropout=config.student.qformer_dropout,
-        windows=config.student.windows,
-        **ears_of(config),
-        dtype=dtype,
-        seed=config.seed,
-        say=say,
-    )
-    if config.student.start:
-        start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
-    return student
-
-
 def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeacher:
     """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's."""
     if config.teacher.online:
         return teach_online(config, model)
-    from distill.cache import describe_teacher
-
     teacher = CachedTeacher(config.cache_folder, describe_teacher(model, config))
     shards = expand_shards(config.shards("train"))
     teacher.reader.check_shards(shards, hash_shards(shards))
@@ -132,8 +102,6 @@ def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeache
 
 def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict:
     """What a config says of a run's models, over what `training.identity` finds itself: by contents, not by places."""
-    from distill.cache import describe_teacher
-
     return {
         "student": identify_settings(config.student, student_llm(config)),
         "teacher": {"online": config.teacher.online},
@@ -178,9 +146,6 @@ def find_answers(config: Config, teacher: OnlineTeacher | CachedTeacher) -> Path
     """The folder of the answers that the run learns from, once proved to be its student's; None without a round."""
     if not config.on_policy.share:
         return None
-    from distill.answers import check_answers
-    from distill.cache import describe_teacher
-
     return check_answers(config, teacher.header or describe_teacher(teacher.model, config))
 
 
@@ -194,30 +159,6 @@ def find_valid(config: Config, student: Salmonn, accelerator) -> str | Path | No
         return None
     check_clips(ShardStream(folder, batch_size=1, shuffle=False, epochs=1), student)
     return folder
-
-
-def student_llm(config: Config) -> str:
-    """The student's LLM: `student.llm`, or what `distill/teach.py` made.
-
-    Raises:
-        ValueError: the config names none.
-    """
-    if config.student.llm:
-        return config.student.llm
-    if config.scratch.steps:
-        return str(config.run_folder / "scratch" / "student-llm")
-    raise ValueError("student.llm is empty, but a student needs a LLM; give a folder or a hub id.")
-
-
-def ears_of(config: Config) -> dict[str, str]:
-    """The names of the student's own ears, as `build_student` takes them."""
-    return {name: getattr(config.student, name) for name in ("whisper", "second", "second_kind")}
-
-
-def lora_of(config: Config) -> Lora:
-    """The student's LoRA settings."""
-    student = config.student
-    return Lora(student.lora_rank, student.lora_alpha, student.lora_dropout, tuple(student.lora_targets))
 
 
 def main(args: argparse.Namespace) -> int:

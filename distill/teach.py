@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, ctc_loss
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
-from distill.cli import run_stage
+from distill.command import run_stage
 from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
 from distill.demo.tokenizer import train_tokenizer
 from distill.distiller import Distiller, FitResult

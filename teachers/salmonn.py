@@ -9,14 +9,12 @@ Source: Tang et al., "SALMONN", ICLR 2024 (arXiv 2310.13289), and bytedance/SALM
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shards.audio.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
-from shards.telling import tell
 from teachers.ears.frontend import HOP_SAMPLES
 from teachers.ears.hearing import products_of
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
@@ -139,22 +137,6 @@ class Salmonn(nn.Module):
         """Let evaluation ask with the prompts of another file; empty: with the first of each task's own."""
         self.config = replace(self.config, eval_prompts=path)
         self.rows.prompts = self.read_prompts()
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, *, llm: str, whisper: str, beats: str = "", eat: str = "",
-                        **settings) -> "Salmonn":  # fmt: skip
-        """A released SALMONN (`salmonn_v1.pth`, Nota's `llama_stage2_ckpt.pth`) as a frozen teacher.
-
-        What became of the file's keys is printed; see `files.checkpoint.load_checkpoint` for `settings` and errors.
-        """
-        from teachers.files.checkpoint import load_checkpoint  # it builds a Salmonn
-
-        second_kind = "beats" if beats else "eat" if eat else ""
-        model, report = load_checkpoint(
-            path, llm=llm, whisper=whisper, second=beats or eat, second_kind=second_kind, **settings
-        )
-        tell(f"{path}: {report}")
-        return model
 
     def train(self, mode: bool = True) -> "Salmonn":
         """Training mode for what is trained; frozen parts stay in evaluation (BEATs would drop layers otherwise)."""

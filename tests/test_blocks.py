@@ -18,9 +18,10 @@ import soundfile
 import tiny
 import yaml
 
-from distill.cli import main, run_stage
-from distill.commandline.places import find_launch
+from distill.cli import main
+from distill.command import run_stage
 from distill.config import load_config
+from distill.config.recipes import find_launch
 from shards.manifests.manifest import read_manifest
 from teachers.files.checkpoint import save_checkpoint
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from distill.caching.filter import load_weights
-from distill.cli import guard
+from distill.command import guard
 from distill.evaluation.report import read_metrics
 from distill.evaluation.scorecard import SCORECARD, read_scorecard
 from distill.pipeline import read_record

@@ -130,7 +130,7 @@ def test_a_pipeline_packs_the_tasks_of_its_teachers_prompts(tmp_path):
 
 STAGE = """
 import os, signal, sys
-from distill.launch import bind_to_launcher
+from distill.commandline.launch import bind_to_launcher
 
 bind_to_launcher()
 
@@ -148,7 +148,7 @@ os.read(woken, 1)
 """
 LAUNCHER = """
 import os, subprocess, sys
-from distill.launch import bind_to_launcher, name_parent
+from distill.commandline.launch import bind_to_launcher, name_parent
 
 bind_to_launcher()
 environment = {**os.environ, **name_parent()}

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.cache import describe_teacher, open_shard
+from distill.caching.batches import open_shard
 from distill.caching.capture import Capturer
+from distill.caching.identity import describe_teacher
 from distill.config import Config
 from distill.teacher import load_to_keep
 from distill.training.progress import Progress

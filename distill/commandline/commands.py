@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.commandline.hints import did_you_mean, nearest, nearest_fields
-from distill.commandline.places import find_config, find_launch, find_run, find_student, list_recipes, list_recordings
+from distill.command import add_config_arguments, read_config_arguments
+from distill.commandline.paths import find_run, find_student, list_recordings
+from distill.config.recipes import find_config, find_launch, list_recipes
+from distill.config.suggestions import did_you_mean, nearest, nearest_fields
 
 
 @dataclass(frozen=True)
@@ -30,35 +32,6 @@ class Command:
     takes: Callable[[argparse.ArgumentParser], None] | None = None
     reads: Callable[[argparse.Namespace], None] = lambda args: None
     has_json: bool = False
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """A config and `key=value` words, as every stage of the pipeline takes them."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, a run's folder, or the name of a recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="fields to change, such as train.steps=200"
-    )
-
-
-def read_config_arguments(args: argparse.Namespace) -> None:
-    """`args.config` becomes the `Config`, and `args.path` the file that it was read from; words come in any order.
-
-    Raises:
-        FileNotFoundError: there is no such file, run or recipe.
-        ValueError: no word names one, or the config is wrong.
-    """
-    from distill.config import load_config
-
-    words = [args.config, *args.overrides]
-    named = [word for word in words if "=" not in word or Path(word).exists()]
-    if not named:
-        raise ValueError(
-            f"CONFIG is {args.config}, but that sets a field and the config to set it in is not named; write "
-            f"CONFIG {' '.join(words)}, with a YAML file, a run's folder or a recipe's name."
-        )
-    words.remove(named[0])
-    args.path, args.overrides = str(find_config(named[0])), words
-    args.config = load_config(args.path, args.overrides)
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:

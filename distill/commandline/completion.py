@@ -5,11 +5,11 @@ every command, option, recipe and field that there is.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from distill.commandline.commands import COMMANDS
-from distill.commandline.places import list_recipes
+from distill.config.recipes import list_recipes
 
+Parsers = Mapping[str, Callable[[], argparse.ArgumentParser]]  # by command: what builds its parser
 SCRIPTS = {
     "bash": """_distill() {
   local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
@@ -28,17 +28,19 @@ compdef _distill distill""",
 }
 
 
-def complete(words: Sequence[str]) -> list[str]:
+def complete(words: Sequence[str], parsers: Parsers) -> list[str]:
     """What the last word may become, given those before it; empty where a file is meant, or nothing is known."""
     *before, last = words or [""]
     if not before:
-        return [name for name in COMMANDS if " " not in name and name.startswith(last)]
+        return [name for name in parsers if " " not in name and name.startswith(last)]
     name = " ".join(before[:2]) if before[:2] == ["stats", "model"] else before[0]
-    if name not in COMMANDS:
+    if name not in parsers:
         return []
+    actions = parsers[name]()._actions
     if last.startswith("-"):
-        return [option for option in _options(name) if option.startswith(last)]
-    takes_fields = any("key=value" in metavar for metavar in _metavars(name))
+        options = sorted(option for action in actions for option in action.option_strings if option.startswith("--"))
+        return [option for option in options if option.startswith(last)]
+    takes_fields = any("key=value" in str(action.metavar) for action in actions)
     found = list_recipes() if takes_fields or name == "new" else []
     return [word for word in [*found, *(_fields(last) if takes_fields else [])] if word.startswith(last)]
 
@@ -54,21 +56,7 @@ def _fields(last: str) -> list[str]:
     return [f"{field}=" for field in list_fields()] if last else []
 
 
-def _parser(name: str) -> argparse.ArgumentParser:
-    from distill.cli import build_command_parser
-
-    return build_command_parser(name)
-
-
-def _options(name: str) -> list[str]:
-    return sorted(o for action in _parser(name)._actions for o in action.option_strings if o.startswith("--"))
-
-
-def _metavars(name: str) -> list[str]:
-    return [str(action.metavar) for action in _parser(name)._actions]
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, parsers: Parsers) -> int:
     """Run `distill completion`."""
-    print("\n".join(complete(args.words)) if args.words else SCRIPTS[args.shell])
+    print("\n".join(complete(args.words, parsers)) if args.words else SCRIPTS[args.shell])
     return 0

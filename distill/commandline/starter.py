@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from distill.commandline.places import list_recipes
 from distill.config import Config, load_config
+from distill.config.recipes import list_recipes
 from shards.manifests.manifest import open_atomically
 
 NEEDED = ("corpus.train", "corpus.test", "teacher.path", "student.llm")  # what nobody can guess

@@ -13,10 +13,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from distill.commandline.hints import did_you_mean, nearest_fields
-from distill.commandline.places import find_config
 from distill.config.files import read_files, read_words
+from distill.config.recipes import find_config
 from distill.config.rules import check_config, check_section, refuse_secrets
+from distill.config.suggestions import did_you_mean, nearest_fields
 from shards.audio.augmentation import Augmentation
 from shards.tars.source import is_remote, join_place
 from teachers.lora import Lora

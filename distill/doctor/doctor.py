@@ -38,7 +38,8 @@ from distill.doctor.weights import check_answer, check_convolutions, check_share
 from distill.objective.crossteacher import CrossTeacher, meet
 from distill.objective.module import Objective, check_codec
 from distill.objective.weighing import active_terms, build_schedules, loss_at
-from distill.run import make_student, open_training_stream, wrap_teacher
+from distill.run import open_training_stream, wrap_teacher
+from distill.student import make_student
 from distill.teacher import load_teacher
 from distill.training.microbatch import Collator, check_frames, split
 from distill.training.ranks import build_accelerator, resolve_precision, say

@@ -18,7 +18,7 @@ from distill.evaluation.keptanswers import keep_answers, locate, read_answers
 from distill.evaluation.metrics import Prediction, retained_quality, score
 from distill.evaluation.report import read_metrics, write_report
 from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, write_scorecard
-from distill.run import student_llm
+from distill.student import student_llm
 from distill.teacher import load_teacher, teacher_path
 from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from distill.cache import describe_teacher
+from distill.caching.identity import describe_teacher
 from distill.config import Config, fingerprint
 from distill.evaluation.answering import Cost
 from distill.evaluation.metrics import Prediction

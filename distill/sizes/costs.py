@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2AudioForConditionalGeneration
 
 from distill.config import Config
-from distill.run import ears_of, lora_of, student_llm
+from distill.student import ears_of, lora_of, student_llm
 from distill.teach import build_llm, build_whisper, teacher_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill import cache as cache_module
-from distill.cache import cache, describe_teacher
+from distill.cache import cache
+from distill.caching.identity import describe_teacher
 from distill.config import Config, LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import run, wrap_teacher

@@ -12,10 +12,10 @@ import tiny
 
 from distill.cli import main
 from distill.commandline.commands import COMMANDS
-from distill.commandline.hints import COMMANDS as OTHER_COMMANDS
-from distill.commandline.hints import FIELDS
 from distill.config import list_fields, load_config, to_yaml
 from distill.config.rules import value_at
+from distill.config.suggestions import COMMANDS as OTHER_COMMANDS
+from distill.config.suggestions import FIELDS
 from shards.pool import progress_bar
 from shards.telling import QUIET, print_json, tell
 

@@ -3,11 +3,15 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from distill.cli import main
+from distill.cli import build_command_parser, main
+from distill.commandline.commands import COMMANDS
 from distill.commandline.completion import SCRIPTS, complete
+
+PARSERS = {name: partial(build_command_parser, name) for name in COMMANDS}
 
 
 @pytest.mark.parametrize(
@@ -24,11 +28,11 @@ from distill.commandline.completion import SCRIPTS, complete
     ],
 )
 def test_the_last_word_becomes_what_the_command_takes_there(words, found):
-    assert complete(words) == found
+    assert complete(words, PARSERS) == found
 
 
 def test_every_command_is_offered_to_an_empty_word():
-    assert {"pipeline", "audit", "run", "export", "completion"} <= set(complete([""]))
+    assert {"pipeline", "audit", "run", "export", "completion"} <= set(complete([""], PARSERS))
 
 
 def test_bash_completes_a_field_through_the_script_that_is_printed(capsys):

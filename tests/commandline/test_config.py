@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.cli import guard, main
+from distill.cli import main
+from distill.command import guard
 from distill.config import (
     CacheConfig,
     Config,
@@ -22,7 +23,7 @@ from distill.config import (
 )
 from distill.config.rules import CHOICES, TAKES_PARAMETER
 from distill.objective.losses import DIVERGENCES, PARAMETERS
-from distill.run import lora_of
+from distill.student import lora_of
 from students.student import build_student
 from teachers.lora import Lora
 

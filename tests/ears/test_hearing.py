@@ -9,7 +9,8 @@ import torch
 from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 
-from distill.cache import cache, describe_teacher
+from distill.cache import cache
+from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig, load_config
 from distill.run import wrap_teacher
 from distill.teacher import load_teacher, resolve_ears

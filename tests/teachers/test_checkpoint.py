@@ -14,7 +14,7 @@ from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 from transformers import AutoTokenizer
 
-from distill.cache import describe_teacher
+from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig
 from distill.demo.tokenizer import train_tokenizer
 from distill.teach import build_llm
@@ -168,16 +168,6 @@ def test_leftovers_of_the_trainer_are_named_and_not_loaded(parts, tmp_path):
     loaded, report = load_checkpoint(tmp_path / "salmonn.pth", **names_of(parts))
     assert report.leftover == leftovers and torch.equal(logits_of(loaded), logits_of(model))
     assert f"llm ({parts / 'llm'})" in str(report) and "4 leftovers" in str(report)
-
-
-def test_from_checkpoint_is_the_teacher_and_prints_its_report(parts, tmp_path, capsys):
-    second = {"second": str(parts / "beats.pt"), "second_kind": "beats"}
-    model = make_salmonn(parts, **second)
-    save_checkpoint(model, tmp_path / "salmonn.pth")
-    loaded = Salmonn.from_checkpoint(tmp_path / "salmonn.pth", **names_of(parts), beats=str(parts / "beats.pt"))
-    assert torch.equal(logits_of(loaded), logits_of(model))
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert "tensors loaded, 0 leftovers, frozen: llm" in capsys.readouterr().err
 
 
 @pytest.mark.shared

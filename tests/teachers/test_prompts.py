@@ -6,7 +6,8 @@ import pytest
 import soundfile
 import tiny
 
-from distill.cache import cache, describe_teacher
+from distill.cache import cache
+from distill.caching.identity import describe_teacher
 from distill.cli import main
 from distill.config import Config, EvalConfig, TeacherConfig, load_config
 from distill.evaluation.answering import predict

@@ -10,8 +10,8 @@ import torch
 from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
 
-from distill.cache import describe_teacher
 from distill.caching.capture import num_frames_read
+from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig
 from distill.teacher import load_teacher
 from shards.sample import SAMPLE_RATE

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill.cli import LAST_WORDS, StoppedError, guard
-from distill.launch import OF_OTHERS, PARENT, launch
+from distill.command import LAST_WORDS, StoppedError, guard
+from distill.commandline.launch import OF_OTHERS, PARENT, launch
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS
 from shards.pool import map_in_order
 
@@ -96,7 +96,7 @@ def test_a_signal_ends_a_command_in_order_and_is_ignored_where_nohup_says_so(num
 
 CHILD = """
 import os, signal, sys
-from distill.launch import bind_to_launcher
+from distill.commandline.launch import bind_to_launcher
 
 bind_to_launcher()
 print("bound", flush=True)
@@ -104,7 +104,7 @@ signal.pause()
 """
 LAUNCHER = f"""
 import os, subprocess, sys
-from distill.launch import name_parent
+from distill.commandline.launch import name_parent
 
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env={{**os.environ, **ENVIRONMENT}})
 if GONE:
@@ -128,7 +128,10 @@ def test_a_process_ends_with_its_launcher_and_at_once_if_that_is_gone_when_it_st
 
 
 def test_a_process_of_a_shell_is_bound_to_nothing():
-    program = "import threading; from distill.launch import bind_to_launcher as b; b(); print(threading.active_count())"
+    program = (
+        "import threading; from distill.commandline.launch import bind_to_launcher as b; b(); "
+        "print(threading.active_count())"
+    )
     path = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", program], env=path, capture_output=True, text=True).stdout == "1\n"
 

@@ -1,4 +1,4 @@
-"""A launcher whose exit codes are ours: `python -m distill.launch --config_file FILE --module distill.run CONFIG`.
+"""A launcher whose exit codes are ours: `python -m distill.commandline.launch --config_file FILE --module STAGE …`.
 
 It is `accelerate launch` with all its options, but passes every signal on to the ranks (torchrun dies of SIGUSR1, and
 accelerate's launcher of one process of any), ends with the first failed rank's exit code (accelerate's is always 1) and

@@ -1,0 +1,283 @@
+"""How easily an idea is found in this code: `python benchmarks/house.py` counts what `tests/test_layout.py` holds.
+
+Everything is read from the files' syntax trees and from no import, so that the figures are the same on every machine.
+"""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("shards", "teachers", "students", "distill")  # each imports only those to its left
+# Rooms and files of `distill/` from the ground up: one imports none of a floor above its own; the rest is on the top
+FLOORS = (
+    ("config",),
+    ("objective",),
+    ("training",),
+    ("demo", "teacher", "student"),
+    ("caching", "evaluation"),
+)
+MOST_FILES = 14  # in a folder
+MOST_ARGUMENTS = 10  # of a function or a constructor
+MOST_LINES = 40  # of a function, its docstring apart
+PLACES = {  # by idea: the calls that only its home makes
+    "atomic write": {"os.replace", "os.rename", "os.link"},
+    "hash of a file": {"hashlib.file_digest"},
+    "lock": {"fcntl.flock", "fcntl.lockf"},
+}
+READERS = ("read", "read_bytes", "file_digest", "readinto")  # a function that reads and hashes hashes a file
+
+
+def python_files(*folders: str) -> list[Path]:
+    """The Python files of some folders of the repository, all of its packages where none is named."""
+    return sorted(path for folder in folders or PACKAGES for path in (ROOT / folder).rglob("*.py"))
+
+
+def parse(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text())
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place_of(path: Path) -> str:
+    """A file as the repository names it."""
+    return str(path.relative_to(ROOT))
+
+
+def count_files() -> dict[str, int]:
+    """By folder of the packages, the tests, the benchmarks and the documents: how many files lie in it."""
+    counts: dict[str, int] = defaultdict(int)
+    for folder in (*PACKAGES, "tests", "docs", "configs"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                counts[place_of(path.parent)] += 1
+    return dict(counts)
+
+
+def functions_of(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function of a file with the name by which it is found."""
+
+    def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+        for child in ast.iter_child_nodes(node):
+            name = f"{prefix}.{child.name}" if hasattr(child, "name") and prefix else getattr(child, "name", prefix)
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield name, child
+            yield from walk(child, name if isinstance(child, ast.ClassDef | ast.FunctionDef) else prefix)
+
+    yield from walk(parse(path), "")
+
+
+def count_arguments(function: ast.FunctionDef) -> int:
+    """The arguments of a function that a caller may give, `self` and `cls` apart."""
+    arguments = function.args
+    names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def find_long_signatures() -> dict[str, int]:
+    """Functions and constructors of more than `MOST_ARGUMENTS` arguments."""
+    return {f"{place_of(path)}::{name}": number for path in python_files() for name, function in functions_of(path)
+            if (number := count_arguments(function)) > MOST_ARGUMENTS}  # fmt: skip
+
+
+def count_lines(function: ast.FunctionDef) -> int:
+    """The lines of a function without its docstring and decorators."""
+    first = function.body[0]
+    is_said = ast.get_docstring(function, clean=False) is not None
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if is_said else 0)
+
+
+def find_long_functions() -> dict[str, int]:
+    """Functions of more than `MOST_LINES` lines."""
+    return {f"{place_of(path)}::{name}": lines for path in python_files() for name, function in functions_of(path)
+            if (lines := count_lines(function)) > MOST_LINES}  # fmt: skip
+
+
+def measure_docstrings() -> tuple[int, int]:
+    """How many public modules, classes and functions have a docstring, of how many."""
+    said = total = 0
+    for path in python_files():
+        tree = parse(path)
+        named = [tree, *(node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))]
+        named = [node for node in named if not getattr(node, "name", "").startswith("_")]
+        if path.name == "__init__.py" and not tree.body:
+            continue
+        total += len(named)
+        said += sum(ast.get_docstring(node) is not None for node in named)
+    return said, total
+
+
+def imported_names(tree: ast.Module, modules: set[str]) -> set[str]:
+    """The modules that a file names: at its top, inside a function, and as a string that is a module's whole name."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inner & modules) or {node.module}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            names.add(node.value)
+    return names & modules
+
+
+def import_graph() -> dict[str, set[str]]:
+    """By module of the packages: those it imports, in whatever way."""
+    files = {module_name(path): path for path in python_files()}
+    return {name: imported_names(parse(path), set(files)) - {name} for name, path in files.items()}
+
+
+def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which is reached from each other one (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    circles = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                circles.append(sorted(group))
+
+    for name in sorted(graph):
+        if name not in index:
+            visit(name)
+    return circles
+
+
+def find_climbs(graph: dict[str, set[str]]) -> list[str]:
+    """Imports in `distill/` of a higher floor than its own; what imports nothing of `distill` is on the ground."""
+    height = {f"distill.{room}": number for number, floor in enumerate(FLOORS) for room in floor}
+
+    def floor_of(name: str) -> int:
+        room = ".".join(name.split(".")[:2])
+        stands_on_ground = not any(other.startswith("distill") for other in graph[name])
+        return height.get(room, len(FLOORS)) if name.startswith("distill.") and not stands_on_ground else -1
+
+    return [f"{name} → {other}" for name, others in sorted(graph.items()) if floor_of(name) >= 0
+            for other in sorted(others) if floor_of(other) > floor_of(name)]  # fmt: skip
+
+
+def called_names(function: ast.AST) -> set[str]:
+    """Dotted names of what a piece of code calls; of a method of whatever object, `.name`."""
+    calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return {ast.unparse(call) for call in calls} | {
+        f".{call.attr}" for call in calls if isinstance(call, ast.Attribute)
+    }
+
+
+def find_homes() -> dict[str, list[str]]:
+    """By idea of `PLACES`: the files in which its work is done."""
+    homes: dict[str, set[str]] = {idea: set() for idea in PLACES}
+    for path in python_files():
+        for idea, calls in PLACES.items():
+            if called_names(parse(path)) & calls:
+                homes[idea].add(place_of(path))
+        for _, function in functions_of(path):
+            called = called_names(function)
+            makes_digest = any(name.startswith("hashlib.") for name in called)
+            if makes_digest and ".read" in called:
+                homes["hash of a file"].add(place_of(path))
+    return {idea: sorted(places) for idea, places in homes.items()}
+
+
+def list_config_fields() -> list[str]:
+    """The dotted names of all fields of a config, from the classes' own text."""
+    trees = [parse(path) for path in python_files()]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def fields_of(name: str) -> list[ast.AnnAssign]:
+        return [node for node in classes[name].body if isinstance(node, ast.AnnAssign)]
+
+    names = []
+    for outer in fields_of("Config"):
+        kind = ast.unparse(outer.annotation)
+        is_section = kind in classes
+        names += [f"{outer.target.id}.{f.target.id}" for f in fields_of(kind)] if is_section else [outer.target.id]
+    return names
+
+
+def texts_that_use_fields() -> dict[str, str]:
+    """Recipes, documents and benchmarks by place; not the reference, which is made from the fields."""
+    patterns = ("configs/*.yaml", "docs/*.md", "README.md", "benchmarks/*.py", "Makefile")
+    paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    return {place_of(path): path.read_text() for path in paths if path.name not in ("reference.md", "house.py")}
+
+
+def mentions(text: str, field: str) -> bool:
+    """Whether a text names a field: whole, in its section of YAML, or as an argument of its section's class."""
+    section, _, name = field.rpartition(".")
+    if not section:
+        return bool(re.search(rf"(?m)^{name}:|\b{name}=|`{name}`", text))
+    if re.search(rf"\b{section}\.{name}\b", text) or re.search(rf"\b{section}\.\{{[^}}]*\b{name}\b", text):
+        return True
+    class_name = "".join(word.title() for word in section.split("_"))
+    in_python = re.search(rf"\b{class_name}(?:Config)?\([^)]*\b{name}=", text)
+    blocks = re.findall(rf"(?m)^(?:  )?{section}:\n((?:\s+.*\n|\s*#.*\n)*)", text)
+    inline = re.findall(rf"(?m)^\s*{section}: *\{{(.*?)\}}", text)
+    return bool(in_python) or any(re.search(rf"\b{name}:", block) for block in (*blocks, *inline))
+
+
+def find_unused_fields() -> list[str]:
+    """Config fields that no recipe, document or benchmark names."""
+    texts = texts_that_use_fields().values()
+    return [field for field in list_config_fields() if not any(mentions(text, field) for text in texts)]
+
+
+def count_edits() -> dict[str, int]:
+    """By kind of part, the entries that the test of a toy one of it puts into dicts of ours: the lines it takes."""
+    edits = {}
+    for path in python_files("tests"):
+        for name, function in functions_of(path):
+            if match := re.fullmatch(r"test_a_toy_(\w+?)_is_one_line\w*", name):
+                calls = [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
+                edits[match[1]] = sum(call.startswith("monkeypatch.set") for call in calls)
+    return edits
+
+
+def main() -> None:
+    """Count everything and write the table."""
+    from record import write_result
+
+    files, graph = count_files(), import_graph()
+    said, total = measure_docstrings()
+    homes, edits = find_homes(), count_edits()
+    most = max(files, key=files.get)
+    num_functions = sum(1 for path in python_files() for _ in functions_of(path))
+    found = {
+        f"folders of more than {MOST_FILES} files": [f"{n}: {c}" for n, c in files.items() if c > MOST_FILES],
+        f"signatures of more than {MOST_ARGUMENTS} arguments": [f"{n}: {c}" for n, c in find_long_signatures().items()],
+        "modules in circles": [" ↔ ".join(circle) for circle in find_circles(graph)],
+        "imports that climb a floor of distill/": find_climbs(graph),
+        **{f"homes of: {idea}": places for idea, places in homes.items()},
+        "config fields that nothing uses": find_unused_fields(),
+        f"functions of more than {MOST_LINES} lines, docstring apart": list(find_long_functions()),
+    }
+    lines = ["| counted | number | which |", "|---|---:|---|"]
+    lines += [f"| {name} | {len(which)} | {', '.join(which)} |" for name, which in found.items()]
+    lines += [f"| lines that a further {kind} takes, beside its file | {n} | |" for kind, n in edits.items()]
+    lines += [f"| docstrings of public names | {said} of {total} | |",
+              f"| files in the fullest folder | {files[most]} | {most} |",
+              f"| functions | {num_functions} | |"]  # fmt: skip
+    figures = {"found": found, "edits": edits, "docstrings": [said, total], "files": files, "functions": num_functions}
+    write_result("house", figures, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

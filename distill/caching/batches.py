@@ -1,0 +1,20 @@
+"""The samples of one shard as a caching job reads them, and as whoever checks its targets reads them again."""
+
+import math
+
+from distill.config import Config
+from shards.audio.augment import sample_seed
+from shards.streaming.stream import ShardStream
+
+
+def open_shard(config: Config, shard: str, share: float = 1.0) -> ShardStream:
+    """The samples of one shard as the job reads them: in batches of like length, the same in every run."""
+    options = {"batch_size": config.cache.batch_size, "shuffle": False, "epochs": 1, "bucket_batches": 10**6}
+    options |= {"num_workers": config.data.workers, "labelled_share": config.data.labelled_share}
+    stream = ShardStream(shard, **options)
+    if share == 1:
+        return stream
+    keys = [stream.catalog.key(row) for row in range(len(stream.catalog))]
+    left_out = sorted(keys, key=lambda key: sample_seed(config.seed, config.on_policy.round, key))
+    left_out = left_out[math.ceil(share * len(keys)) :]
+    return ShardStream(shard, **options, sample_weights=dict.fromkeys(left_out, 0.0))

@@ -1,0 +1,61 @@
+"""The house: which way imports point, how full a folder may be, and that each idea has one home."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distill
+from benchmarks.house import (
+    MOST_FILES,
+    PACKAGES,
+    count_files,
+    find_circles,
+    find_climbs,
+    import_graph,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return import_graph()
+
+
+def test_no_room_shadows_a_package_where_a_stage_is_launched_by_its_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "distill"))
+    importlib.reload(distill)
+    assert str(ROOT / "distill") not in sys.path
+
+
+def test_a_module_imports_no_package_to_its_right(graph):
+    def place(name: str) -> int:
+        return PACKAGES.index(name.split(".")[0])
+
+    assert [(name, other) for name, others in graph.items() for other in others if place(other) > place(name)] == []
+
+
+def test_a_room_of_distill_imports_none_of_a_floor_above_its_own(graph):
+    assert find_climbs(graph) == []
+
+
+def test_no_modules_hang_in_a_circle_through_functions_or_strings_either(graph):
+    assert find_circles(graph) == []
+
+
+def test_a_folder_is_read_in_one_look():
+    assert {folder: number for folder, number in count_files().items() if number > MOST_FILES} == {}
+
+
+def test_every_package_is_among_those_that_are_installed():
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for p in PACKAGES for path in (ROOT / p).rglob("*.py")}
+    assert rooms <= set((ROOT / "setup.cfg").read_text().split())
+
+
+@pytest.mark.parametrize("module", ["distill.config", "distill.cli", "distill.command"])
+def test_what_help_and_a_wrong_word_need_imports_no_torch(module):
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
