@@ -47,7 +47,7 @@ def make_hidden(vocab_size: int, num_positions: int, seed: int = 0) -> tuple[Ten
 
 def kl_to_dense(distribution: Distribution, logprobs_SV: Tensor) -> Tensor:
     """KL(decoded ‖ dense) of each position, nats, over the kept ids and the bucket of the others."""
-    logprobs_SK, log_residual_S = (values.double() for values in distribution.at(1.0))
+    logprobs_SK, log_residual_S = (values.double() for values in distribution.at(1.0)[1:])
     dense_SV = torch.log_softmax(logprobs_SV.double(), -1)
     exact_SK = dense_SV.gather(1, distribution.ids_SK)
     is_used_SK = logprobs_SK > -torch.inf

@@ -66,10 +66,9 @@ class Inputs:
 
 
 def ours(x: Inputs) -> None:
-    logprobs_SK, log_residual_S = x.targets.at(1.0)
     share_S = torch.full((NUM_SUPERVISED,), 1 / NUM_SUPERVISED)
-    fused = fused_ce_kl(x.hidden_PD[x.positions_S], x.weight_VD, x.labels_S, x.targets.ids_SK, logprobs_SK,
-                        log_residual_S, share_S, share_S, 1.0)  # fmt: skip
+    fused = fused_ce_kl(x.hidden_PD[x.positions_S], x.weight_VD, x.labels_S, x.targets.at(1.0), share_S, share_S,
+                        1.0)  # fmt: skip
     fused.loss_S.sum().backward()
 
 
@@ -97,7 +96,7 @@ def torch_supervised_rows(x: Inputs) -> None:
 
 def torch_top_64(x: Inputs) -> None:
     logits_SV = x.hidden_PD[x.positions_S] @ x.weight_VD.T
-    kl_S = forward_kl(logits_SV, x.targets.ids_SK, *x.targets.at(1.0), 1.0)
+    kl_S = forward_kl(logits_SV, x.targets.at(1.0), 1.0)
     (ce(logits_SV, x.labels_S) + kl_S).mean().backward()
 
 

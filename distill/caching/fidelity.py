@@ -27,7 +27,7 @@ def kl_gradient(target: Distribution | HiddenStates, student_SV: Tensor, tempera
 
     The factor that the temperature puts before it is left out.
     """
-    logprobs_SK, log_residual_S = (values.double() for values in target.at(temperature))
+    logprobs_SK, log_residual_S = (values.double() for values in target.at(temperature)[1:])
     student_SV = student_SV.double()
     target_SV = torch.zeros_like(student_SV).scatter_add_(1, target.ids_SK, logprobs_SK.exp())
     outside_SV = student_SV.masked_fill(target_SV > 0, 0)
@@ -38,7 +38,7 @@ def kl_gradient(target: Distribution | HiddenStates, student_SV: Tensor, tempera
 
 def kl_from_dense(target: Distribution | HiddenStates, logprobs_SV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(dense‖decoded) of each position, nats, over the kept ids and the bucket of the others."""
-    logprobs_SK, log_residual_S = (values.double() for values in target.at(temperature))
+    logprobs_SK, log_residual_S = (values.double() for values in target.at(temperature)[1:])
     dense_SV = torch.log_softmax(logprobs_SV.double() / temperature, -1)
     exact_SK = dense_SV.gather(1, target.ids_SK)
     is_used_SK = logprobs_SK > -torch.inf
@@ -66,7 +66,7 @@ class Fidelity:
         ours_SV = kl_gradient(target, student_SV, temperature)
         dense_SV = student_SV.double() - torch.softmax(logprobs_SV.double() / temperature, -1)
         self.positions += len(logprobs_SV)
-        self.mass += float(torch.exp(target.at(1.0)[0]).sum())
+        self.mass += float(target.at(1.0).logprobs_SK.exp().sum())
         self.divergence += float(kl_from_dense(target, logprobs_SV, temperature).sum())
         self.error += float((ours_SV - dense_SV).square().sum())
         self.product += float((ours_SV * dense_SV).sum())

@@ -180,9 +180,9 @@ def to_dense(payload: bytes, capture: Capturer) -> Tensor:
         head_VD = capture.model.llm.get_output_embeddings().weight
         transform = logit_transform(capture.model.llm.config.get_text_config())
         decoded = decoded.to(head_VD.device).with_head(head_VD, **transform)
-    logprobs_SK, log_residual_S = decoded.at(1.0)
+    ids_SK, logprobs_SK, log_residual_S = decoded.at(1.0)
     dense_SV = logprobs_SK.new_zeros(len(logprobs_SK), decoded.vocab_size + 1)
-    dense_SV.scatter_add_(1, decoded.ids_SK, logprobs_SK.exp())
+    dense_SV.scatter_add_(1, ids_SK, logprobs_SK.exp())
     dense_SV[:, -1] = log_residual_S.exp()
     return dense_SV.cpu()
 

@@ -83,7 +83,7 @@ def check_cache(case: Case) -> str:
     stored = -float(targets.label_logprobs_S.mean())
     distribution = targets.distribution
     if not case.is_sampled and (distribution.is_complete or 1.0 in distribution.log_partition_S):
-        logprobs_SK, _ = distribution.at(1.0)
+        logprobs_SK = distribution.at(1.0).logprobs_SK
         is_label_SK = (distribution.ids_SK == labels_S[:, None]) & (logprobs_SK > -torch.inf)
         kept_S = is_label_SK.any(1)
         off = (logprobs_SK.where(is_label_SK, 0).sum(1) - targets.label_logprobs_S)[kept_S].abs()
@@ -111,9 +111,9 @@ def check_cache(case: Case) -> str:
 def check_tail(case: Case, now: Distribution) -> None:
     """The kept ids' log-probabilities and the mass outside them are those of the teacher's whole distribution."""
     temperature, kept = case.loss.temperature, case.whole.targets.distribution
-    logprobs_SK, residual_S = kept.at(temperature)
+    ids_SK, logprobs_SK, residual_S = kept.at(temperature)
     is_kept_SK = logprobs_SK > -torch.inf
-    now_SK = now.at(temperature)[0].gather(1, kept.ids_SK).where(is_kept_SK, -torch.inf)
+    now_SK = now.at(temperature).logprobs_SK.gather(1, ids_SK).where(is_kept_SK, -torch.inf)
     off = float((now_SK - logprobs_SK)[is_kept_SK].abs().mean())
     stored, outside = float(residual_S.exp().mean()), float((1 - now_SK.exp().sum(1)).clamp(min=0).mean())
     if not (off <= NATS and abs(stored - outside) <= 0.1 * outside + 1e-3):
@@ -126,8 +126,8 @@ def check_tail(case: Case, now: Distribution) -> None:
 def check_agreement(case: Case) -> str:
     """The teacher's first choice at a position is its label as often as the teacher itself expects."""
     targets, labels_S = case.whole.targets, case.teacher_labels()
-    logprobs_SK, _ = targets.distribution.at(case.loss.temperature)
-    top_S = targets.distribution.ids_SK.gather(1, logprobs_SK.argmax(1, keepdim=True))[:, 0]
+    ids_SK, logprobs_SK, _ = targets.distribution.at(case.loss.temperature)
+    top_S = ids_SK.gather(1, logprobs_SK.argmax(1, keepdim=True))[:, 0]
     agreement = float((top_S == labels_S).float().mean())
     late = float((top_S[:-1] == labels_S[1:]).float().mean())
     expected = float(targets.label_logprobs_S.exp().mean())

@@ -21,6 +21,7 @@ from distill.objective.module import Objective
 from distill.objective.weighing import TERMS, Counts, weigh
 from distill.training.microbatch import Collator, MicroBatch, split
 from shards.sample import Sample
+from shards.targets.distributions import Sparse
 from students.student import CONNECTOR
 from teachers.salmonn import Salmonn
 from teachers.targets import CachedTeacher, OnlineTeacher
@@ -56,12 +57,11 @@ class Case:
         header = getattr(self.source, "header", None)
         return header is not None and header.identity["codec"]["name"] == "sampled"
 
-    def sparse(self) -> tuple[Tensor, Tensor]:
-        """The kept log-probabilities and the log of the mass outside them, at the temperature of the loss."""
+    def sparse(self) -> Sparse:
+        """What the teacher says where it says something of the student's tokens, at the temperature of the loss."""
         targets = self.whole.targets
         if isinstance(targets, CrossedTargets):
-            is_matched_S = targets.cross.is_matched_S
-            return targets.cross.logprobs_SK[is_matched_S], targets.cross.log_residual_S[is_matched_S]
+            return Sparse(*(x[targets.cross.is_matched_S] for x in targets.cross.sparse))
         return targets.distribution.at(self.loss.temperature)
 
     def teacher_labels(self) -> Tensor:
@@ -234,7 +234,7 @@ def step_of(case: Case, parts: Sequence[Sequence[Sample]]) -> tuple[float, dict[
 def check_zero(case: Case) -> str:
     """A student that says what the teacher says has no divergence and no gradient of it, residual mass included."""
     loss = case.loss
-    logprobs_SK, residual_S = (x[:64].double() for x in case.sparse())
+    logprobs_SK, residual_S = (x[:64].double() for x in case.sparse()[1:])
     outcomes_SC = torch.cat([logprobs_SK, residual_S[:, None]], 1)
     mass_S = outcomes_SC.exp().sum(1)
     if not case.is_sampled and not torch.allclose(mass_S, torch.ones_like(mass_S), atol=1e-3):
@@ -247,7 +247,7 @@ def check_zero(case: Case) -> str:
     states_SC = (loss.temperature * outcomes_SC).clamp(min=-1e4).requires_grad_()
     head_CC, one_S = torch.eye(num_kept + 1, dtype=torch.double, device=states_SC.device), torch.ones_like(residual_S)
     value = fused_ce_kl(
-        states_SC, head_CC, ids_SK[:, 0], ids_SK, logprobs_SK, residual_S, 0 * one_S, one_S, loss.temperature,
+        states_SC, head_CC, ids_SK[:, 0], Sparse(ids_SK, logprobs_SK, residual_S), 0 * one_S, one_S, loss.temperature,
         divergence=case.objective.divergence,
     ).loss_S.sum()  # fmt: skip
     slope = torch.autograd.grad(value, states_SC)[0].abs().max()

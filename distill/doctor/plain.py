@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.objective.crossteacher import CrossedTargets
 from shards.sample import Sample
+from shards.targets.distributions import Sparse
 from teachers.salmonn import Salmonn
 
 TINY = 1e-300
@@ -59,8 +60,9 @@ def divergence(kind: str, parameter: float | None, q_SC: Tensor, p_SC: Tensor) -
     }[kind]()
 
 
-def outcomes(logits_SV: Tensor, ids_SK: Tensor, logprobs_SK: Tensor, log_residual_S: Tensor, temperature: float):
+def outcomes(logits_SV: Tensor, teacher: Sparse, temperature: float) -> tuple[Tensor, Tensor]:
     """Student's and teacher's probabilities of the kept ids and of all others together: q_SC and p_SC."""
+    ids_SK, logprobs_SK, log_residual_S = teacher
     q_SV = (logits_SV / temperature).softmax(-1)
     is_kept_SK = (logprobs_SK > -torch.inf) & (ids_SK < logits_SV.shape[1])
     p_SK = logprobs_SK.double().exp()
@@ -112,14 +114,13 @@ def plain_terms(
         return terms
     if isinstance(targets, CrossedTargets):
         cross = targets.cross
-        sparse, rows = (cross.ids_SK, cross.logprobs_SK, cross.log_residual_S), cross.is_matched_S
+        sparse, rows = cross.sparse, cross.is_matched_S
         chunk_C = chunk_values(logprobs_S, targets, loss.chunk_temperature)
         terms["chunk"] = chunk_C.sum() / max(len(chunk_C), 1)
     else:
-        distribution = targets.distribution
-        sparse = distribution.ids_SK, *distribution.at(loss.temperature)
+        sparse = targets.distribution.at(loss.temperature)
         rows = torch.ones_like(labels_S, dtype=torch.bool)
-    q_SC, p_SC = outcomes(logits_SV, *sparse, loss.temperature)
+    q_SC, p_SC = outcomes(logits_SV, sparse, loss.temperature)
     value_S = loss.temperature**2 * divergence(loss.kl_kind, loss.kl_parameter, q_SC, p_SC)
     terms["kl"] = value_S[rows].sum() / max(int(rows.sum()), 1)
     return terms

@@ -60,11 +60,8 @@ class CrossTeacher:
         alignment = Alignment.concatenate(
             [self._align(s, theirs.answer, own.answer) for s, theirs, own in zip(batch.samples, rows, batch.rows)]
         ).to(labels_S.device)
-        distribution = said.distribution
-        cross = self.translator.translate(
-            alignment, labels_S, batch.labels_S, said.label_logprobs_S, distribution.ids_SK,
-            *distribution.at(self.temperature),
-        )  # fmt: skip
+        sparse = said.distribution.at(self.temperature)
+        cross = self.translator.translate(alignment, labels_S, batch.labels_S, said.label_logprobs_S, sparse)
         return CrossedTargets(
             **{f.name: getattr(said, f.name) for f in fields(said)} | {"hidden": None, "hidden_by_layer": {}},
             cross=cross,

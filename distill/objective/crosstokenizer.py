@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.objective.alignment import NO_CHUNK, Alignment, align, answer_ends, token_bytes
 from distill.objective.fused import fused_ce_kl
 from distill.objective.losses import check_temperature, expect, move_into_bucket, widen
+from shards.targets.distributions import Sparse
 from teachers.words.ending import End
 
 NO_TWIN = -1
@@ -98,10 +99,8 @@ def matched_targets(
     twin_V: Tensor,
     teacher_labels_S: Tensor,
     student_labels_S: Tensor,
-    ids_SK: Tensor,
-    logprobs_SK: Tensor,
-    log_residual_S: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    teacher: Sparse,
+) -> tuple[Tensor, Sparse]:
     """The teacher's top-K in the student's ids, at the tokens that are the same on both sides.
 
     Args:
@@ -109,20 +108,18 @@ def matched_targets(
         twin_V: from `twin_ids`.
         teacher_labels_S: the answers' ids of the teacher.
         student_labels_S: the answers' ids of the student.
-        ids_SK: the teacher's kept ids at each of its positions, and their log-probabilities and the residual at the
-            temperature of the loss.
+        teacher: what it says at each of its positions, at the temperature of the loss.
 
     Returns:
-        The student's positions M, and ids_MK, logprobs_MK (-inf where an id has no twin) and log_residual_M, into which
-        the mass of those has gone: targets for `sparse_divergence` or the fused objective.
+        The student's positions M, and what the teacher says there; the mass of ids without a twin is with the others.
     """
     teacher_M, student_M = alignment.teacher_single_M, alignment.student_single_M
     is_same_M = twin_V[teacher_labels_S[teacher_M]] == student_labels_S[student_M]
     teacher_M, student_M = teacher_M[is_same_M], student_M[is_same_M]
-    ids_MK = twin_V[ids_SK[teacher_M]]
+    ids_MK = twin_V[teacher.ids_SK[teacher_M]]
     has_twin_MK = ids_MK != NO_TWIN
-    moved = move_into_bucket(logprobs_SK[teacher_M], log_residual_S[teacher_M], has_twin_MK)
-    return student_M, ids_MK.where(has_twin_MK, 0), *moved
+    matched = Sparse(ids_MK.where(has_twin_MK, 0), teacher.logprobs_SK[teacher_M], teacher.log_residual_S[teacher_M])
+    return student_M, move_into_bucket(matched, has_twin_MK)
 
 
 @dataclass(frozen=True)
@@ -132,18 +129,14 @@ class CrossTargets:
     Attributes:
         alignment: of the answers' tokens.
         teacher_logprobs_S: the teacher's log-probability of each of its own answer tokens, at temperature 1.
-        ids_SK: the teacher's kept ids as the student's, at every position of the student; unused slots at those that
-            do not match.
-        logprobs_SK: their log-probabilities at the temperature of the loss.
-        log_residual_S: log of the mass outside them.
+        sparse: the teacher's kept ids as the student's, at every position of the student, at the temperature of the
+            loss; unused slots at positions that do not match.
         is_matched_S: the student's positions that have such a target.
     """
 
     alignment: Alignment
     teacher_logprobs_S: Tensor
-    ids_SK: Tensor
-    logprobs_SK: Tensor
-    log_residual_S: Tensor
+    sparse: Sparse
     is_matched_S: Tensor
 
 
@@ -180,23 +173,20 @@ class Translator:
         teacher_labels_S: Tensor,
         student_labels_S: Tensor,
         teacher_logprobs_S: Tensor,
-        ids_SK: Tensor,
-        logprobs_SK: Tensor,
-        log_residual_S: Tensor,
+        teacher: Sparse,
     ) -> CrossTargets:
         """Targets of a batch; arguments as `matched_targets`, and the teacher's log-probabilities of its own tokens."""
-        twin_V = self.twin_V.to(ids_SK.device)
-        positions_M, *matched = matched_targets(
-            alignment, twin_V, teacher_labels_S, student_labels_S, ids_SK, logprobs_SK, log_residual_S
+        twin_V = self.twin_V.to(teacher.ids_SK.device)
+        positions_M, matched = matched_targets(alignment, twin_V, teacher_labels_S, student_labels_S, teacher)
+        shape_SK = len(student_labels_S), teacher.ids_SK.shape[1]
+        empty = Sparse(
+            teacher.ids_SK.new_zeros(shape_SK),
+            teacher.logprobs_SK.new_full(shape_SK, -torch.inf),
+            teacher.log_residual_S.new_zeros(shape_SK[0]),
         )
-        size, num_kept = len(student_labels_S), ids_SK.shape[1]
-        empty = ids_SK.new_zeros(size, num_kept), logprobs_SK.new_full((size, num_kept), -torch.inf)
-        spread = [
-            whole.index_copy(0, positions_M, part)
-            for whole, part in zip((*empty, logprobs_SK.new_zeros(size)), matched)
-        ]
+        sparse = Sparse(*(whole.index_copy(0, positions_M, part) for whole, part in zip(empty, matched)))
         is_matched_S = torch.zeros_like(student_labels_S, dtype=torch.bool).index_fill_(0, positions_M, True)
-        return CrossTargets(alignment, teacher_logprobs_S, *spread, is_matched_S)
+        return CrossTargets(alignment, teacher_logprobs_S, sparse, is_matched_S)
 
 
 class CrossLoss(NamedTuple):
@@ -236,18 +226,16 @@ def fused_cross_loss(
         chunk_temperature: of the chunks, see `chunk_likelihood`.
         head_options: `softcap`, `logit_scale`, `bias_V` and `vocab_size` of `fused_ce_kl`.
     """
-    sparse = targets.ids_SK, targets.logprobs_SK, targets.log_residual_S
+    common, sparse = (hidden_SD, weight_VD, labels_S), targets.sparse
     with torch.no_grad():
         one_S, none_S = torch.ones_like(ce_weight_S), torch.zeros_like(kl_weight_S)
-        ce_S = fused_ce_kl(hidden_SD, weight_VD, labels_S, *sparse, one_S, none_S, temperature, **head_options).ce_S
+        ce_S = fused_ce_kl(*common, sparse, one_S, none_S, temperature, **head_options).ce_S
     logprobs_S = (-ce_S).requires_grad_()
     with torch.enable_grad():
         chunk_C = chunk_likelihood(logprobs_S, targets.teacher_logprobs_S, targets.alignment, chunk_temperature)
         slope_S = torch.autograd.grad((chunk_weight_C * chunk_C).sum(), logprobs_S)[0]
     kl_weight_S = kl_weight_S * targets.is_matched_S
-    fused = fused_ce_kl(
-        hidden_SD, weight_VD, labels_S, *sparse, ce_weight_S - slope_S, kl_weight_S, temperature, **head_options
-    )
+    fused = fused_ce_kl(*common, sparse, ce_weight_S - slope_S, kl_weight_S, temperature, **head_options)
     # The slopes' share of the value gives way to the chunk term itself.
     exchange = (chunk_weight_C * chunk_C).sum() + (slope_S * ce_S).sum()
     return CrossLoss(fused.loss_S.sum() + exchange.detach(), ce_S, fused.kl_S, chunk_C.detach())

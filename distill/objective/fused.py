@@ -23,6 +23,7 @@ from distill.objective.losses import (
     move_into_bucket,
     widen,
 )
+from shards.targets.distributions import Sparse
 
 
 class FusedLoss(NamedTuple):
@@ -38,9 +39,7 @@ class _Request(NamedTuple):
 
     head: Head
     labels_S: Tensor
-    ids_SK: Tensor
-    logprobs_SK: Tensor
-    log_residual_S: Tensor
+    teacher: Sparse
     ce_weight_S: Tensor
     kl_weight_S: Tensor
     temperature: float
@@ -49,7 +48,7 @@ class _Request(NamedTuple):
 
     @property
     def is_kept_SK(self) -> Tensor:
-        return (self.logprobs_SK > -torch.inf) & (self.kl_weight_S != 0)[:, None]
+        return (self.teacher.logprobs_SK > -torch.inf) & (self.kl_weight_S != 0)[:, None]
 
 
 class _Mean:
@@ -88,7 +87,7 @@ class _Columns:
 
     def __init__(self, request: _Request, start: int, stop: int):
         self.label_S1, self.is_label_S1 = locate(request.labels_S[:, None], start, stop)
-        self.kept_SK, is_inside_SK = locate(request.ids_SK, start, stop)
+        self.kept_SK, is_inside_SK = locate(request.teacher.ids_SK, start, stop)
         self.is_kept_SK = is_inside_SK & request.is_kept_SK
 
     def pick(self, tile_SC: Tensor, label_S: Tensor, kept_SK: Tensor) -> None:
@@ -121,10 +120,10 @@ def _divergence(request: _Request, student_SC: Tensor) -> tuple[Tensor, Tensor]:
     has_target_S = request.kl_weight_S != 0
     # A position without a target may hold anything: it is replaced, so that no NaN of it meets a zero.
     student_SC = student_SC.where(has_target_S[:, None], 0).requires_grad_()
-    logprobs_SK = request.logprobs_SK.where(has_target_S[:, None], 0)
-    residual_S = request.log_residual_S.where(has_target_S, 0)
+    ids_SK, logprobs_SK, residual_S = request.teacher
+    teacher = Sparse(ids_SK, logprobs_SK.where(has_target_S[:, None], 0), residual_S.where(has_target_S, 0))
     with torch.enable_grad():
-        kl_S = bucket_divergence(student_SC, logprobs_SK, residual_S, request.temperature, request.divergence)
+        kl_S = bucket_divergence(student_SC, teacher, request.temperature, request.divergence)
         kl_S = kl_S.where(has_target_S, 0)
         slope_SC = torch.autograd.grad(kl_S.sum(), student_SC)[0]
     return kl_S.detach(), slope_SC
@@ -164,7 +163,7 @@ def _pass(request: _Request, hidden_SD: Tensor) -> tuple[FusedLoss, _Coefficient
     temperatures = dict.fromkeys((1.0, float(request.temperature)))
     means = [_Mean(hidden_SD, temperature, request.needs_gradient) for temperature in temperatures]
     label_S = hidden_SD.new_full(request.labels_S.shape, -torch.inf)
-    kept_SK = hidden_SD.new_full(request.ids_SK.shape, -torch.inf)
+    kept_SK = hidden_SD.new_full(request.teacher.ids_SK.shape, -torch.inf)
     for start, stop in head.tiles(len(hidden_SD), hidden_SD.device.type):
         tile_CD = head.tile(start, stop)
         logits_SC, slope_SC = head.logits(hidden_SD, tile_CD, start)
@@ -181,7 +180,7 @@ def _pass(request: _Request, hidden_SD: Tensor) -> tuple[FusedLoss, _Coefficient
     gradient_SD = torch.zeros_like(hidden_SD)
     for temperature, (_, mean_SD) in finished.items():
         gradient_SD.addcmul_(mean_SD, coefficients.others_S[temperature][:, None])
-    ids_SK = torch.cat([request.ids_SK, request.labels_S[:, None]], 1).clamp(0, head.num_tokens - 1)
+    ids_SK = torch.cat([request.teacher.ids_SK, request.labels_S[:, None]], 1).clamp(0, head.num_tokens - 1)
     head.add_rows_(gradient_SD, ids_SK, torch.cat([coefficients.kept_SK, coefficients.label_S[:, None]], 1))
     return values, coefficients, gradient_SD
 
@@ -243,9 +242,7 @@ def fused_ce_kl(
     hidden_SD: Tensor,
     weight_VD: Tensor,
     labels_S: Tensor,
-    ids_SK: Tensor,
-    logprobs_SK: Tensor,
-    log_residual_S: Tensor,
+    teacher: Sparse,
     ce_weight_S: Tensor,
     kl_weight_S: Tensor,
     temperature: float,
@@ -262,9 +259,7 @@ def fused_ce_kl(
         hidden_SD: the states that enter the head, bfloat16 or wider; accumulated in float32 (float64 stays).
         weight_VD: the head's weight, from `head_weight`; a frozen one gets no gradient buffer, 4-bit is read in tiles.
         labels_S: next-token ids; anything where `ce_weight_S` is 0. An id outside the tokens makes it infinite.
-        ids_SK: the teacher's kept ids; anything where `kl_weight_S` is 0 or the log-probability is -inf. K may be 0.
-        logprobs_SK: their log-probabilities at `temperature`; -inf in unused slots.
-        log_residual_S: log of the teacher's mass outside the kept ids at `temperature`; -inf for none.
+        teacher: at `temperature`; anything where `kl_weight_S` is 0. K may be 0.
         ce_weight_S: what a position's cross-entropy counts: 0 for none, and `ce_S` is 0 there.
         kl_weight_S: what its divergence counts: 0 where the teacher said nothing, and `kl_S` is 0 there.
         temperature: of the divergence, whose value and gradient it multiplies by its square.
@@ -286,15 +281,13 @@ def fused_ce_kl(
     product_dtype = choose_product_dtype(hidden_SD, weight_VD, dtype)
     head = Head(weight_VD, bias_V, logit_scale, softcap, vocab_size, dtype, product_dtype)
     if vocab_size is not None:
-        logprobs_SK, log_residual_S = move_into_bucket(logprobs_SK, log_residual_S, ids_SK < vocab_size)
+        teacher = move_into_bucket(teacher, teacher.ids_SK < vocab_size)
     tensors = (hidden_SD, bias_V) if is_quantised(weight_VD) else (hidden_SD, weight_VD, bias_V)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     request = _Request(
         head=head,
         labels_S=labels_S,
-        ids_SK=ids_SK,
-        logprobs_SK=logprobs_SK.detach().to(dtype),
-        log_residual_S=log_residual_S.detach().to(dtype),
+        teacher=Sparse(teacher.ids_SK, *(x.detach().to(dtype) for x in teacher[1:])),
         ce_weight_S=ce_weight_S.detach().to(dtype),
         kl_weight_S=kl_weight_S.detach().to(dtype),
         temperature=float(temperature),

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards.targets.distributions import Sparse
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -163,30 +165,23 @@ def bucket_logprobs(logits_SV: Tensor, ids_SK: Tensor, is_kept_SK: Tensor) -> Te
     return torch.cat([kept_SK, others_S1], 1) - logits_SV.logsumexp(1, keepdim=True)
 
 
-def bucket_divergence(
-    student_SC: Tensor, logprobs_SK: Tensor, log_residual_S: Tensor, temperature: float, divergence: Divergence
-) -> Tensor:
+def bucket_divergence(student_SC: Tensor, teacher: Sparse, temperature: float, divergence: Divergence) -> Tensor:
     """Divergence of the kept ids and the bucket, times temperature²; both sides at the temperature already."""
     # A student without ids outside the kept ones has nowhere to put the rounding residue of the teacher's mass.
-    residual_S = log_residual_S.masked_fill(student_SC[:, -1] == -torch.inf, -torch.inf)
-    teacher_SC = torch.cat([logprobs_SK, residual_S[:, None]], 1).to(student_SC.dtype)
+    residual_S = teacher.log_residual_S.masked_fill(student_SC[:, -1] == -torch.inf, -torch.inf)
+    teacher_SC = torch.cat([teacher.logprobs_SK, residual_S[:, None]], 1).to(student_SC.dtype)
     return temperature**2 * divergence(student_SC, teacher_SC).sum(-1)
 
 
-def move_into_bucket(logprobs_SK: Tensor, log_residual_S: Tensor, is_kept_SK: Tensor) -> tuple[Tensor, Tensor]:
-    """A top-K target without some of its ids, whose mass has gone to that outside: logprobs_SK and log_residual_S."""
-    lost_SK = logprobs_SK.masked_fill(is_kept_SK, -torch.inf)
-    residual_S = torch.cat([log_residual_S[:, None], lost_SK], 1).logsumexp(1)
-    return logprobs_SK.masked_fill(~is_kept_SK, -torch.inf), residual_S
+def move_into_bucket(teacher: Sparse, is_kept_SK: Tensor) -> Sparse:
+    """A top-K target without some of its ids, whose mass has gone to that outside."""
+    lost_SK = teacher.logprobs_SK.masked_fill(is_kept_SK, -torch.inf)
+    residual_S = torch.cat([teacher.log_residual_S[:, None], lost_SK], 1).logsumexp(1)
+    return Sparse(teacher.ids_SK, teacher.logprobs_SK.masked_fill(~is_kept_SK, -torch.inf), residual_S)
 
 
 def sparse_divergence(
-    logits_SV: Tensor,
-    ids_SK: Tensor,
-    logprobs_SK: Tensor,
-    log_residual_S: Tensor,
-    temperature: float,
-    divergence: Divergence = forward_kl_terms,
+    logits_SV: Tensor, teacher: Sparse, temperature: float, divergence: Divergence = forward_kl_terms
 ) -> Tensor:
     """Divergence from a teacher of which K tokens and the mass of all others are known.
 
@@ -195,25 +190,21 @@ def sparse_divergence(
 
     Args:
         logits_SV: the student's logits at temperature 1.
-        ids_SK: the kept ids, each at most once a position.
-        logprobs_SK: their log-probabilities at `temperature`; -inf marks an unused slot, whose id means nothing.
-        log_residual_S: log of the teacher's mass outside the kept ids at `temperature`; -inf for none. Draws are kept
-            ids with log-weights and no such mass: their forward KL has the gradient of `sampled_divergence`.
+        teacher: at `temperature`. Draws are kept ids with log-weights and no mass outside: their forward KL has the
+            gradient of `sampled_divergence`.
         temperature: divides the student's logits; the value is multiplied by its square, and so is the gradient.
 
     Returns:
         divergence_S, nats times temperature².
     """
     check_temperature(temperature)
-    student_SC = bucket_logprobs(widen(logits_SV) / temperature, ids_SK, logprobs_SK > -torch.inf)
-    return bucket_divergence(student_SC, logprobs_SK, log_residual_S, temperature, divergence)
+    student_SC = bucket_logprobs(widen(logits_SV) / temperature, teacher.ids_SK, teacher.logprobs_SK > -torch.inf)
+    return bucket_divergence(student_SC, teacher, temperature, divergence)
 
 
-def forward_kl(
-    logits_SV: Tensor, ids_SK: Tensor, logprobs_SK: Tensor, log_residual_S: Tensor, temperature: float
-) -> Tensor:
+def forward_kl(logits_SV: Tensor, teacher: Sparse, temperature: float) -> Tensor:
     """KL(teacher‖student) on top-K targets with the residual bucket; arguments as `sparse_divergence`."""
-    return sparse_divergence(logits_SV, ids_SK, logprobs_SK, log_residual_S, temperature, forward_kl_terms)
+    return sparse_divergence(logits_SV, teacher, temperature, forward_kl_terms)
 
 
 def sampled_divergence(

@@ -18,6 +18,7 @@ from distill.objective.head import head_weight
 from distill.objective.losses import build_divergence, check_temperature
 from distill.objective.terms import OwnTerm, Seen
 from distill.objective.weighing import TERMS, Weights, shared_windows, window_rows
+from shards.targets.distributions import Sparse
 from shards.targets.header import CacheHeader
 from teachers.logits import logit_transform
 from teachers.salmonn import Heard, Salmonn
@@ -90,12 +91,10 @@ class Objective(nn.Module):
             return loss.loss, {name: part.sum() for name, part in zip(("ce", "kl", "chunk"), parts)}
         if targets is None or "kl" not in self.active:
             empty = hidden_SD.new_zeros((len(hidden_SD), 0))
-            sparse, kl_weight_S = (empty.long(), empty, empty.sum(-1)), torch.zeros_like(weights.kl_S)
+            sparse, kl_weight_S = Sparse(empty.long(), empty, empty.sum(-1)), torch.zeros_like(weights.kl_S)
         else:
-            distribution = targets.distribution
-            sparse = distribution.ids_SK, *distribution.at(self.loss.temperature)
-            kl_weight_S = weights.kl_S
-        loss = fused_ce_kl(*common, *sparse, weights.ce_S, kl_weight_S, self.loss.temperature, **options)
+            sparse, kl_weight_S = targets.distribution.at(self.loss.temperature), weights.kl_S
+        loss = fused_ce_kl(*common, sparse, weights.ce_S, kl_weight_S, self.loss.temperature, **options)
         return loss.loss_S.sum(), {"ce": (weights.ce_S * loss.ce_S).sum(), "kl": (kl_weight_S * loss.kl_S).sum()}
 
     def _feature(self, heard: Heard, batch: Batch, targets: Targets | None) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shards.targets.bitpack import Reader, pack_bits, pack_sets, unpack_bits, unpack_sets
-from shards.targets.distributions import Distribution
+from shards.targets.distributions import Distribution, Sparse
 from shards.targets.payload import VERSION, pack_header, read_header
 from shards.targets.record import dequantize_rows, quantize_rows
 from shards.targets.topk import Adaptive, TopK
@@ -167,10 +167,10 @@ class HiddenStates:
         logits_SV = (self.hidden_SD.to(self.head_weight_VD) @ self.head_weight_VD.T).float() * self.logit_scale
         return logits_SV if self.softcap is None else self.softcap * torch.tanh(logits_SV / self.softcap)
 
-    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
+    def at(self, temperature: float) -> Sparse:
         """As `Distribution.at`: log-probabilities of all V ids at any temperature, and no mass outside."""
         logprobs_SV = torch.log_softmax(self.logits() / temperature, -1)
-        return logprobs_SV, logprobs_SV.new_full((len(logprobs_SV),), -torch.inf)
+        return Sparse(self.ids_SK, logprobs_SV, logprobs_SV.new_full((len(logprobs_SV),), -torch.inf))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ S supervised positions, K kept ids, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ def log1mexp(log_x: Tensor) -> Tensor:
     """`log(1 - exp(log_x))` for `log_x <= 0`, exact at both ends (Maechler 2012, the note on log1mexp)."""
     log_x = log_x.clamp(max=0)
     return torch.where(log_x > -0.6931472, torch.log(-torch.expm1(log_x)), torch.log1p(-torch.exp(log_x)))
+
+
+class Sparse(NamedTuple):
+    """A distribution at one temperature: the kept ids of each position, and one outcome more for all others together.
+
+    Attributes:
+        ids_SK: kept ids, each at most once a position; in an unused slot anything.
+        logprobs_SK: their natural log-probabilities; -inf in unused slots.
+        log_residual_S: natural log of the mass outside them; -inf for none.
+    """
+
+    ids_SK: Tensor
+    logprobs_SK: Tensor
+    log_residual_S: Tensor
 
 
 @dataclass
@@ -68,18 +83,15 @@ class Distribution:
         """Whether all V ids are kept, so that nothing is outside at any temperature."""
         return not self.log_partition_S
 
-    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """The distribution with logits divided by `temperature`.
-
-        Returns:
-            `logprobs_SK` and `log_residual_S`: natural logs that together sum to 1; the residual is -inf where K = V.
+    def at(self, temperature: float) -> Sparse:
+        """The distribution with logits divided by `temperature`; its masses sum to 1, with no residual where K = V.
 
         Raises:
             ValueError: the targets do not hold what this temperature needs.
         """
         if self.is_complete:
             logprobs_SK = torch.log_softmax(self.logprobs_SK / temperature, -1)
-            return logprobs_SK, logprobs_SK.new_full((len(logprobs_SK),), -torch.inf)
+            return Sparse(self.ids_SK, logprobs_SK, logprobs_SK.new_full((len(logprobs_SK),), -torch.inf))
         if temperature not in self.log_partition_S:
             raise ValueError(
                 f"temperature is {temperature}, but these targets were stored for {sorted(self.log_partition_S)}; "
@@ -87,8 +99,8 @@ class Distribution:
             )
         logprobs_SK = self.logprobs_SK / temperature - self.log_partition_S[temperature][:, None]
         if temperature in self.log_residual_S:
-            return logprobs_SK, self.log_residual_S[temperature]
-        return logprobs_SK, log1mexp(torch.logsumexp(logprobs_SK, -1))
+            return Sparse(self.ids_SK, logprobs_SK, self.log_residual_S[temperature])
+        return Sparse(self.ids_SK, logprobs_SK, log1mexp(torch.logsumexp(logprobs_SK, -1)))
 
     def to(self, device: torch.device | str) -> "Distribution":
         """The same on another device."""

@@ -98,7 +98,7 @@ def test_cached_and_online_targets_cross_alike(toys):
     ours, theirs = cached.targets(batch).cross, online.targets(batch).cross
     torch.testing.assert_close(ours.teacher_logprobs_S, theirs.teacher_logprobs_S, atol=1e-4, rtol=0)
     assert torch.equal(ours.is_matched_S, theirs.is_matched_S)
-    torch.testing.assert_close(ours.log_residual_S, theirs.log_residual_S, atol=0.05, rtol=0)
+    torch.testing.assert_close(ours.sparse.log_residual_S, theirs.sparse.log_residual_S, atol=0.05, rtol=0)
 
 
 def test_other_ids_are_refused_unless_chunks_are_asked_for(toys, tmp_path):

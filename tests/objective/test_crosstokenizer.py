@@ -20,6 +20,7 @@ from distill.objective.crosstokenizer import (
     twin_ids,
 )
 from distill.objective.losses import ce, forward_kl
+from shards.targets.distributions import Sparse
 from teachers.words.ending import End
 
 CORPUS = ["the cat sat on the mat", "a dog barks at the cat in the garden", "café naïve", "one two three four five"] * 5
@@ -272,8 +273,9 @@ def test_matched_targets_are_the_teachers_own_when_the_tokenizers_agree():
     teacher_SV = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     logprobs_SK, ids_SK = teacher_SV.topk(2, -1)
     residual_S = teacher_SV.scatter(1, ids_SK, -torch.inf).logsumexp(-1)
-    targets = matched_targets(align(ends, ends, 5), torch.arange(6), labels, labels, ids_SK, logprobs_SK, residual_S)
-    for found, expected in zip(targets, (torch.arange(4), ids_SK, logprobs_SK, residual_S)):
+    teacher = Sparse(ids_SK, logprobs_SK, residual_S)
+    positions_M, matched = matched_targets(align(ends, ends, 5), torch.arange(6), labels, labels, teacher)
+    for found, expected in zip((positions_M, *matched), (torch.arange(4), *teacher)):
         torch.testing.assert_close(found, expected)
 
 
@@ -281,18 +283,12 @@ def test_the_mass_of_an_id_without_a_twin_moves_into_the_bucket():
     # the teacher's 0, 1, 2 are the student's 2, nothing, 0; the student says teacher's probabilities where it can
     twins, teacher_V = torch.tensor([2, NO_TWIN, 0]), torch.tensor([[0.5, 0.3, 0.15]])
     alignment = align([1], [1], 1, 0, 0)
-    arguments = (
-        torch.tensor([0]),
-        torch.tensor([2]),
-        torch.tensor([[0, 1, 2]]),
-        teacher_V.log(),
-        torch.tensor([0.05]).log(),
-    )
-    positions_M, ids_MK, logprobs_MK, residual_M = matched_targets(alignment, twins, *arguments)
+    teacher = Sparse(torch.tensor([[0, 1, 2]]), teacher_V.log(), torch.tensor([0.05]).log())
+    positions_M, matched = matched_targets(alignment, twins, torch.tensor([0]), torch.tensor([2]), teacher)
     assert positions_M.tolist() == [0]
-    torch.testing.assert_close(residual_M.exp(), torch.tensor([0.35]))
+    torch.testing.assert_close(matched.log_residual_S.exp(), torch.tensor([0.35]))
     student_SV = torch.tensor([[0.15, 0.2, 0.5, 0.15]]).log()
-    assert forward_kl(student_SV, ids_MK, logprobs_MK, residual_M, 1.0).abs().item() < 1e-6
+    assert forward_kl(student_SV, matched, 1.0).abs().item() < 1e-6
 
 
 def test_a_single_token_that_is_spelled_with_another_space_is_no_match(tokenizers):
@@ -303,8 +299,8 @@ def test_a_single_token_that_is_spelled_with_another_space_is_no_match(tokenizer
     labels = torch.tensor(teacher_ids), torch.tensor(student_ids)
     twins = twin_ids(token_bytes(teacher), token_bytes(student))
     logprobs_SK = torch.full((len(teacher_ids), 1), -0.1)
-    kept = torch.tensor(teacher_ids)[:, None], logprobs_SK, logprobs_SK[:, 0]
-    assert matched_targets(alignment, twins, *labels, *kept)[0].tolist() == []
+    kept = Sparse(torch.tensor(teacher_ids)[:, None], logprobs_SK, logprobs_SK[:, 0])
+    assert matched_targets(alignment, twins, *labels, kept)[0].tolist() == []
 
 
 class CrossBatch:
@@ -324,8 +320,8 @@ class CrossBatch:
         self.teacher_logprobs_S = logits_SV.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
         soft_SV = (logits_SV / temperature).log_softmax(-1)
         logprobs_SK, ids_SK = soft_SV.topk(40, -1)
-        sparse = ids_SK, logprobs_SK, soft_SV.scatter(1, ids_SK, -torch.inf).logsumexp(-1)
-        self.targets = translator.translate(alignment, theirs, self.labels_S, self.teacher_logprobs_S, *sparse)
+        sparse = Sparse(ids_SK, logprobs_SK, soft_SV.scatter(1, ids_SK, -torch.inf).logsumexp(-1))
+        self.targets = translator.translate(alignment, theirs, self.labels_S, self.teacher_logprobs_S, sparse)
         size = len(self.labels_S), 6
         self.hidden_SD = torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
         self.weight_VD = torch.randn(len(translator.student_pieces), 6, generator=generator, dtype=torch.float64)
@@ -342,7 +338,7 @@ def test_the_fused_objective_equals_the_plain_terms_in_value_and_gradient(tokeni
     fused = fused_cross_loss(batch.hidden_SD, batch.weight_VD, batch.labels_S, targets, *weights, temperature)
     logits_SV = batch.hidden_SD @ batch.weight_VD.T
     ce_S = ce(logits_SV, batch.labels_S)
-    kl_S = forward_kl(logits_SV, targets.ids_SK, targets.logprobs_SK, targets.log_residual_S, temperature)
+    kl_S = forward_kl(logits_SV, targets.sparse, temperature)
     kl_S = kl_S.where(targets.is_matched_S, 0)
     chunk_C = chunk_likelihood(-ce_S, batch.teacher_logprobs_S, targets.alignment)
     plain = sum((weight * value).sum() for weight, value in zip(weights, (ce_S, kl_S, chunk_C)))
@@ -356,6 +352,6 @@ def test_a_student_with_the_teachers_tokenizer_gets_the_teachers_targets_whole(t
     batch = CrossBatch(tokenizers["bytes, large"], tokenizers["bytes, large"], 1.0)
     assert batch.targets.is_matched_S.all()
     torch.testing.assert_close(
-        batch.targets.logprobs_SK.exp().sum(1) + batch.targets.log_residual_S.exp(),
+        batch.targets.sparse.logprobs_SK.exp().sum(1) + batch.targets.sparse.log_residual_S.exp(),
         torch.ones(len(batch.labels_S), dtype=torch.float64),
     )

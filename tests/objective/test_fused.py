@@ -11,6 +11,7 @@ import distill.objective.head
 from distill.objective.fused import FusedLoss, fused_ce_kl
 from distill.objective.head import head_weight
 from distill.objective.losses import build_divergence, ce, dense_divergence, sampled_divergence, sparse_divergence
+from shards.targets.distributions import Sparse
 
 S, D, V, K = 7, 16, 2500, 5  # three tiles of 1,024 rows, the last one short
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -48,11 +49,14 @@ class Case:
         self.ids_SK[2], self.logprobs_SK[2], self.log_residual_S[2] = -7, torch.nan, torch.nan
         self.ids_SK[4, -1], self.logprobs_SK[4, -1] = 0, -torch.inf  # an unused slot
 
+    @property
+    def sparse(self) -> Sparse:
+        return Sparse(self.ids_SK, self.logprobs_SK, self.log_residual_S)
+
     def fused(self, **options) -> FusedLoss:
-        targets = self.ids_SK, self.logprobs_SK, self.log_residual_S
         weights = self.ce_weight_S, self.kl_weight_S
         return fused_ce_kl(
-            self.hidden_SD, self.weight_VD, self.labels_S, *targets, *weights, self.temperature, **options
+            self.hidden_SD, self.weight_VD, self.labels_S, self.sparse, *weights, self.temperature, **options
         )
 
     def plain(self, divergence=None, softcap=None, logit_scale=1.0, bias_V=None, vocab_size=None) -> FusedLoss:
@@ -62,7 +66,7 @@ class Case:
         ce_S = ce(logits_SV, self.labels_S.clamp(min=0)).where(self.ce_weight_S != 0, 0)
         has_teacher = self.kl_weight_S != 0
         targets = self.logprobs_SK.where(has_teacher[:, None], -torch.inf), self.log_residual_S.where(has_teacher, 0)
-        arguments = logits_SV, self.ids_SK.clamp(min=0), *targets, self.temperature
+        arguments = logits_SV, Sparse(self.ids_SK.clamp(min=0), *targets), self.temperature
         kl_S = sparse_divergence(*arguments, *([divergence] if divergence else [])).where(has_teacher, 0)
         return FusedLoss(self.ce_weight_S * ce_S + self.kl_weight_S * kl_S, ce_S, kl_S)
 
@@ -151,7 +155,7 @@ def test_finite_differences_agree(temperature):
     weights = torch.tensor([[0.5, 1.0, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
 
     def loss(hidden_SD, weight_VD, bias_V):
-        return fused_ce_kl(hidden_SD, weight_VD, torch.tensor([8, 0, 1]), ids_SK, logprobs_SK, rest_S, *weights,
+        return fused_ce_kl(hidden_SD, weight_VD, torch.tensor([8, 0, 1]), Sparse(ids_SK, logprobs_SK, rest_S), *weights,
                            temperature, softcap=3.0, logit_scale=0.7, bias_V=bias_V).loss_S  # fmt: skip
 
     assert gradcheck(loss, [x.requires_grad_() for x in (hidden_SD, weight_VD, bias_V)])
@@ -203,12 +207,12 @@ def test_the_gradient_of_a_batch_does_not_depend_on_how_it_is_split():
     case = Case()
     case.hidden_SD.requires_grad_()
     whole = gradients(case.fused().loss_S, 1.0, [case.hidden_SD])[0]
-    names = ("labels_S", "ids_SK", "logprobs_SK", "log_residual_S", "ce_weight_S", "kl_weight_S")
+    rows = case.labels_S, case.sparse, case.ce_weight_S, case.kl_weight_S
     for borders in ([0, 3, 7], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 6, 7]):
         parts = []
         for start, stop in itertools.pairwise(borders):
             hidden_SD = case.hidden_SD.detach()[start:stop].requires_grad_()
-            part = [getattr(case, name)[start:stop] for name in names]
+            part = [Sparse(*(y[start:stop] for y in x)) if isinstance(x, Sparse) else x[start:stop] for x in rows]
             loss_S = fused_ce_kl(hidden_SD, case.weight_VD, *part, case.temperature).loss_S
             parts.append(gradients(loss_S, 1.0, [hidden_SD])[0])
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-14)

@@ -17,7 +17,7 @@ from distill.objective.losses import (
     sparse_divergence,
 )
 from distill.objective.vocabulary import shared_vocab_size
-from shards.targets.distributions import Distribution
+from shards.targets.distributions import Distribution, Sparse
 
 KINDS = [
     ("forward_kl", None),
@@ -35,10 +35,10 @@ def logits(*shape: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
     return spread * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def top_targets(teacher_SV: torch.Tensor, k: int, temperature: float):
+def top_targets(teacher_SV: torch.Tensor, k: int, temperature: float) -> Sparse:
     logprobs_SK, ids_SK = (teacher_SV / temperature).log_softmax(-1).topk(k, -1)
     outside_SV = (teacher_SV / temperature).log_softmax(-1).scatter(1, ids_SK, -torch.inf)
-    return ids_SK, logprobs_SK, outside_SV.logsumexp(-1)
+    return Sparse(ids_SK, logprobs_SK, outside_SV.logsumexp(-1))
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -80,9 +80,9 @@ def test_a_divergence_equals_its_closed_form_on_every_target_kind(kind, paramete
     whole_S = closed_form(kind, parameter, student_SV, teacher_SV, temperature)
     torch.testing.assert_close(dense_divergence(student_SV, teacher_SV, temperature, divergence), whole_S)
 
-    ids_SK, logprobs_SK, log_residual_S = top_targets(teacher_SV, 4, temperature)
-    merged = [merge_outside(x, ids_SK, temperature) for x in (student_SV, teacher_SV)]
-    top_S = sparse_divergence(student_SV, ids_SK, logprobs_SK, log_residual_S, temperature, divergence)
+    top = top_targets(teacher_SV, 4, temperature)
+    merged = [merge_outside(x, top.ids_SK, temperature) for x in (student_SV, teacher_SV)]
+    top_S = sparse_divergence(student_SV, top, temperature, divergence)
     torch.testing.assert_close(top_S, closed_form(kind, parameter, *merged, temperature))
 
     every_SV = torch.arange(11).expand(5, 11)
@@ -96,12 +96,12 @@ def test_a_divergence_equals_its_closed_form_on_every_target_kind(kind, paramete
 def test_gradients_pass_finite_differences_on_every_target_kind(kind, parameter, temperature):
     student_SV, hidden_SD, weight_VD = logits(2, 6).requires_grad_(), logits(2, 3, seed=3), logits(6, 3, seed=4)
     teacher_SV, divergence = hidden_SD @ weight_VD.T, build_divergence(kind, parameter)
-    ids_SK, logprobs_SK, residual_S = top_targets(teacher_SV, 2, temperature)
+    top = top_targets(teacher_SV, 2, temperature)
     weights_SK = torch.tensor([[0.75, 0.25], [1.0, 0.0]], dtype=torch.float64)
     losses = [
         lambda x: dense_divergence(x, teacher_SV, temperature, divergence),
-        lambda x: sparse_divergence(x, ids_SK, logprobs_SK, residual_S, temperature, divergence),
-        lambda x: sampled_divergence(x, ids_SK, weights_SK, logprobs_SK, temperature, divergence),
+        lambda x: sparse_divergence(x, top, temperature, divergence),
+        lambda x: sampled_divergence(x, top.ids_SK, weights_SK, top.logprobs_SK, temperature, divergence),
     ]
     for loss in losses:
         assert gradcheck(loss, student_SV)
@@ -110,17 +110,17 @@ def test_gradients_pass_finite_differences_on_every_target_kind(kind, parameter,
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_k_of_one_and_k_of_the_whole_vocabulary_are_no_special_cases(temperature):
     student_SV, teacher_SV = logits(4, 9).requires_grad_(), logits(4, 9, seed=1)
-    ids_SK, logprobs_SK, log_residual_S = top_targets(teacher_SV, 1, temperature)
-    kept_S, rest_S = logprobs_SK[:, 0].exp(), log_residual_S.exp()
-    student_S = (student_SV / temperature).softmax(-1).gather(1, ids_SK)[:, 0]
+    top = top_targets(teacher_SV, 1, temperature)
+    kept_S, rest_S = top.logprobs_SK[:, 0].exp(), top.log_residual_S.exp()
+    student_S = (student_SV / temperature).softmax(-1).gather(1, top.ids_SK)[:, 0]
     expected_S = kept_S * (kept_S / student_S).log() + rest_S * (rest_S / (1 - student_S)).log()
-    top_1_S = forward_kl(student_SV, ids_SK, logprobs_SK, log_residual_S, temperature)
+    top_1_S = forward_kl(student_SV, top, temperature)
     torch.testing.assert_close(top_1_S, temperature**2 * expected_S)
 
-    ids_SV, logprobs_SV, _ = top_targets(teacher_SV, 9, temperature)
+    every = top_targets(teacher_SV, 9, temperature)
     whole_S = dense_divergence(student_SV, teacher_SV, temperature)
     for residual in (-torch.inf, -17.0):  # 1 minus a float32 sum is seldom exactly 0
-        all_kept_S = forward_kl(student_SV, ids_SV, logprobs_SV, torch.full((4,), residual), temperature)
+        all_kept_S = forward_kl(student_SV, every._replace(log_residual_S=torch.full((4,), residual)), temperature)
         torch.testing.assert_close(all_kept_S, whole_S)
     torch.testing.assert_close(
         *(torch.autograd.grad(x.sum(), student_SV, retain_graph=True) for x in (all_kept_S, whole_S))
@@ -134,10 +134,10 @@ def test_an_unused_slot_of_the_targets_changes_nothing(kind, parameter):
         logits(3, 8, seed=1),
         build_divergence(kind, parameter),
     )
-    ids_SK, logprobs_SK, residual_S = top_targets(teacher_SV, 3, 1.0)
-    padded = F.pad(ids_SK, (0, 2)), F.pad(logprobs_SK, (0, 2), value=-torch.inf)  # id 0 may be kept, or not
-    plain_S = sparse_divergence(student_SV, ids_SK, logprobs_SK, residual_S, 2.0, divergence)
-    padded_S = sparse_divergence(student_SV, *padded, residual_S, 2.0, divergence)
+    top = top_targets(teacher_SV, 3, 1.0)
+    padded = F.pad(top.ids_SK, (0, 2)), F.pad(top.logprobs_SK, (0, 2), value=-torch.inf)  # id 0 may be kept, or not
+    plain_S = sparse_divergence(student_SV, top, 2.0, divergence)
+    padded_S = sparse_divergence(student_SV, Sparse(*padded, top.log_residual_S), 2.0, divergence)
     torch.testing.assert_close(padded_S, plain_S, rtol=1e-14, atol=1e-15)
     gradients = [torch.autograd.grad(x.sum(), student_SV)[0] for x in (plain_S, padded_S)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-15)
@@ -149,7 +149,7 @@ def test_a_divergence_and_its_gradient_are_zero_when_the_student_is_the_teacher(
     student_SV, divergence = logits(6, 50, spread=6).to(dtype).requires_grad_(), build_divergence(kind, parameter)
     for temperature in (1.0, 2.0):
         targets = top_targets(student_SV.detach(), 5, temperature)
-        sparse_S = sparse_divergence(student_SV, *targets, temperature, divergence)
+        sparse_S = sparse_divergence(student_SV, targets, temperature, divergence)
         dense_S = dense_divergence(student_SV, student_SV.detach(), temperature, divergence)
         for value_S in (sparse_S, dense_S):
             (gradient,) = torch.autograd.grad(value_S.sum(), student_SV)
@@ -162,14 +162,14 @@ def test_what_a_codec_decodes_is_zero_away_from_the_student_that_made_it():
     student_SV = logits(6, 50, spread=6).float()
     targets = Distribution.from_logits(student_SV, 5, (1.0, 2.0))
     for temperature in (1.0, 2.0):
-        assert forward_kl(student_SV, targets.ids_SK, *targets.at(temperature), temperature).abs().max() < 2e-6
+        assert forward_kl(student_SV, targets.at(temperature), temperature).abs().max() < 2e-6
 
 
 def test_a_renormalised_tail_is_not_zero_at_equality():
     student_SV = logits(6, 50)
     ids_SK, logprobs_SK, _ = top_targets(student_SV, 5, 1.0)
-    nothing_S = torch.full((6,), -torch.inf)
-    assert forward_kl(student_SV, ids_SK, logprobs_SK.log_softmax(-1), nothing_S, 1.0).min() > 0.01
+    renormalised = Sparse(ids_SK, logprobs_SK.log_softmax(-1), torch.full((6,), -torch.inf))
+    assert forward_kl(student_SV, renormalised, 1.0).min() > 0.01
 
 
 @pytest.mark.parametrize("kind, parameter", KINDS)
@@ -194,8 +194,7 @@ def test_impossible_and_almost_impossible_tokens_leave_value_and_gradient_finite
     teacher_SV[0, 1], student_SV[1, 1] = -300.0, -300.0  # 1e-131 on one side
     student_SV.requires_grad_()
     dense_S = dense_divergence(student_SV, teacher_SV, 1.0, divergence)
-    ids_SK, logprobs_SK, residual_S = top_targets(teacher_SV, 3, 1.0)
-    sparse_S = sparse_divergence(student_SV, ids_SK, logprobs_SK, residual_S, 1.0, divergence)
+    sparse_S = sparse_divergence(student_SV, top_targets(teacher_SV, 3, 1.0), 1.0, divergence)
     (gradient,) = torch.autograd.grad((dense_S + sparse_S).sum(), student_SV)
     assert dense_S.isfinite().all() and sparse_S.isfinite().all() and gradient.isfinite().all()
     possible = [0, 1, 3, 4, 5, 6]
@@ -214,9 +213,8 @@ def test_teacher_mass_on_a_token_the_student_cannot_say_is_infinite_and_not_nan(
 @pytest.mark.parametrize("num_positions", [0, 1])
 def test_no_position_and_one_position_give_as_many_values_and_a_gradient(num_positions):
     student_SV, teacher_SV = logits(num_positions, 6).requires_grad_(), logits(num_positions, 6, seed=1)
-    ids_SK, logprobs_SK, residual_S = top_targets(teacher_SV, 2, 1.0)
     labels_S = torch.zeros(num_positions, dtype=torch.long)
-    kl_S, ce_S = forward_kl(student_SV, ids_SK, logprobs_SK, residual_S, 1.0), ce(student_SV, labels_S)
+    kl_S, ce_S = forward_kl(student_SV, top_targets(teacher_SV, 2, 1.0), 1.0), ce(student_SV, labels_S)
     (gradient,) = torch.autograd.grad((kl_S + ce_S).sum(), student_SV)
     assert kl_S.shape == ce_S.shape == (num_positions,) and gradient.isfinite().all()
 
@@ -224,10 +222,10 @@ def test_no_position_and_one_position_give_as_many_values_and_a_gradient(num_pos
 def test_bfloat16_logits_are_computed_in_float32():
     student_SV, teacher_SV = logits(4, 30).bfloat16(), logits(4, 30, seed=1)
     ids_SK, logprobs_SK, residual_S = top_targets(teacher_SV, 5, 2.0)
-    targets = ids_SK, logprobs_SK.float(), residual_S.float()
-    loss_S = forward_kl(student_SV, *targets, 2.0)
+    targets = Sparse(ids_SK, logprobs_SK.float(), residual_S.float())
+    loss_S = forward_kl(student_SV, targets, 2.0)
     assert loss_S.dtype == torch.float32
-    torch.testing.assert_close(loss_S.double(), forward_kl(student_SV.double(), *targets, 2.0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_S.double(), forward_kl(student_SV.double(), targets, 2.0), rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_of_draws_is_the_divergence():

@@ -20,7 +20,7 @@ from distill.cache import cache
 from distill.config import load_config
 from distill.demo.tokenizer import train_byte_tokenizer
 from distill.doctor.doctor import build_case, doctor, examine
-from shards.targets.distributions import Distribution
+from shards.targets.distributions import Distribution, Sparse
 from teachers.ears.convolution import _InFloat32
 from teachers.fourbit import FLAG
 
@@ -160,8 +160,8 @@ def test_a_mask_off_by_one_is_found(toys, monkeypatch):
 def test_a_missing_square_of_the_temperature_is_found(toys, monkeypatch):
     true = distill.objective.fused.bucket_divergence
 
-    def without_square(student_SC, logprobs_SK, log_residual_S, temperature, divergence):
-        return true(student_SC, logprobs_SK, log_residual_S, temperature, divergence) / temperature**2
+    def without_square(student_SC, teacher, temperature, divergence):
+        return true(student_SC, teacher, temperature, divergence) / temperature**2
 
     monkeypatch.setattr(distill.objective.fused, "bucket_divergence", without_square)
     assert "it lacks the factor T² = 4" in faults(toys, "fused = plain")["fused = plain"]
@@ -179,8 +179,8 @@ def test_a_mean_of_means_is_found(toys, monkeypatch):
 
 
 def test_a_renormalised_tail_is_found_in_the_loss(toys, monkeypatch):
-    def renormalised(student_SC, logprobs_SK, log_residual_S, temperature, divergence):
-        teacher_SK = logprobs_SK.log_softmax(-1)
+    def renormalised(student_SC, teacher, temperature, divergence):
+        teacher_SK = teacher.logprobs_SK.log_softmax(-1)
         return temperature**2 * divergence(student_SC[:, :-1], teacher_SK).sum(-1)
 
     monkeypatch.setattr(distill.objective.fused, "bucket_divergence", renormalised)
@@ -193,8 +193,8 @@ def test_a_renormalised_tail_is_found_in_the_targets(toys, monkeypatch):
     true = Distribution.at
 
     def renormalised(self, temperature):
-        logprobs_SK, residual_S = true(self, temperature)
-        return logprobs_SK.log_softmax(-1), torch.full_like(residual_S, -torch.inf)
+        ids_SK, logprobs_SK, residual_S = true(self, temperature)
+        return Sparse(ids_SK, logprobs_SK.log_softmax(-1), torch.full_like(residual_S, -torch.inf))
 
     monkeypatch.setattr(Distribution, "at", renormalised)
     assert "the tail was renormalised" in faults(toys, "cache")["cache"]

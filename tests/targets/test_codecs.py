@@ -40,7 +40,7 @@ def encode(codec: Codec, *arguments) -> bytes:
 
 def to_dense(distribution: Distribution, temperature: float = 1.0) -> Tensor:
     """Probabilities over V plus one bucket for the rest."""
-    logprobs_SK, log_residual_S = distribution.at(temperature)
+    _, logprobs_SK, log_residual_S = distribution.at(temperature)
     dense_SV = torch.zeros(len(logprobs_SK), distribution.vocab_size + 1)
     dense_SV.scatter_add_(1, distribution.ids_SK, logprobs_SK.exp())
     dense_SV[:, -1] = log_residual_S.exp()
@@ -129,14 +129,14 @@ def test_tail_errors_stay_within_the_largest_step(codec):
 def test_the_residual_of_a_certain_teacher_keeps_its_digits():
     logits_SV = torch.zeros(1, 1000)
     logits_SV[0, 7] = 40.0
-    _, log_residual_S = decode(encode(TopK(k=4), logits_SV)).at(1.0)
+    log_residual_S = decode(encode(TopK(k=4), logits_SV)).at(1.0).log_residual_S
     # a mass of 4e-15, far below what float32's one minus the rest can hold
     assert log_residual_S.item() == pytest.approx(math.log(996) - 40, rel=2**-11)
 
 
 def test_nothing_is_outside_when_all_ids_are_kept():
     for codec in (TopK(k=64), Adaptive(threshold=0.0, max_k=64), Dense()):
-        logprobs_SK, log_residual_S = decode(encode(codec, make_logits(5, 16))).at(1.0)
+        _, logprobs_SK, log_residual_S = decode(encode(codec, make_logits(5, 16))).at(1.0)
         assert logprobs_SK.shape == (5, 16)
         assert (log_residual_S == -torch.inf).all()
 
@@ -162,7 +162,7 @@ def test_ties_keep_k_distinct_ids():
 
 def test_no_position_at_all_is_a_payload_too():
     for codec in (TopK(), Adaptive(), Sampled(), Dense()):
-        logprobs_SK, log_residual_S = decode(encode(codec, torch.zeros(0, 100))).at(1.0)
+        _, logprobs_SK, log_residual_S = decode(encode(codec, torch.zeros(0, 100))).at(1.0)
         assert len(logprobs_SK) == len(log_residual_S) == 0
 
 
@@ -181,14 +181,14 @@ def test_a_vocabulary_of_more_than_18_bits_is_refused():
 
 def test_kl_to_itself_is_zero_through_the_dense_codec():
     distribution = decode(encode(Dense(), make_logits(8, 500)))
-    logprobs_SK, log_residual_S = distribution.at(1.0)
+    _, logprobs_SK, log_residual_S = distribution.at(1.0)
     assert distribution.is_complete and (log_residual_S == -torch.inf).all()
     assert (logprobs_SK.exp() * (logprobs_SK - distribution.logprobs_SK)).sum().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_dense_serves_every_temperature():
     logits_SV = make_logits(8, 500)
-    logprobs_SK, _ = decode(encode(Dense(), logits_SV)).at(0.7)
+    logprobs_SK = decode(encode(Dense(), logits_SV)).at(0.7).logprobs_SK
     torch.testing.assert_close(logprobs_SK.exp(), torch.softmax(logits_SV / 0.7, -1), rtol=0, atol=3e-3)
 
 
@@ -247,7 +247,7 @@ def test_hidden_states_are_off_by_half_a_step_at_most_and_rebuild_the_logits():
     assert ((decoded.hidden_SD - hidden_SD).abs() <= bound_SD * (1 + 1e-5)).all()
     logits_SV, decoded = hidden_SD @ head_VD.T, decoded.with_head(head_VD)
     assert ((decoded.logits() - logits_SV).abs() <= bound_SD @ head_VD.abs().T + 1e-3).all()
-    logprobs_SV, log_residual_S = decoded.at(1.7)
+    _, logprobs_SV, log_residual_S = decoded.at(1.7)
     assert torch.equal(logprobs_SV, torch.log_softmax(decoded.logits() / 1.7, -1))
     assert (log_residual_S == -torch.inf).all() and decoded.ids_SK.shape == (20, 300)
     capped = decoded.with_head(head_VD, softcap=5.0, logit_scale=0.5).to("cpu").logits()
