@@ -14,6 +14,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
 
+from distill.objective.divergences import DIVERGENCES
+from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
 
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
@@ -34,9 +36,9 @@ CHOICES = {
     "cache.features": ("int8", "float16", "none"),
     "cache.frames": ("int8", "float16", "none"),
     "cache.answers": ("label", "teacher", "both"),
-    "loss.feature_kind": ("mse", "cosine", "smooth_l1", "relation"),
-    "loss.hidden_kind": ("mse", "cosine", "smooth_l1", "relation"),
-    "loss.kl_kind": ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation"),
+    "loss.feature_kind": FEATURES,
+    "loss.hidden_kind": FEATURES,
+    "loss.kl_kind": DIVERGENCES,
     "loss.cross_tokenizer": ("refuse", "chunk"),
     "train.resume": ("auto", "must", "never"),
 }
@@ -61,7 +63,6 @@ LONG = sys.maxsize  # steps of a run whose length is not known yet
 # accelerate's trackers, and the packages that they need
 TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
             "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
-TAKES_PARAMETER = ("jsd", "skewed_kl", "skewed_reverse_kl")  # of loss.kl_kind
 HEAD_INPUT = -1  # among hidden layers
 
 
@@ -168,14 +169,7 @@ def check_loss(loss) -> None:
         if name not in TERMS:
             raise ValueError(f"loss.schedules names {name}, but the terms are {', '.join(TERMS)}; correct the name.")
         parse_schedule(text, getattr(loss, name), LONG, f"loss.schedules.{name}")
-    kind, parameter = loss.kl_kind, loss.kl_parameter
-    if kind not in TAKES_PARAMETER and parameter is not None:
-        raise ValueError(f"loss.kl_parameter is {parameter}, but {kind} takes none; leave it out.")
-    if kind in TAKES_PARAMETER and (parameter is None or not 0 < parameter < 1):
-        raise ValueError(
-            f"loss.kl_parameter is {parameter}, but {kind} takes one strictly between 0 and 1; set it, or use "
-            f"forward_kl or reverse_kl."
-        )
+    DIVERGENCES[loss.kl_kind].check(loss.kl_kind, loss.kl_parameter)
 
 
 def check_temperatures(cache) -> None:

@@ -1,7 +1,7 @@
 """The objective once more, as plainly as it can be written: one clip at a time, no padding, all logits, probabilities.
 
 `doctor` holds the fused, batched objective to it. Nothing here is shared with what it judges: rows are laid out again,
-the LLM's own forward makes the logits, and every divergence is written in probabilities, in float64.
+the LLM's own forward makes the logits, and divergences are the formulas of probabilities, in float64.
 
 Shapes: T positions of one clip, S supervised positions, K kept ids, C = K + 1 outcomes, V vocabulary.
 """
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from distill.config import LossConfig
 from distill.objective.crossteacher import CrossedTargets
+from distill.objective.divergences import build_divergence, plain_kl
 from shards.sample import Sample
 from shards.targets.distributions import Sparse
 from teachers.salmonn import Salmonn
-
-TINY = 1e-300
 
 
 def answer_of(student: Salmonn, sample: Sample) -> list[int]:
@@ -40,24 +39,6 @@ def answer_logits(student: Salmonn, sample: Sample, vocab_size: int, frames: lis
     row_TD = torch.cat([before, student.project(queries_WE).to(before.dtype), after, said])
     logits_TV = student.llm(inputs_embeds=row_TD[None], use_cache=False).logits[0]
     return logits_TV[-len(answer) - 1 : -1, :vocab_size].double()
-
-
-def divergence(kind: str, parameter: float | None, q_SC: Tensor, p_SC: Tensor) -> Tensor:
-    """A divergence of the student's q from the teacher's p, as its paper writes it."""
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(a > 0, a * (a.clamp(min=TINY).log() - b.clamp(min=TINY).log()), 0.0).sum(-1)
-
-    if kind == "jsd":
-        m = parameter * p_SC + (1 - parameter) * q_SC
-        return parameter * kl(p_SC, m) + (1 - parameter) * kl(q_SC, m)
-    return {
-        "forward_kl": lambda: kl(p_SC, q_SC),
-        "reverse_kl": lambda: kl(q_SC, p_SC),
-        "skewed_kl": lambda: kl(p_SC, parameter * p_SC + (1 - parameter) * q_SC),
-        "skewed_reverse_kl": lambda: kl(q_SC, parameter * q_SC + (1 - parameter) * p_SC),
-        "total_variation": lambda: (p_SC - q_SC).abs().sum(-1) / 2,
-    }[kind]()
 
 
 def outcomes(logits_SV: Tensor, teacher: Sparse, temperature: float) -> tuple[Tensor, Tensor]:
@@ -84,7 +65,7 @@ def chunk_values(student_logprobs_S: Tensor, targets: CrossedTargets, temperatur
         sums = [logprobs_S[chunk_S == chunk].sum() for chunk in range(alignment.num_chunks)]
         p_C = (torch.stack(sums).clamp(max=-1e-6) / temperature).exp() if sums else logprobs_S[:0]
         coins.append(torch.stack([p_C, 1 - p_C], 1))
-    return temperature * divergence("forward_kl", None, *coins)
+    return temperature * plain_kl(coins[1], coins[0])
 
 
 def plain_terms(
@@ -121,6 +102,6 @@ def plain_terms(
         sparse = targets.distribution.at(loss.temperature)
         rows = torch.ones_like(labels_S, dtype=torch.bool)
     q_SC, p_SC = outcomes(logits_SV, sparse, loss.temperature)
-    value_S = loss.temperature**2 * divergence(loss.kl_kind, loss.kl_parameter, q_SC, p_SC)
+    value_S = loss.temperature**2 * build_divergence(loss.kl_kind, loss.kl_parameter, plain=True)(q_SC, p_SC)
     terms["kl"] = value_S[rows].sum() / max(int(rows.sum()), 1)
     return terms

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distill.objective.alignment import NO_CHUNK, Alignment, align, answer_ends, token_bytes
 from distill.objective.fused import fused_ce_kl
-from distill.objective.losses import check_temperature, expect, move_into_bucket, widen
+from distill.objective.losses import check_temperature, move_into_bucket
+from distill.objective.numerics import expect, widen
 from shards.targets.distributions import Sparse
 from teachers.words.ending import End
 

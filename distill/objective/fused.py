@@ -14,15 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.objective.divergences import Divergence, forward_kl_terms
 from distill.objective.head import Head, choose_product_dtype, is_quantised, locate
-from distill.objective.losses import (
-    Divergence,
-    bucket_divergence,
-    check_temperature,
-    forward_kl_terms,
-    move_into_bucket,
-    widen,
-)
+from distill.objective.losses import bucket_divergence, check_temperature, move_into_bucket
+from distill.objective.numerics import widen
 from shards.targets.distributions import Sparse
 
 
@@ -263,7 +258,7 @@ def fused_ce_kl(
         ce_weight_S: what a position's cross-entropy counts: 0 for none, and `ce_S` is 0 there.
         kl_weight_S: what its divergence counts: 0 where the teacher said nothing, and `kl_S` is 0 there.
         temperature: of the divergence, whose value and gradient it multiplies by its square.
-        divergence: terms of the divergence, from `losses.build_divergence`.
+        divergence: terms of the divergence, from `divergences.build_divergence`.
         softcap: c of `c * tanh(logits / c)`, applied last. Both from `logit_transform(config)`.
         logit_scale: multiplies the head's product.
         bias_V: the head's bias.

@@ -3,28 +3,19 @@
 Everything is float32 (float64 stays float64) and unreduced: one value a position. There is no mask, no ignored label
 and no weight here; the caller selects positions, weighs and sums. `fused.py` computes the same without the logits.
 
-A divergence is a function of two natural log-probabilities that gives each token's term; its sum over the tokens is
-the divergence. A target kind decides which tokens those are: the whole vocabulary (dense), the kept ids and one bucket
-that holds everything else (top-K), or draws from the teacher (sampled).
+A divergence (`divergences`) gives each token's term; a target kind decides which tokens those are: the whole vocabulary
+(dense), the kept ids and one bucket that holds everything else (top-K), or draws from the teacher (sampled).
 
 Shapes: S supervised positions, V vocabulary, K kept or drawn teacher tokens, C = K + 1 (the kept ids and the bucket).
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.objective.divergences import Divergence, forward_kl_terms
+from distill.objective.numerics import widen
 from shards.targets.distributions import Sparse
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
-
-
-def widen(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 when it already is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def ce(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
@@ -34,92 +25,6 @@ def ce(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
         ce_S, nats a position.
     """
     return F.cross_entropy(widen(logits_SV), labels_S, reduction="none")
-
-
-def expect(logweight: Tensor, value: Tensor) -> Tensor:
-    """`exp(logweight) * value`, and zero, as its gradient, where the weight is zero, whatever the value is there."""
-    is_there = logweight > -torch.inf
-    product = logweight.where(is_there, 0).exp() * value.where(is_there, 0)
-    return product.where(is_there, 0)
-
-
-def log_mixture(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
-    """`log(share * teacher + (1 - share) * student)`; zero where both are empty, which no term looks at."""
-    is_empty = (student == -torch.inf) & (teacher == -torch.inf)
-    return torch.logaddexp(
-        student.where(~is_empty, 0) + torch.tensor(1 - teacher_share, dtype=student.dtype).log(),
-        teacher.where(~is_empty, 0) + torch.tensor(teacher_share, dtype=student.dtype).log(),
-    )
-
-
-def forward_kl_terms(student: Tensor, teacher: Tensor) -> Tensor:
-    """Terms of KL(teacher‖student), Hinton et al. 2015."""
-    return expect(teacher, teacher - student)
-
-
-def reverse_kl_terms(student: Tensor, teacher: Tensor) -> Tensor:
-    """Terms of KL(student‖teacher), MiniLLM (Gu et al. 2024); infinite where only the teacher has no mass."""
-    return expect(student, student - teacher)
-
-
-def jsd_terms(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Terms of the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
-
-    With M = beta * teacher + (1 - beta) * student it is beta * KL(teacher‖M) + (1 - beta) * KL(student‖M).
-    """
-    mixture = log_mixture(student, teacher, beta)
-    return beta * expect(teacher, teacher - mixture) + (1 - beta) * expect(student, student - mixture)
-
-
-def skewed_kl_terms(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """Terms of KL(teacher‖alpha * teacher + (1 - alpha) * student), DistiLLM (Ko et al. 2024)."""
-    return expect(teacher, teacher - log_mixture(student, teacher, alpha))
-
-
-def skewed_reverse_kl_terms(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """Terms of KL(student‖alpha * student + (1 - alpha) * teacher), DistiLLM; finite where the teacher has no mass."""
-    return expect(student, student - log_mixture(student, teacher, 1 - alpha))
-
-
-def total_variation_terms(student: Tensor, teacher: Tensor) -> Tensor:
-    """Terms of the total variation distance, half the L1 distance (Wen et al. 2023)."""
-    return 0.5 * (student.exp() - teacher.exp()).abs()
-
-
-DIVERGENCES = {
-    "forward_kl": forward_kl_terms,
-    "reverse_kl": reverse_kl_terms,
-    "jsd": jsd_terms,
-    "skewed_kl": skewed_kl_terms,
-    "skewed_reverse_kl": skewed_reverse_kl_terms,
-    "total_variation": total_variation_terms,
-}
-PARAMETERS = {"jsd": "beta", "skewed_kl": "alpha", "skewed_reverse_kl": "alpha"}
-
-
-def build_divergence(kind: str, parameter: float | None = None) -> Divergence:
-    """The divergence of a name, its parameter fixed.
-
-    Args:
-        kind: a key of `DIVERGENCES`.
-        parameter: beta of `jsd`, alpha of the skewed ones, strictly between 0 and 1; None for the others.
-
-    Raises:
-        ValueError: the name is unknown, or the parameter is missing, superfluous or out of range.
-    """
-    if kind not in DIVERGENCES:
-        raise ValueError(f"divergence is {kind!r}, but it must be one of {', '.join(DIVERGENCES)}; correct the name.")
-    if kind not in PARAMETERS:
-        if parameter is not None:
-            raise ValueError(f"parameter of {kind} is {parameter}, but {kind} takes none; leave it out.")
-        return DIVERGENCES[kind]
-    name = PARAMETERS[kind]
-    if parameter is None or not 0 < parameter < 1:
-        raise ValueError(
-            f"{name} of {kind} is {parameter}, but it must lie strictly between 0 and 1; "
-            f"at the ends use forward_kl or reverse_kl."
-        )
-    return partial(DIVERGENCES[kind], **{name: parameter})
 
 
 def check_temperature(temperature: float) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from distill.config import LossConfig
 from distill.objective.crossteacher import CrossedTargets
 from distill.objective.crosstokenizer import fused_cross_loss
-from distill.objective.features import build_projector, feature_loss
+from distill.objective.divergences import build_divergence
+from distill.objective.features import FEATURES, feature_loss
 from distill.objective.fused import fused_ce_kl
 from distill.objective.head import head_weight
-from distill.objective.losses import build_divergence, check_temperature
+from distill.objective.losses import check_temperature
 from distill.objective.terms import OwnTerm, Seen
 from distill.objective.weighing import TERMS, Weights, shared_windows, window_rows
 from shards.targets.distributions import Sparse
@@ -160,9 +161,21 @@ def build_projectors(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, (term, kind, width) in pairs.items():
-            if term in active and kind != "relation" and term in widths and widths[term] != width:
+            if term in active and not FEATURES[kind].is_relative and term in widths and widths[term] != width:
                 projectors[name] = build_projector(width, widths[term]).to(student.device)
     return projectors
+
+
+def build_projector(student_width: int, teacher_width: int) -> nn.Module:
+    """What brings the student's features to the teacher's width: nothing when they agree, else a learned linear map.
+
+    It starts as the first rows of an orthogonal matrix, so that lengths and angles survive where there is room.
+    """
+    if student_width == teacher_width:
+        return nn.Identity()
+    projector = nn.Linear(student_width, teacher_width, bias=False)
+    nn.init.orthogonal_(projector.weight)
+    return projector
 
 
 def missing(term: str, what: str, remedy: str) -> ValueError:

@@ -21,8 +21,6 @@ from distill.config import (
     load_config,
     to_yaml,
 )
-from distill.config.rules import CHOICES, TAKES_PARAMETER
-from distill.objective.losses import DIVERGENCES, PARAMETERS
 from distill.student import lora_of
 from students.student import build_student
 from teachers.lora import Lora
@@ -176,10 +174,6 @@ def test_a_field_that_something_reads_is_taken(words):
 def test_a_schedule_of_chunks_that_are_not_compared_is_refused():
     with pytest.raises(ValueError, match=r"loss\.schedules names chunk, but that term is there only with loss\.cross"):
         load_config(RECIPES[0], ["loss.schedules.chunk=linear 0"])
-
-
-def test_the_rules_know_the_divergences_and_which_of_them_take_a_parameter():
-    assert CHOICES["loss.kl_kind"] == tuple(DIVERGENCES) and tuple(PARAMETERS) == TAKES_PARAMETER
 
 
 @pytest.mark.parametrize("name", ["config", "base"])

@@ -8,9 +8,10 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import distill.objective.head
+from distill.objective.divergences import build_divergence
 from distill.objective.fused import FusedLoss, fused_ce_kl
 from distill.objective.head import head_weight
-from distill.objective.losses import build_divergence, ce, dense_divergence, sampled_divergence, sparse_divergence
+from distill.objective.losses import ce, dense_divergence, sampled_divergence, sparse_divergence
 from shards.targets.distributions import Sparse
 
 S, D, V, K = 7, 16, 2500, 5  # three tiles of 1,024 rows, the last one short

@@ -7,15 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from distill.objective.features import build_projector, cosine, feature_loss, mse, relation, smooth_l1
-from distill.objective.losses import (
-    build_divergence,
-    ce,
-    dense_divergence,
-    forward_kl,
-    sampled_divergence,
-    sparse_divergence,
-)
+from distill.objective.divergences import DIVERGENCES, build_divergence
+from distill.objective.features import FEATURES, cosine, feature_loss, mse, relation, smooth_l1
+from distill.objective.losses import ce, dense_divergence, forward_kl, sampled_divergence, sparse_divergence
+from distill.objective.module import build_projector
 from distill.objective.vocabulary import shared_vocab_size
 from shards.targets.distributions import Distribution, Sparse
 
@@ -89,6 +84,19 @@ def test_a_divergence_equals_its_closed_form_on_every_target_kind(kind, paramete
     logprobs_SV = (teacher_SV / temperature).log_softmax(-1)
     drawn_S = sampled_divergence(student_SV, every_SV, logprobs_SV.exp(), logprobs_SV, temperature, divergence)
     torch.testing.assert_close(drawn_S, whole_S, msg="all ids drawn as often as they are probable")
+
+
+@pytest.mark.parametrize("kind, parameter", KINDS)
+def test_a_divergence_is_its_plain_twin_in_value_and_gradient(kind, parameter):
+    assert {name for name, _ in KINDS} == set(DIVERGENCES)
+    student_SV, teacher_SV = logits(5, 11).requires_grad_(), logits(5, 11, seed=1)
+    plain = build_divergence(kind, parameter, plain=True)
+    values = [
+        dense_divergence(student_SV, teacher_SV, 1.0, build_divergence(kind, parameter)),
+        plain(student_SV.softmax(-1), teacher_SV.softmax(-1)),
+    ]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value_S.sum(), student_SV)[0] for value_S in values))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -293,7 +301,17 @@ def test_the_relation_loss_compares_the_windows_of_one_sample_only_and_any_width
     assert relation(3 * student_WQE, student_WQE, sample_W).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1", "relation"])
+@pytest.mark.parametrize("shape", [(4, 2, 5), (4, 5), (0, 2, 5), (0, 5)])
+@pytest.mark.parametrize("kind", FEATURES)
+def test_a_feature_loss_is_its_plain_twin_in_value_and_gradient(kind, shape):
+    student_WQE, teacher_WQE = logits(*shape).requires_grad_(), logits(*shape, seed=1)
+    values = [feature_loss(kind, student_WQE, teacher_WQE, torch.zeros(shape[0]))]
+    values.append(FEATURES[kind].plain(student_WQE, teacher_WQE) if shape[0] else values[0])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), student_WQE, retain_graph=True)[0] for x in values))
+
+
+@pytest.mark.parametrize("kind", FEATURES)
 def test_feature_losses_have_exact_gradients_and_none_for_the_teacher(kind):
     student_WQE, teacher_WQE = logits(3, 2, 4).requires_grad_(), logits(3, 2, 4, seed=1).requires_grad_()
     sample_W = torch.tensor([0, 0, 1])
