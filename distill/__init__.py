@@ -16,7 +16,7 @@ _FACES = {
     "EvalConfig": "distill.config",
     "FitResult": "distill.distiller",
     "LossConfig": "distill.config",
-    "OwnTerm": "distill.objective.terms",
+    "OwnTerm": "distill.objective.terms.term",
     "StudentConfig": "distill.config",
     "TeacherConfig": "distill.config",
     "TrainConfig": "distill.config",

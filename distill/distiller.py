@@ -25,7 +25,7 @@ from distill.evaluation.validation import Best, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips
 from distill.objective.crossteacher import CrossTeacher, meet
 from distill.objective.module import Objective, check_codec
-from distill.objective.terms import OwnTerm, check_own
+from distill.objective.terms.term import OwnTerm, check_own
 from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.training import checkpoint as ckpt
 from distill.training.callbacks import Callbacks

@@ -17,7 +17,7 @@ from distill.objective.features import FEATURES, feature_loss
 from distill.objective.fused import fused_ce_kl
 from distill.objective.head import head_weight
 from distill.objective.losses import check_temperature
-from distill.objective.terms import OwnTerm, Seen
+from distill.objective.terms.term import OwnTerm, Seen
 from distill.objective.weighing import TERMS, Weights, shared_windows, window_rows
 from shards.targets.distributions import Sparse
 from shards.targets.header import CacheHeader

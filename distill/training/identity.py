@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distill.config import LossConfig, StudentConfig
-from distill.objective.terms import OwnTerm
+from distill.objective.terms.term import OwnTerm
 from distill.training.checkpoint import STATE
 from students.start import identify_student
 from teachers.files.loading import hash_frozen_parts, hash_tensors, identify_checkpoint, own_tensors
