@@ -31,15 +31,17 @@ from distill.training import checkpoint as ckpt
 from distill.training.callbacks import Callbacks
 from distill.training.identity import WEIGHTS, find_start, identify_fit
 from distill.training.microbatch import Collator, MicroBatch, check_frames, split
-from distill.training.optimizer import group_by_decay, learning_rate
+from distill.training.optimizer import build_optimizer, learning_rate
 from distill.training.progress import Progress
 from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
 from distill.training.runlock import RunLock
 from distill.training.runlog import RunLog, read_table
 from distill.training.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
 from distill.training.trackers import Trackers, check_trackers
 from distill.training.zero import (
+    check_optimizer,
     configure_deepspeed,
     describe_build_locks,
     gathered,
@@ -132,6 +134,7 @@ class Distiller:
         self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder or DEFAULTS.run_folder), seed
         self.accelerator = accelerator or build_accelerator()
+        check_optimizer(self.accelerator, self.options)
         for model in (student, getattr(teacher, "model", None)):
             if model is not None:
                 model.to(self.accelerator.device)
@@ -264,6 +267,7 @@ class Distiller:
     def _finish(self) -> None:
         """Leave the student whole, with its best weights."""
         join_(self.accelerator, self.objective)
+        keep_outputs_(self.student.llm)
         self._take_best_()
 
     def _result(self, steps: int, preempted: bool = False) -> FitResult:
@@ -282,9 +286,9 @@ class Distiller:
             is_done = saved.step >= self.options.steps
             goes_on = "is trained, used again:" if is_done else "goes on"
             say(self.accelerator, f"{self.run_folder} {goes_on} after step {saved.step}")
-        optimizer = torch.optim.AdamW(
-            group_by_decay(self.named, self.options.weight_decay), lr=0.0, betas=(0.9, self.options.beta2)
-        )
+        optimizer = build_optimizer(self.named, self.options)
+        if self.options.gradient_checkpointing:
+            recompute_blocks_(self.student.llm)
         if is_deepspeed(self.accelerator):
             configure_deepspeed(self.accelerator, self.options, self.num_micro_batches)
             say_of_build(partial(say, self.accelerator))
@@ -312,7 +316,6 @@ class Distiller:
 
     def _step(self, step: int, batches: Iterator[list[Sample]]) -> dict:
         began = time.perf_counter()
-        torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
         rate = learning_rate(step, self.options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -325,6 +328,8 @@ class Distiller:
             self.accelerator, [*local, float(bool(self.stop) or step + 1 == self.options.stop_after), seconds]
         )
         loss = loss_at(self.loss, self.schedules, step)
+        # of dropout; here, as a stream draws a number of its own at a process' first step
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
         terms = self._forward_backward(micro_batches, loss, Counts(*map(int, totals)))
         norm = self._update(terms)
         names = [*(name for name in TERMS if name in self.active), *self.terms]

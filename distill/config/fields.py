@@ -92,7 +92,8 @@ class StudentConfig:
     lora_rank: int = Lora.rank  # of the two small matrices beside each of lora_targets
     lora_alpha: float = Lora.alpha  # their product counts lora_alpha / lora_rank
     lora_dropout: float = Lora.dropout  # of what enters them, in training
-    lora_targets: tuple[str, ...] = Lora.targets  # the last parts of the names of the layers that get LoRA
+    lora_targets: tuple[str, ...] = Lora.targets  # the last parts of the names of the layers that get LoRA, or
+    # [all-linear]: every linear layer of the LLM but its head
     start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
     connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
     qformer_dropout: float = 0.0  # in training
@@ -181,9 +182,14 @@ class TrainConfig:
     learning_rate: float = 1e-4  # peak
     min_learning_rate: float = 0.0  # at the last step
     warmup_steps: int = 100  # in which the learning rate climbs to its peak
+    schedule: str = "cosine"  # of the rate after its peak: "cosine", "linear", "constant", or "wsd": flat, then linear
+    decay_share: float = 0.2  # of the run's steps, the last ones, in which "wsd" falls
+    optimizer: str = "adamw"  # or "adamw_8bit": moments in 8 bits (bitsandbytes), where they are not split by ZeRO
     weight_decay: float = 0.01  # on matrices only
     beta2: float = 0.98  # of AdamW; beta1 is 0.9
     max_grad_norm: float = 1.0  # of the whole gradient, above which it is scaled down
+    gradient_checkpointing: bool = False  # run each block of the LLM again in the backward instead of keeping what it
+    # computed: a step takes about a third longer and a fraction of the memory; the gradient is the same
     eval_every: int = 0  # steps between validations; 0: only at the end
     save_every: int = 100  # steps between checkpoints
     stop_after: int = 0  # stop after this step and go on at the next start, for queues with a time limit; 0: do not

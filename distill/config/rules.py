@@ -41,6 +41,8 @@ CHOICES = {
     "loss.kl_kind": DIVERGENCES,
     "loss.cross_tokenizer": ("refuse", "chunk"),
     "train.resume": ("auto", "must", "never"),
+    "train.schedule": ("cosine", "linear", "constant", "wsd"),
+    "train.optimizer": ("adamw", "adamw_8bit"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "train.max_grad_norm",
             "train.save_every", "train.keep", "student.lora_rank", "student.lora_alpha", "loss.temperature",
@@ -57,7 +59,14 @@ NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "ca
                 "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
                 "on_policy.temperature", "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
 WEIGHTS = (*(f"loss.{term}" for term in TERMS), "loss.pseudo_ce")
-SHARES = ("data.labelled_share", "data.max_bad", "corpus.valid_share", "on_policy.share", "on_policy.clips")
+SHARES = (
+    "train.decay_share",
+    "data.labelled_share",
+    "data.max_bad",
+    "corpus.valid_share",
+    "on_policy.share",
+    "on_policy.clips",
+)
 BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
 LONG = sys.maxsize  # steps of a run whose length is not known yet
 # accelerate's trackers, and the packages that they need
@@ -195,6 +204,8 @@ READ_WHERE = (
      lambda c: c.corpus.kind == "manifest", "corpus.kind=manifest"),
     (("corpus.num_train",), lambda c: c.corpus.kind == "synth", "corpus.kind=synth"),
     (("corpus.valid_share",), lambda c: not (c.corpus.valid and c.corpus.valid_share), "an empty corpus.valid"),
+    (("train.min_learning_rate",), lambda c: c.train.schedule != "constant", "a train.schedule that falls"),
+    (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
     (("cache.threshold",), lambda c: c.cache.codec == "adaptive", "cache.codec=adaptive"),
     (("cache.draws", "cache.exponent"), lambda c: c.cache.codec == "sampled", "cache.codec=sampled"),
     (("loss.pseudo_ce",), lambda c: uses(c, "ce"), "loss.ce above 0"),

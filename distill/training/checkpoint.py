@@ -1,7 +1,7 @@
 """Checkpoints of a run: trainable tensors, AdamW's moments and where the stream stands, whole or not at all.
 
 The moments are written by parameter name, the same file under DDP and ZeRO, so that a run can go on with another number
-of ranks. Nothing is pickled.
+of ranks; those in 8 bits as they are, codes and scales. Nothing is pickled.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ FILES = (STATE, WEIGHTS, MOMENTS)  # that a manifest names, all of them
 STATE_FIELDS = {"step": int, "identity": dict, "stream": dict, "best": dict}
 OUR_NAME = re.compile(rf"{PREFIX}(\d{{6,}})")
 KINDS = ("exp_avg", "exp_avg_sq")
+KINDS_8BIT = ("state1", "state2", "absmax1", "absmax2")  # bitsandbytes' names; small tensors have no scales
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,9 @@ def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, nn.Para
                 moments[f"{name}.{kind}"] = safe_get_full_optimizer_state(parameter, kind).float().cpu().clone()
         return moments
     state = inner_optimizer(optimizer).state
+    if is_8bit(optimizer):
+        kept = [(name, kind, state[p][kind]) for name, p in named.items() for kind in KINDS_8BIT if kind in state[p]]
+        return {f"{name}.{kind}": tensor.cpu() for name, kind, tensor in kept}
     for name, parameter in named.items():
         for kind in KINDS:
             is_new = parameter not in state  # no step has changed it yet
@@ -220,6 +224,8 @@ def restore_moments_(
     """Put AdamW's moments and step count back, in place; every rank must call it."""
     moments = load_file(file)
     state = inner_optimizer(optimizer).state
+    if is_8bit(optimizer):
+        return _restore_8bit_(inner_optimizer(optimizer), named, moments, step)
     if not is_deepspeed(accelerator):
         for name, parameter in named.items():
             state[parameter] = {kind: moments[f"{name}.{kind}"].to(parameter.device) for kind in KINDS}
@@ -234,6 +240,23 @@ def restore_moments_(
     for name, parameter in named.items():
         for kind in KINDS:
             safe_set_full_optimizer_state(parameter, moments[f"{name}.{kind}"].to(parameter.device), kind)
+
+
+def is_8bit(optimizer) -> bool:
+    """Whether its moments are bitsandbytes' codes."""
+    return hasattr(inner_optimizer(optimizer), "name2qmap")
+
+
+def _restore_8bit_(optimizer, named: dict[str, nn.Parameter], moments: dict[str, Tensor], step: int) -> None:
+    names = {id(parameter): name for name, parameter in named.items()}
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, g, p)
+            state = optimizer.state[parameter]
+            state["step"] = step
+            for kind in KINDS_8BIT:
+                if kind in state:
+                    state[kind].copy_(moments[f"{names[id(parameter)]}.{kind}"])
 
 
 def link_states_(optimizer) -> None:

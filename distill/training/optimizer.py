@@ -1,10 +1,25 @@
-"""Which parameters decay, and the learning rate of each step as a pure function of the step. Knows no loop."""
+"""AdamW, which parameters decay, and the learning rate of each step as a pure function of the step. Knows no loop."""
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from distill.config import TrainConfig
+
+
+def build_optimizer(named: dict[str, nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW on what is trained; in 8 bits (Dettmers et al., 2022, arXiv 2110.02861) tensors of 4,096 elements and more.
+
+    Its rate is 0 until each step sets it.
+    """
+    groups = group_by_decay(named, options.weight_decay)
+    if options.optimizer == "adamw_8bit":
+        from teachers.fourbit import bnb
+
+        return bnb.optim.AdamW8bit(groups, lr=0.0, betas=(0.9, options.beta2))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, options.beta2))
 
 
 def group_by_decay(named: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
@@ -16,9 +31,24 @@ def group_by_decay(named: dict[str, nn.Parameter], weight_decay: float) -> list[
 
 
 def learning_rate(step: int, options: TrainConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up to the peak, then half a cosine down to the minimum."""
+    """The rate of step `step` (from 0): linear warm-up to the peak, then as `options.schedule` says to the minimum."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    span = options.learning_rate - options.min_learning_rate
-    return options.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
+    left = max(1, options.steps - options.warmup_steps)
+    share = FALLS[options.schedule]((step - options.warmup_steps) / left, options.decay_share * options.steps / left)
+    return options.min_learning_rate + (options.learning_rate - options.min_learning_rate) * share
+
+
+def fall_at_the_end(progress: float, decay: float) -> float:
+    """Flat, then linear over the last part `decay` of the way: WSD, as Hu et al., MiniCPM, 2024 (arXiv 2404.06395)."""
+    return min(1.0, (1 - progress) / decay) if decay else 1.0
+
+
+# What is left of the way from the peak to the minimum, after a part of the steps between warm-up and the last; `decay`
+# is the part in which "wsd" falls
+FALLS: dict[str, Callable[[float, float], float]] = {
+    "cosine": lambda progress, decay: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress, decay: 1 - progress,
+    "constant": lambda progress, decay: 1.0,
+    "wsd": fall_at_the_end,
+}

@@ -12,13 +12,14 @@ from distill.config import TrainConfig
 from distill.training.optimizer import learning_rate
 
 DECISIVE = (  # of TrainConfig: what changes the result of a step
-    "batch_size", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "beta2", "max_grad_norm",
+    "batch_size", "learning_rate", "min_learning_rate", "warmup_steps", "schedule", "decay_share", "weight_decay",
+    "beta2", "max_grad_norm", "optimizer",
 )  # fmt: skip
 STEPS = "train.steps"
 REST_OF_HASH = re.compile(r"(?<=\b[0-9a-f]{16})[0-9a-f]{48}\b")  # what an error need not show
 
 
-def identify_training(options: TrainConfig) -> dict[str, float]:
+def identify_training(options: TrainConfig) -> dict[str, float | str]:
     """The options that must stay as they were, and the number of steps, over which the schedules run."""
     return {f"train.{name}": getattr(options, name) for name in (*DECISIVE, "steps")}
 
@@ -48,6 +49,8 @@ def check_changes(
         ValueError: each field that differs is named.
     """
     run_folder = checkpoint.parent.parent
+    defaults = {name: value for name, value in identify_training(TrainConfig()).items() if name != STEPS}
+    there = defaults | there  # an option that the run's release had not was as its default is
     changes = dict(compare(there, json.loads(json.dumps(here))))
     if STEPS in changes and STEPS in there:
         told = explain_steps(there[STEPS], done, options, has_schedules)
@@ -66,7 +69,8 @@ def check_changes(
 
 def explain_steps(before: int, done: int, options: TrainConfig, has_schedules: bool) -> str | None:
     """What another number of steps means for the schedules, where it may be; None where it would bend them midway."""
-    if options.learning_rate == options.min_learning_rate and not has_schedules:
+    is_constant = options.schedule == "constant" or options.learning_rate == options.min_learning_rate
+    if is_constant and not has_schedules:
         return f"goes on to step {options.steps} instead of {before}; nothing in it depends on the last step"
     if done < before or options.steps < before:
         return None

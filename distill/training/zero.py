@@ -24,6 +24,20 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
+def check_optimizer(accelerator: Accelerator, options: TrainConfig) -> None:
+    """Refuse an optimizer whose moments DeepSpeed cannot split.
+
+    Raises:
+        ValueError: naming it and the launch.
+    """
+    if is_deepspeed(accelerator) and options.optimizer != "adamw":
+        raise ValueError(
+            f"train.optimizer is {options.optimizer}, but this launch is DeepSpeed's, which splits AdamW's "
+            f"moments over the ranks as float32; set train.optimizer=adamw, or launch with "
+            f"configs/accelerate/two_gpus_ddp.yaml."
+        )
+
+
 def configure_deepspeed(accelerator: Accelerator, options: TrainConfig, num_micro_batches: int) -> None:
     """Tell DeepSpeed what the run's own config says, before it wraps the model."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config

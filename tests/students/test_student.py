@@ -6,8 +6,9 @@ import tiny
 from distill.demo.tokenizer import train_byte_tokenizer, train_tokenizer
 from distill.objective.crossteacher import CrossTeacher
 from distill.teach import build_llm
+from students.quantize import quantize_4bit_
 from students.student import build_student, load_student, save_student
-from teachers.lora import Lora
+from teachers.lora import ALL_LINEAR, Lora, add_lora_
 from teachers.targets import OnlineTeacher
 
 LORA = Lora(rank=4)
@@ -51,3 +52,38 @@ def test_a_student_of_the_teachers_family_ends_as_the_teacher_does(parts):
     lines = []
     teacher, student = build(parts, "student-llm", lines)
     assert student.rows.end_ids == teacher.rows.end_ids and lines == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama", "gpt2"])
+def test_all_linear_gives_lora_to_every_linear_layer_but_the_head_and_the_experts(family):
+    import transformers
+
+    sizes = {"vocab_size": 32, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
+    llama = {**sizes, "intermediate_size": 64, "num_key_value_heads": 1}
+    config = {
+        "mixtral": lambda: transformers.MixtralConfig(**llama, num_local_experts=2),
+        "llama": lambda: transformers.LlamaConfig(**llama),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=32, n_layer=2, n_embd=64, n_head=2),
+    }[family]()
+    llm = transformers.AutoModelForCausalLM.from_config(config)
+    quantize_4bit_(llm)
+    add_lora_(llm, Lora(rank=2, targets=ALL_LINEAR))
+    got = {name.split(".")[-4] for name, _ in llm.named_parameters() if "lora_A" in name}
+    assert (
+        got
+        == {
+            "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"},
+            "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+            "gpt2": {"c_attn", "c_proj", "c_fc"},
+        }[family]
+    )
+
+
+def test_targets_that_a_mixture_has_not_are_named_with_those_it_has():
+    import transformers
+
+    sizes = {"vocab_size": 32, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**sizes, intermediate_size=64, num_key_value_heads=1, num_local_experts=2)
+    llm = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"no layer named .*gate_proj.*k_proj, o_proj, .*or \[all-linear\] for all"):
+        add_lora_(llm, Lora())

@@ -69,6 +69,20 @@ def test_losses_fall(uninterrupted):
     assert uninterrupted[-1] < uninterrupted[0]
 
 
+def test_a_resumed_run_draws_the_dropout_of_the_uninterrupted_one(toys, tmp_path):
+    def make(folder, **changes) -> Distiller:
+        model = load_salmonn(toys / "teacher")
+        lora = dataclasses.replace(LORA, dropout=0.2)
+        student = build_student(model, str(toys / "parts" / "student-llm"), lora=lora, qformer_dropout=0.2)
+        return Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path / folder,
+                         options=dataclasses.replace(OPTIONS, **changes))  # fmt: skip
+
+    make("part", stop_after=3).fit()
+    losses = make("part").fit().losses
+    assert losses == make("whole").fit().losses
+    assert losses[0] != make_distiller(toys, tmp_path / "none", steps=3).fit().losses[0]
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_losses_do_not_depend_on_micro_batches(toys, tmp_path, uninterrupted, micro_batch_size):
     result = make_distiller(toys, tmp_path, micro_batch_size=micro_batch_size).fit()
