@@ -125,7 +125,7 @@ def imported_names(tree: ast.Module, modules: set[str]) -> set[str]:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= (inner & modules) or {node.module}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
-            names.add(node.value)
+            names.add(node.value.partition(":")[0])
     return names & modules
 
 

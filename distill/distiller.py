@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill.config import Config, EvalConfig, LossConfig, TrainConfig
 from distill.config.rules import check_terms
-from distill.evaluation.metrics import NO_METRICS, OwnMetric
+from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric
 from distill.evaluation.validation import Best, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips
 from distill.objective.crossteacher import CrossTeacher, meet

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.telling import tell
+from teachers.ears.encoders import WHISPER, second_kinds, shares_spectrum
 from teachers.files.loading import load_ear
 from teachers.salmonn import Salmonn, SalmonnConfig
 
@@ -29,7 +30,7 @@ def choose_ears(teacher: SalmonnConfig, *, whisper: str = "", second: str = "", 
         teacher: of whom what is not named is taken.
         whisper: folder or hub id; empty: the teacher's.
         second: file or folder of the second encoder; empty: the teacher's.
-        second_kind: "beats", "eat", or "none" for no second encoder; empty: the teacher's.
+        second_kind: of `teachers.ears.encoders`, or "none" for no second encoder; empty: the teacher's.
 
     Raises:
         ValueError: the second encoder's name and kind contradict each other or the teacher's.
@@ -39,7 +40,7 @@ def choose_ears(teacher: SalmonnConfig, *, whisper: str = "", second: str = "", 
     if second and not (second_kind or teacher.second_kind):
         raise ValueError(
             f"student.second is {second!r}, but student.second_kind is empty and the teacher has no second encoder "
-            f"whose kind it could be; set student.second_kind to beats or eat."
+            f"whose kind it could be; set student.second_kind to {' or '.join(second_kinds())}."
         )
     if not second and second_kind not in ("", NONE, teacher.second_kind):
         raise ValueError(
@@ -50,7 +51,7 @@ def choose_ears(teacher: SalmonnConfig, *, whisper: str = "", second: str = "", 
         kept = {"second": "", "second_kind": ""}
     else:
         kept = {"second": second or teacher.second, "second_kind": second_kind or teacher.second_kind}
-    front_end = teacher.front_end if kept["second_kind"] == "beats" else "exact"  # one spectrum needs BEATs
+    front_end = teacher.front_end if shares_spectrum(kept["second_kind"]) else "exact"
     return dataclasses.replace(teacher, whisper=whisper or teacher.whisper, front_end=front_end, **kept)
 
 
@@ -71,7 +72,7 @@ def share_or_load_ears(
 ) -> tuple[nn.Module, nn.Module | None]:
     """The encoders of a student's config: the teacher's own modules where they are the same, others loaded, frozen."""
     shared = find_shared(teacher.config, config)
-    whisper = teacher.whisper if "whisper" in shared else load_ear("whisper", config.whisper, dtype)
+    whisper = teacher.whisper if "whisper" in shared else load_ear(WHISPER, config.whisper, dtype)
     if "second" in shared:
         return whisper, teacher.second
     return whisper, load_ear(config.second_kind, config.second, dtype) if config.second else None

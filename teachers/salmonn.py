@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shards.audio.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
+from teachers.ears.encoders import second_kinds, shares_spectrum
 from teachers.ears.frontend import HOP_SAMPLES
 from teachers.ears.hearing import products_of
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
@@ -38,7 +39,7 @@ class SalmonnConfig:
     llm: str  # any causal LM of transformers
     whisper: str  # a Whisper model; its encoder is used
     second: str = ""  # a second encoder's checkpoint; empty: Whisper alone
-    second_kind: str = ""  # "beats" or "eat"
+    second_kind: str = ""  # which it is, of `teachers.ears.encoders.ENCODERS`
     window_seconds: float = 0.333333  # span of audio that one Q-Former call sees; 0: all of it
     stride_seconds: float = 0.333333  # step from one window to the next
     windows: str = "all"  # "all": also those of pure padding, as SALMONN; "audio": only those that hold audio
@@ -59,10 +60,11 @@ class SalmonnConfig:
     def __post_init__(self):
         if self.front_end not in ("exact", "shared"):
             raise ValueError(f"front_end is {self.front_end!r}, but must be 'exact' or 'shared'; correct the config.")
-        if self.front_end == "shared" and self.second_kind != "beats":
+        if self.front_end == "shared" and not shares_spectrum(self.second_kind):
             raise ValueError(
-                f"front_end is 'shared', but second_kind is {self.second_kind!r} and only BEATs shares Whisper's "
-                f"spectrum; use front_end 'exact'."
+                f"front_end is 'shared', but second_kind is {self.second_kind!r} and only "
+                f"{' and '.join(filter(shares_spectrum, second_kinds()))} can share Whisper's spectrum; use front_end "
+                f"'exact'."
             )
         if self.windows not in ("all", "audio"):
             raise ValueError(f"windows is {self.windows!r}, but must be 'all' or 'audio'; correct the config.")
@@ -103,7 +105,7 @@ class Salmonn(nn.Module):
         self.own_names: frozenset[str] | None = None  # tensors it was loaded with; None: those that are trainable
         self.inherited_names: frozenset[str] = frozenset()  # frozen tensors that are in no part's own checkpoint
         self.front_end = None  # of both encoders, where they share one
-        if config.second_kind == "beats":
+        if shares_spectrum(config.second_kind):
             self.front_end = OneFrontEnd(whisper.log_mel, approximate=config.front_end == "shared")
         self.is_error_known = not (self.front_end and self.front_end.approximate)
         self.ln_speech = nn.LayerNorm(whisper.width)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.config import CacheConfig, Config
-from distill.evaluation.metrics import error_rate
+from distill.evaluation.metrics.scores import error_rate
 from distill.objective.alignment import answer_ends, token_bytes
 from distill.training.ranks import resolve_precision
 from shards.sample import Sample

@@ -48,11 +48,11 @@ def complete(words: Sequence[str], parsers: Parsers) -> list[str]:
 def _fields(last: str) -> list[str]:
     """Fields of a config as `section.field=`, and the values of one that has a few, where its name is there."""
     from distill.config import list_fields
-    from distill.config.rules import CHOICES
+    from distill.config.rules import choices_of
 
     name, equals, _ = last.partition("=")
     if equals:
-        return [f"{name}={value}" for value in CHOICES.get(name, ()) if isinstance(value, str)]
+        return [f"{name}={value}" for value in choices_of(name) or () if isinstance(value, str)]
     return [f"{field}=" for field in list_fields()] if last else []
 
 

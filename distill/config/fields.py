@@ -67,7 +67,7 @@ class TeacherConfig:
     llm: str = ""  # the checkpoint's LLM: folder or hub id; of a saved folder: where it lies now
     whisper: str = ""  # the checkpoint's Whisper: folder or hub id
     second: str = ""  # the checkpoint's second encoder: BEATs or EAT file; empty: none
-    second_kind: str = ""  # "beats" or "eat"
+    second_kind: str = ""  # "beats" or "eat" (`teachers.ears.encoders`)
     end_token: str = ""  # text that ended the checkpoint's answers; empty: as its file says, or the tokenizer's
     bos_token: str = ""  # text of the token before the checkpoint's prompts; "none": none; empty: the tokenizer's own
     prompts: str = ""  # JSON file of the prompts it was trained with, as train_prompt.json; empty: the library's

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
@@ -17,19 +17,21 @@ from typing import Union, get_args, get_origin
 from distill.objective.divergences import DIVERGENCES
 from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
+from teachers.ears.encoders import second_kinds
 
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 NO_CREDENTIALS = ("end_token", "bos_token")  # though they are named like one
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
 
-CHOICES = {
+CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what it holds when it is asked
     "precision": ("auto", "float32", "bf16"),
     "corpus.kind": ("manifest", "synth"),
     "corpus.channels": ("left", "mean"),
     "student.quantization": ("nf4", "none"),
     "student.connector": ("teacher", "new"),
-    "student.second_kind": ("", "none", "beats", "eat"),
     "student.windows": ("audio", "all"),
+    "teacher.second_kind": lambda: ("", *second_kinds()),
+    "student.second_kind": lambda: ("", "none", *second_kinds()),
     "teacher.ears": ("auto", "float32", "fp16", "bf16"),
     "teacher.front_end": ("exact", "shared"),
     "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
@@ -136,10 +138,17 @@ def describe_kind(kind) -> str:
     return f"a {kind.__name__}" if dataclasses.is_dataclass(kind) else KINDS[kind]
 
 
+def choices_of(key: str) -> tuple | None:
+    """What a field may be; None: it is none of a few."""
+    choices = CHOICES.get(key)
+    return choices() if callable(choices) else choices
+
+
 def check_value(key: str, value) -> None:
     """Refuse a value that its own field forbids, whatever the others are."""
-    if key in CHOICES and value not in CHOICES[key]:
-        names = ", ".join(choice or "''" for choice in CHOICES[key])
+    choices = choices_of(key)
+    if choices is not None and value not in choices:
+        names = ", ".join(choice or "''" for choice in choices)
         raise ValueError(f"{key} is {value!r}, but must be one of {names}; correct it.")
     if isinstance(value, dict):
         for name, inner in value.items():

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from distill.config import EvalConfig
 from distill.evaluation.clips import find_clips
-from distill.evaluation.metrics import NO_METRICS, OwnMetric, Prediction, TaskScore, score
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, TaskScore, score
 from distill.training.progress import Progress
 from distill.training.ranks import gather
 from shards.sample import Sample

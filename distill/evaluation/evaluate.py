@@ -15,7 +15,8 @@ import torch
 from distill.config import SPLITS, Config
 from distill.evaluation.answering import Cost, answer, measure_cost
 from distill.evaluation.keptanswers import keep_answers, locate, read_answers
-from distill.evaluation.metrics import Prediction, retained_quality, score
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import retained_quality, score
 from distill.evaluation.report import read_metrics, write_report
 from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, write_scorecard
 from distill.student import student_llm

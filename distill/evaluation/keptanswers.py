@@ -14,7 +14,7 @@ import torch
 from distill.caching.identity import describe_teacher
 from distill.config import Config, fingerprint
 from distill.evaluation.answering import Cost
-from distill.evaluation.metrics import Prediction
+from distill.evaluation.metrics.metric import Prediction
 from distill.teacher import load_teacher, resolve_ears
 from shards.jsonfile import ShapeError, read_object
 from shards.streaming.catalog import hash_shards

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distill.evaluation.metrics import Retained, TaskScore, is_above_chance
+from distill.evaluation.metrics.scores import Retained, TaskScore, is_above_chance
 from shards.jsonfile import ShapeError, parse_object
 from shards.tars.index import write_atomically
 

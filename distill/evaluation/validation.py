@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from distill.config import EvalConfig
 from distill.evaluation.answering import evaluate
-from distill.evaluation.metrics import METRICS, NO_METRICS, OwnMetric, mean_error
+from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, mean_error, scored_tasks
 from shards.streaming.catalog import open_catalog
 from shards.tars.localcopy import ShardCache
 from teachers.salmonn import Salmonn
@@ -59,9 +59,9 @@ def check_split(folder: str | Path, own: Mapping[str, OwnMetric] = NO_METRICS) -
             f"valid is {folder}, but none of its {len(catalog):,} clips has a text that answers are compared with; "
             f"pack some that have one, or set corpus.valid_share=0 and remove the folder to train without."
         )
-    unknown = [task for task in tasks if task not in METRICS and task not in own]
+    unknown = [task for task in tasks if task not in scored_tasks() and task not in own]
     if unknown:
         raise ValueError(
-            f"valid is {folder} with answers to {', '.join(unknown)}, but there are metrics of {', '.join(METRICS)} "
-            f"alone; leave these clips out, or set corpus.valid_share=0 and remove the folder."
+            f"valid is {folder} with answers to {', '.join(unknown)}, but there are metrics of "
+            f"{', '.join(scored_tasks())} alone; leave these clips out, or set corpus.valid_share=0 and remove the folder."
         )

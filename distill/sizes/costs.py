@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,10 +26,7 @@ from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
 from students.ears import choose_ears
 from students.quantize import is_fused, nf4_bytes, weight_names
-from teachers.ears.beats import BEATS_FBANK, BeatsConfig, read_cfg
-from teachers.ears.eat import EatConfig
-from teachers.ears.encoders import build_encoder
-from teachers.ears.frontend import count_frames
+from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
 from teachers.ears.whisper import whisper_fields
 from teachers.files.checkpoint import describe_checkpoint
 from teachers.files.loading import lora_settings, read_config
@@ -40,9 +38,8 @@ from teachers.salmonn import Salmonn, SalmonnConfig
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
 QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
-AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs and EAT
-PARTS = ("Whisper encoder", "BEATs", "EAT", "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body",
-         "LoRA", "LLM head")  # fmt: skip
+EARS = tuple(find_encoder(name).title for name in ENCODERS)
+PARTS = (*EARS, "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body", "LoRA", "LLM head")
 
 
 @dataclass(frozen=True)
@@ -146,25 +143,17 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
             loaded = Qwen2AudioForConditionalGeneration(llm_config).to(blueprint.dtype)
             return Qwen2Audio(plain, loaded, NO_TOKENIZER)
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
-        whisper = build_encoder("whisper", whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
+        whisper = build_encoder(WHISPER, whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
         second = None
         if config.second:
-            second = build_encoder(config.second_kind, second_sizes(config)).to(blueprint.dtype)
+            second = build_encoder(config.second_kind, find_encoder(config.second_kind).sizes_of(config.second)).to(
+                blueprint.dtype
+            )
         return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
 
 
 def _find(name: str, given: dict[str, PretrainedConfig]) -> PretrainedConfig:
     return given[name] if name in given else model_config(name)
-
-
-def second_sizes(config: SalmonnConfig) -> dict:
-    """Sizes of the second encoder: the file's own where it is BEATs and here, else the official ones."""
-    num_classes = AUDIO_CLASSES if "finetune" in config.second else None
-    if config.second_kind == "eat":
-        return dataclasses.asdict(EatConfig(num_classes=num_classes))
-    if Path(config.second).is_file():
-        return dataclasses.asdict(read_cfg(read_torch_file(config.second, device="meta")["cfg"], config.second))
-    return dataclasses.asdict(BeatsConfig(predictor_class=num_classes))
 
 
 def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfig] | None = None) -> list[Part]:
@@ -216,8 +205,10 @@ def part_of(name: str, config: SalmonnConfig) -> str:
         return "LoRA"
     if name.startswith("llm."):
         return {"embed_tokens": "LLM embeddings", "lm_head": "LLM head"}.get(name.split(".")[-2], "LLM body")
-    second = {"beats": "BEATs", "eat": "EAT", "": ""}[config.second_kind]
-    titles = {"whisper": "Whisper encoder", "second": second, "ln_speech": "LayerNorms", "ln_audio": "LayerNorms",
+    kinds = {"whisper": WHISPER, "second": config.second_kind}
+    if (ear := name.split(".")[0]) in kinds:
+        return find_encoder(kinds[ear]).title
+    titles = {"ln_speech": "LayerNorms", "ln_audio": "LayerNorms",
               "qformer": "Q-Former", "project": "projection"}  # fmt: skip
     return titles[name.split(".")[0]]
 
@@ -230,15 +221,8 @@ def count_flops(forward: Callable) -> int:
 
 
 def _count_ears(model: Salmonn, num_samples: int) -> dict[str, int]:
-    log_mel = model.whisper.log_mel
-    flops = {
-        "Whisper encoder": count_flops(lambda: model.whisper.encode(_empty(1, log_mel.num_mels, log_mel.num_frames)))
-    }
-    if model.second is not None:
-        mel_BXM = _empty(1, count_frames(num_samples), BEATS_FBANK.num_mels)
-        num_frames_B = _empty(1, dtype=torch.long)
-        flops[part_of("second.", model.config)] = count_flops(lambda: model.second.encode(mel_BXM, num_frames_B))
-    return flops
+    ears = [ear for ear in (model.whisper, model.second) if ear is not None]
+    return {ear.title: count_flops(partial(ear.encode, *ear.features_on_meta(num_samples))) for ear in ears}
 
 
 def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distill.config import Config
 from distill.sizes.costs import (
+    EARS,
     Blueprint,
     Part,
     Usage,
@@ -19,7 +20,6 @@ from distill.sizes.costs import (
     measure_sizes,
 )
 
-EARS = ("Whisper encoder", "BEATs", "EAT")
 TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
 LLM = ("LLM embeddings", "LLM body", "LLM head", "LoRA")
 HEADER = ("recipe", "LLM", "ears", "all (M)", "ears (M)", "trained (M)", "all (GB)", "ears (GB)", "LLM (GB)")

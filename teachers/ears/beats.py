@@ -13,7 +13,7 @@ import argparse
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
@@ -24,9 +24,17 @@ from torch import Tensor, nn
 from shards.audio.augment import mask_mel_
 from shards.sample import MelMask
 from teachers.ears.convolution import convolve_in_float32_
-from teachers.ears.frontend import HOP_SAMPLES, MAX_SAMPLES, WINDOW_SAMPLES, KaldiFbank, check_lengths
+from teachers.ears.frontend import (
+    HOP_SAMPLES,
+    MAX_SAMPLES,
+    WINDOW_SAMPLES,
+    KaldiFbank,
+    check_lengths,
+    count_frames,
+)
 from teachers.files.weights import load_strictly_, read_torch_file
 
+AUDIO_CLASSES = 527  # AudioSet's, of every fine-tuned BEATs and EAT
 BEATS_FBANK = KaldiFbank(window="povey", scale=2.0**15, mean=15.41663, std=2 * 6.55582, removes_mean=False)
 PATCH = 16  # mel frames and mel bins a patch
 BANDS = BEATS_FBANK.num_mels // PATCH  # encoder frames that share their 160 ms
@@ -63,6 +71,8 @@ class BeatsConfig:
 class BeatsEar(nn.Module):
     """A BEATs encoder that takes waveforms; `width` is the size of its frames."""
 
+    title = "BEATs"
+    shares_spectrum = True  # its filter bank can be laid over Whisper's power spectrum, see `one_frontend`
     min_samples = MIN_SAMPLES
 
     def __init__(self, config: BeatsConfig):
@@ -102,6 +112,19 @@ class BeatsEar(nn.Module):
         weights = {name: tensor.to(dtype) for name, tensor in convert_weights(content["model"], path).items()}
         load_strictly_(ear, weights, path)
         return ear
+
+    @classmethod
+    def sizes_of(cls, path: str) -> dict:
+        """The file's own sizes where it is here, else those of the official file of its name."""
+        if Path(path).is_file():
+            return asdict(read_cfg(read_torch_file(path, device="meta")["cfg"], path))
+        return asdict(BeatsConfig(predictor_class=AUDIO_CLASSES if "finetune" in path else None))
+
+    @staticmethod
+    def features_on_meta(num_samples: int) -> tuple[Tensor, Tensor]:
+        """Empty filter bank features of one clip, as `encode` takes them."""
+        shape = (1, count_frames(num_samples), BEATS_FBANK.num_mels)
+        return torch.empty(shape, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever the model around this ear does."""

@@ -12,7 +12,7 @@ E encoder width.
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -22,8 +22,16 @@ from torch import Tensor, nn
 
 from shards.audio.augment import mask_mel_
 from shards.sample import MelMask
+from teachers.ears.beats import AUDIO_CLASSES
 from teachers.ears.convolution import convolve_in_float32_
-from teachers.ears.frontend import HOP_SAMPLES, MAX_SAMPLES, WINDOW_SAMPLES, KaldiFbank, check_lengths
+from teachers.ears.frontend import (
+    HOP_SAMPLES,
+    MAX_SAMPLES,
+    WINDOW_SAMPLES,
+    KaldiFbank,
+    check_lengths,
+    count_frames,
+)
 from teachers.files.weights import (
     find_safetensors,
     load_strictly_,
@@ -66,6 +74,8 @@ class EatConfig:
 class EatEar(nn.Module):
     """An EAT encoder that takes waveforms; `width` is the size of its frames."""
 
+    title = "EAT"
+    shares_spectrum = False
     min_samples = WINDOW_SAMPLES
 
     def __init__(self, config: EatConfig):
@@ -113,6 +123,17 @@ class EatEar(nn.Module):
             ear = cls(config)
         load_strictly_(ear, weights, path)
         return ear
+
+    @classmethod
+    def sizes_of(cls, path: str) -> dict:
+        """Those of EAT-base, as every published EAT has them."""
+        return asdict(EatConfig(num_classes=AUDIO_CLASSES if "finetune" in path else None))
+
+    @staticmethod
+    def features_on_meta(num_samples: int) -> tuple[Tensor, Tensor]:
+        """Empty filter bank features of one clip, as `encode` takes them."""
+        shape = (1, count_frames(num_samples), EAT_FBANK.num_mels)
+        return torch.empty(shape, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever the model around this ear does."""

@@ -29,6 +29,9 @@ TOWER_TYPE = "qwen2_audio"
 class WhisperEar(nn.Module):
     """A Whisper encoder that takes waveforms; always in eval mode, as layer drop would skip layers of a frozen ear."""
 
+    title = "Whisper encoder"
+    shares_spectrum = False  # it is whose spectrum is shared
+
     def __init__(self, encoder: WhisperEncoder):
         super().__init__()
         config = encoder.config
@@ -65,6 +68,10 @@ class WhisperEar(nn.Module):
             weights |= read_safetensors(file, WEIGHT_PREFIXES, dtype)
         load_strictly_(encoder, weights, path)
         return cls(encoder)
+
+    def features_on_meta(self, num_samples: int) -> tuple[Tensor]:
+        """Empty log-mel features of one clip, of the full length whatever it lasts, as `encode` takes them."""
+        return (torch.empty(1, self.log_mel.num_mels, self.log_mel.num_frames, device="meta"),)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever the model around this ear does."""

@@ -283,8 +283,8 @@ def _settings_to_save(model: Salmonn) -> dict:
     if lora := getattr(model.llm, "peft_config", None):
         theirs |= {"lora": True, "lora_rank": lora["default"].r, "lora_alpha": lora["default"].lora_alpha}
     paths = {"llama_path": model.config.llm, "whisper_path": model.config.whisper}
-    if model.config.second_kind == "beats":
-        paths["beats_path"] = model.config.second
+    if model.config.second_kind:
+        paths[f"{model.config.second_kind}_path"] = model.config.second
     return {**theirs, **paths, "num_speech_query_token": model.config.num_queries}
 
 

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from shards.telling import is_quiet
-from teachers.ears.encoders import load_encoder
+from teachers.ears.encoders import WHISPER, load_encoder
 from teachers.ears.hearing import WEIGHTS as WEIGHTS_OF_EARS
 from teachers.ears.hearing import hear_in_
 from teachers.files.hashes import remember_hash
@@ -70,7 +70,7 @@ def load_ears(config: SalmonnConfig, dtype: torch.dtype, hearing: str = "") -> t
     """The encoders a config names, frozen and in evaluation mode."""
     dtype = WEIGHTS_OF_EARS[hearing] if hearing else dtype
     second = load_ear(config.second_kind, config.second, dtype) if config.second else None
-    whisper = load_ear("whisper", config.whisper, dtype)
+    whisper = load_ear(WHISPER, config.whisper, dtype)
     for ear in (whisper, second):
         if hearing and ear is not None:
             hear_in_(ear, hearing)

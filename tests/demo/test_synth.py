@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from distill.evaluation.metrics import Prediction, score
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import score
 from shards.demo.espeak import FEMALE, MALE, Synthesiser
 from shards.demo.sounds import CAPTIONS, SAMPLE_RATE, draw_sound, render_sound
 from shards.demo.synth import (

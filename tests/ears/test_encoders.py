@@ -49,15 +49,15 @@ def test_every_encoder_hears_the_same_on_a_gpu(name):
 def test_an_encoder_loads_by_name(tmp_path):
     ear = BeatsEar.from_config(TINY_BEATS)
     torch.save(make_official(ear), tmp_path / "beats.pt")
-    assert load_encoder("beats", tmp_path / "beats.pt").width == ear.width
+    assert load_encoder("beats", tmp_path / "beats.pt", dtype=torch.float32).width == ear.width
 
 
 def test_unknown_encoders_and_paths_are_refused(tmp_path):
     with pytest.raises(ValueError, match="encoder is 'hubert', but there are whisper, beats, eat"):
-        load_encoder("hubert", tmp_path)
+        load_encoder("hubert", tmp_path, dtype=torch.float32)
     for name in ENCODERS:
         with pytest.raises(FileNotFoundError, match=f"nowhere is no {name} that can be read"):
-            load_encoder(name, tmp_path / "nowhere")
+            load_encoder(name, tmp_path / "nowhere", dtype=torch.float32)
 
 
 def test_the_exact_front_end_is_both_front_ends():

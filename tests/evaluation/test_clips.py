@@ -9,7 +9,7 @@ import tiny
 from distill.config import EvalConfig
 from distill.evaluation.answering import answer, evaluate
 from distill.evaluation.clips import find_clips
-from distill.evaluation.metrics import score
+from distill.evaluation.metrics.scores import score
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
 from shards.streaming.stream import ShardStream

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from distill.evaluation.captioning import bleu_4, cider_d, rouge_l
-from distill.evaluation.metrics import METRICS, Prediction, is_above_chance, retained_quality, score
+from distill.evaluation.metrics.captions import bleu_4, cider_d, rouge_l
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import is_above_chance, name_metric, retained_quality, score, scored_tasks
 
 
 def asr(*pairs, task="asr"):
@@ -89,9 +90,13 @@ def test_marks_of_other_scripts_are_words_without_the_english_rules_and_these_wa
 
 
 def test_each_task_is_scored_by_its_metric_and_by_nothing_else():
-    predictions = [p for task in METRICS for p in asr(("a low tone", "a low tone"), ("noise", "clicks"), task=task)]
+    predictions = [
+        p for task in scored_tasks() for p in asr(("a low tone", "a low tone"), ("noise", "clicks"), task=task)
+    ]
     scores = score(predictions)
-    assert {task: found.metric for task, found in scores.items()} == dict(METRICS)
+    assert {task: found.metric for task, found in scores.items()} == {
+        task: name_metric(task) for task in scored_tasks()
+    }
     assert all(found.num_samples == 2 for found in scores.values())
 
 

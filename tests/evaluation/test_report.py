@@ -12,7 +12,8 @@ from distill.config import Config
 from distill.evaluation.answering import Cost
 from distill.evaluation.curves import MAX_POINTS, line_chart
 from distill.evaluation.evaluate import figures
-from distill.evaluation.metrics import Prediction, retained_quality, score
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import retained_quality, score
 from distill.evaluation.report import read_metrics, write_report
 from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, read_scorecard, write_scorecard
 

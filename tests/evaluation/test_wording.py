@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.evaluation.wording import is_latin, normalise_text, plain_answer, split_caption
+from distill.evaluation.metrics.wording import is_latin, normalise_text, plain_answer, split_caption
 
 
 @pytest.mark.parametrize(

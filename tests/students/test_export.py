@@ -11,7 +11,7 @@ import torch
 
 from distill.cli import main
 from distill.config import load_config
-from distill.evaluation.metrics import TaskScore
+from distill.evaluation.metrics.scores import TaskScore
 from distill.evaluation.scorecard import ModelFigures, Scorecard, write_scorecard
 from distill.export import export, place_parts
 from distill.run import run

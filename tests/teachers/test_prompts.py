@@ -13,7 +13,7 @@ from distill.config import Config, EvalConfig, TeacherConfig, load_config
 from distill.evaluation.answering import predict
 from distill.evaluation.evaluate import evaluate_run
 from distill.evaluation.keptanswers import locate
-from distill.evaluation.metrics import METRICS
+from distill.evaluation.metrics.scores import scored_tasks
 from distill.pipeline import make_shards
 from distill.run import run
 from distill.teacher import load_teacher
@@ -126,7 +126,7 @@ def test_what_a_file_gets_wrong_is_refused_in_training_and_in_evaluation(tmp_pat
 
 def test_every_task_of_the_family_is_known_with_few_short_instructions_and_has_a_metric():
     prompts = load_prompts(None, "{}")
-    assert set(OF_THE_FAMILY) == set(prompts.by_task) == set(METRICS)
+    assert set(OF_THE_FAMILY) == set(prompts.by_task) == set(scored_tasks())
     assert set(prompts.by_task) >= WHOLE_CLIP_TASKS
     assert prompts.asking == {"QA", "gender_QA", "inference_QA", "info_retrieval", "slot_filling", "time_QA"}
     for task, texts in prompts.by_task.items():

@@ -2,14 +2,16 @@
 
 The definitions are those of pycocoevalcap (`cider/cider_scorer.py` with its clipping and length penalty, `bleu`,
 `rouge`), to the last digit on equal words. Words differ a little: theirs are Stanford's Java tokenizer's, ours those of
-`split_caption`. It knows captions, nothing of tasks or models.
+`split_caption`. It knows captions, nothing of models. SPICE and METEOR need Java and are reported as not available,
+never as 0.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from distill.evaluation.wording import split_caption
+from distill.evaluation.metrics.metric import NOT_AVAILABLE, Metric, Prediction, Tally
+from distill.evaluation.metrics.wording import split_caption
 
 MAX_ORDER = 4  # of n-grams
 SIGMA = 6.0  # CIDEr-D: words of length difference that cost 1 - exp(-1/2)
@@ -127,3 +129,40 @@ def _longest_common(first: Words, second: Words) -> int:
         for column, other in enumerate(second):
             row.append(previous[column] + 1 if word == other else max(row[column], previous[column + 1]))
     return row[-1]
+
+
+def count_captions(predictions: Sequence[Prediction], normalise: bool) -> Tally:
+    """CIDEr-D and the others; captions are always lower-cased and stripped of punctuation, whatever `normalise` is."""
+    hypotheses = [prediction.hypothesis for prediction in predictions]
+    references = [prediction.references for prediction in predictions]
+    extra = {
+        "bleu_4": bleu_4(hypotheses, references),
+        "rouge_l": sum(map(rouge_l, hypotheses, references)) / len(hypotheses),
+        "spice": NOT_AVAILABLE,
+        "meteor": NOT_AVAILABLE,
+    }
+    return Tally.of_values(cider_d(hypotheses, references), extra)
+
+
+CIDER_D = Metric(
+    tasks=(
+        "audiocaption",
+        "audiocaption_v2",
+        "audiocaption_zh",
+        "audiocaption_de",
+        "audio_speech_description",
+        "fluent_speech_audio",
+        "audio_story_telling",
+        "music_description",
+        "translation_ec",  # of translations read `bleu_4`
+        "translation_ce",
+        "translation_en2ja",
+        "translation_en2de",
+        "speech_query",
+        "speech_audio_query",
+        "speech_audio_coreasoning",
+    ),
+    tally=count_captions,
+    plain=lambda text, normalise: " ".join(split_caption(text)),
+    best=CIDER_SCALE,
+)
