@@ -5,15 +5,13 @@ from pathlib import Path
 
 import torch
 
-from distill.config import Config, TeacherConfig
+from distill.config import Config
 from distill.training.ranks import resolve_precision
 from shards.sample import SAMPLE_RATE
 from shards.telling import tell
 from teachers.ears.hearing import WEIGHTS
-from teachers.files.checkpoint import load_checkpoint
-from teachers.files.loading import load_salmonn, read_config
-from teachers.qwen2_audio import describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
-from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
+from teachers.kinds import KINDS, find_kind
+from teachers.salmonn import Salmonn
 from teachers.targets import HEAD_INPUT, OnlineTeacher
 
 
@@ -119,50 +117,8 @@ def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:
         raise FileNotFoundError(
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
         )
-    parts = config.teacher
-    if path.is_dir() and is_qwen2_audio(path):
-        own = describe_qwen2_audio(path, parts.prompts)
-        check_settings(parts, own, path)
-        moved_parts(parts, {"model": own, "frozen": {}}, path)
-        model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype, ears=ears)
-        tell(f"teacher {path}: {describe_end(model, 'its chat')}")
-        return model
-    if path.is_dir():
-        saved = read_config(path)
-        check_settings(parts, saved["model"], path)
-        places = moved_parts(parts, saved, path)
-        model = load_salmonn(path, dtype=dtype, hearing=ears, llm_weights=llm_weights, places=places)
-        tell(f"teacher {path}: {describe_end(model, 'its config.json')}")
-        return model
-    return load_released(parts, path, dtype=dtype, hearing=ears, llm_weights=llm_weights)
-
-
-def load_released(parts: TeacherConfig, path: Path, **how) -> Salmonn:
-    """A released checkpoint with the parts that a config names; `how` as `load_checkpoint` takes it."""
-    for name in ("llm", "whisper"):
-        if not getattr(parts, name):
-            raise ValueError(
-                f"teacher.{name} is empty, but {path} is a checkpoint without its frozen parts; name the one that it "
-                f"was trained on, a folder or a hub id."
-            )
-    settings = {"prompts": parts.prompts, "front_end": parts.front_end}
-    settings |= {name: getattr(parts, name) for name in ("end_token", "bos_token") if getattr(parts, name)}
-    model, report = load_checkpoint(
-        path,
-        llm=parts.llm,
-        whisper=parts.whisper,
-        second=parts.second,
-        second_kind=parts.second_kind,
-        **how,
-        **settings,
-    )
-    tell(f"teacher {path}: {report}")
-    if not parts.prompts:
-        tell(
-            f"teacher {path}: asked in the library's wordings, but trained with others; give teacher.prompts those, "
-            f"prompts/train_prompt.json of its repository (and eval.prompts the test_prompt.json beside it)"
-        )
-    return model
+    kind = KINDS[find_kind(path)]
+    return kind.load(config.teacher, path, dtype=dtype, hearing=ears, llm_weights=llm_weights)
 
 
 def describe_wording(config: Config, model: Salmonn) -> str:
@@ -171,41 +127,6 @@ def describe_wording(config: Config, model: Salmonn) -> str:
         return "of a prompts file"
     is_released = bool(config.teacher.path) and Path(config.teacher.path).is_file()
     return "the library's, which this teacher was not trained with" if is_released else "the library's"
-
-
-def check_settings(parts: TeacherConfig, saved: SalmonnConfig, path: Path) -> None:
-    """Refuse what a config says of a teacher whose folder says otherwise: those settings are the folder's.
-
-    Raises:
-        ValueError: naming the setting and both values.
-    """
-    default = TeacherConfig()
-    for name in ("front_end", "end_token", "bos_token", "prompts", "second_kind"):
-        asked, there = getattr(parts, name), getattr(saved, name)
-        if asked not in (getattr(default, name), there):
-            raise ValueError(
-                f"teacher.{name} is {asked!r}, but {path} was saved with {there!r} and such a folder's own settings "
-                f"hold; leave teacher.{name} out."
-            )
-
-
-def moved_parts(parts: TeacherConfig, saved: dict, path: Path) -> dict[str, str]:
-    """Where a config says that a saved teacher's parts lie now, by name; `load_salmonn` proves them by their hashes.
-
-    Raises:
-        ValueError: a part is named whose weights are the folder's own, so that no hash could prove it, or that the
-            teacher does not have.
-    """
-    named = {name: getattr(parts, name) for name in ("llm", "whisper", "second") if getattr(parts, name)}
-    places = {name: place for name, place in named.items() if place != getattr(saved["model"], name)}
-    for name, place in places.items():
-        there = getattr(saved["model"], name)
-        if name not in saved["frozen"]:
-            raise ValueError(
-                f"teacher.{name} is {place!r}, but {path} was saved with {there!r} and holds those weights itself or "
-                f"has none; leave teacher.{name} out."
-            )
-    return places
 
 
 def teach_online(config: Config, model: Salmonn) -> OnlineTeacher:

@@ -63,5 +63,6 @@ def check_split(folder: str | Path, own: Mapping[str, OwnMetric] = NO_METRICS) -
     if unknown:
         raise ValueError(
             f"valid is {folder} with answers to {', '.join(unknown)}, but there are metrics of "
-            f"{', '.join(scored_tasks())} alone; leave these clips out, or set corpus.valid_share=0 and remove the folder."
+            f"{', '.join(scored_tasks())} alone; leave these clips out, or set corpus.valid_share=0 and remove the "
+            f"folder."
         )

@@ -1,7 +1,7 @@
 """What each part of teacher and student costs: parameters, bytes and FLOPs a sample, for any config, without weights.
 
 The models are built on the meta device from the sizes in their configs: of a local folder or the hub's local copy, else
-the published ones in `known_models.json`, else the hub's. `costtable.py` shows the figures.
+the published ones in `known_models.json`, else the hub's. `table.py` shows the figures.
 
 Shapes: B batch, T LLM positions, S supervised positions, L audio tokens, X mel frames, M mel bins, D LLM width.
 """
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2AudioForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from distill.config import Config
 from distill.student import ears_of, lora_of, student_llm
@@ -28,18 +28,13 @@ from students.ears import choose_ears
 from students.quantize import is_fused, nf4_bytes, weight_names
 from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
 from teachers.ears.whisper import whisper_fields
-from teachers.files.checkpoint import describe_checkpoint
-from teachers.files.loading import lora_settings, read_config
-from teachers.files.weights import read_torch_file
-from teachers.lora import SALMONN_LORA, Lora, add_lora_
-from teachers.qwen2_audio import MODEL_TYPE, Qwen2Audio, describe_qwen2_audio, is_qwen2_audio
+from teachers.kinds import KINDS, find_kind
+from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
-EARS = tuple(find_encoder(name).title for name in ENCODERS)
-PARTS = (*EARS, "LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body", "LoRA", "LLM head")
+BEHIND_EARS = ("LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body", "LoRA", "LLM head")
 
 
 @dataclass(frozen=True)
@@ -69,23 +64,21 @@ class Blueprint:
     lora: Lora | None
     dtype: torch.dtype  # of what is frozen
     is_4bit: bool = False
+    kind: str = "saved"  # of `teachers.kinds.KINDS`; a student is built as that is
+
+
+def ear_titles() -> tuple[str, ...]:
+    """The parts of a table that are encoders."""
+    return tuple(find_encoder(name).title for name in ENCODERS)
 
 
 def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedConfig]]:
     """The teacher that a run's config names, and the configs of parts that are yet to be trained here."""
     path, dtype = teacher_path(config), frozen_dtype(config)
-    if is_qwen2_audio(path) or str(path) in QWEN2_AUDIO:
-        return Blueprint(describe_qwen2_audio(path), None, dtype), {}
-    if path.is_dir():
-        saved = read_config(path)
-        return Blueprint(saved["model"], lora_settings(saved), dtype), {}
     if not config.teacher.path:
         return Blueprint(teacher_config(config.scratch, path.parent), None, dtype), scratch_configs(config)
-    names = {name: getattr(config.teacher, name) for name in ("llm", "whisper", "second", "second_kind")}
-    if path.is_file():
-        salmonn, lora = describe_checkpoint(read_torch_file(path, device="meta"), path, **names)
-        return Blueprint(salmonn, lora, dtype), {}
-    return Blueprint(SalmonnConfig(**names), SALMONN_LORA, dtype), {}
+    kind = find_kind(path)
+    return Blueprint(*KINDS[kind].describe(config.teacher, path), dtype, kind=kind), {}
 
 
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
@@ -139,16 +132,14 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
     plain = dataclasses.replace(config, prompts="", eval_prompts="", end_token="", bos_token="")
     llm_config = _find(config.llm, given)
     with torch.device("meta"):
-        if llm_config.model_type == MODEL_TYPE:
-            loaded = Qwen2AudioForConditionalGeneration(llm_config).to(blueprint.dtype)
-            return Qwen2Audio(plain, loaded, NO_TOKENIZER)
+        if (build_empty := KINDS[blueprint.kind].build_empty) is not None:
+            return build_empty(plain, llm_config, blueprint.dtype, NO_TOKENIZER)
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
         whisper = build_encoder(WHISPER, whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
         second = None
         if config.second:
-            second = build_encoder(config.second_kind, find_encoder(config.second_kind).sizes_of(config.second)).to(
-                blueprint.dtype
-            )
+            sizes = find_encoder(config.second_kind).sizes_of(config.second)
+            second = build_encoder(config.second_kind, sizes).to(blueprint.dtype)
         return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
 
 
@@ -169,7 +160,8 @@ def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfi
     sizes = measure_sizes(blueprint, given)
     if "LoRA" in sizes:
         flops["LoRA"] = 2 * length * sizes["LoRA"][0]
-    names = [name for name in PARTS if name in sizes or name in flops]  # a tied head has no weights of its own
+    in_order = (*ear_titles(), *BEHIND_EARS)
+    names = [name for name in in_order if name in sizes or name in flops]  # a tied head has no weights of its own
     return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
 
 

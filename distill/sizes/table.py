@@ -9,12 +9,12 @@ from pathlib import Path
 
 from distill.config import Config
 from distill.sizes.costs import (
-    EARS,
     Blueprint,
     Part,
     Usage,
     describe_student,
     describe_teacher,
+    ear_titles,
     frozen_dtype,
     measure,
     measure_sizes,
@@ -57,9 +57,9 @@ def make_row(name: str, model: Blueprint, sizes: Mapping[str, tuple[int, float]]
     def add(column: int, unit: float, parts: Collection[str]) -> float:
         return sum(sizes[part][column] for part in parts if part in sizes) / unit
 
-    ears = [Path(model.config.whisper).name, *(part for part in EARS[1:] if part in sizes)]
-    millions = [f"{add(0, 1e6, parts):,.0f}" for parts in (sizes, EARS, TRAINED)]
-    gigabytes = [f"{add(1, 1e9, parts):.2f}" for parts in (sizes, EARS, LLM)]
+    ears = [Path(model.config.whisper).name, *(part for part in ear_titles()[1:] if part in sizes)]
+    millions = [f"{add(0, 1e6, parts):,.0f}" for parts in (sizes, ear_titles(), TRAINED)]
+    gigabytes = [f"{add(1, 1e9, parts):.2f}" for parts in (sizes, ear_titles(), LLM)]
     if name == "teacher":
         millions[-1] = "–"
     llm = Path(model.config.llm).name + (", 4 bits" if model.is_4bit else "")

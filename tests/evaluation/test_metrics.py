@@ -90,13 +90,11 @@ def test_marks_of_other_scripts_are_words_without_the_english_rules_and_these_wa
 
 
 def test_each_task_is_scored_by_its_metric_and_by_nothing_else():
-    predictions = [
-        p for task in scored_tasks() for p in asr(("a low tone", "a low tone"), ("noise", "clicks"), task=task)
-    ]
+    answers = ("a low tone", "a low tone"), ("noise", "clicks")
+    predictions = [prediction for task in scored_tasks() for prediction in asr(*answers, task=task)]
     scores = score(predictions)
-    assert {task: found.metric for task, found in scores.items()} == {
-        task: name_metric(task) for task in scored_tasks()
-    }
+    assert scores.keys() == set(scored_tasks())
+    assert all(found.metric == name_metric(task) for task, found in scores.items())
     assert all(found.num_samples == 2 for found in scores.values())
 
 

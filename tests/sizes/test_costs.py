@@ -20,13 +20,11 @@ from distill.sizes.costs import (
     measure,
     measure_sizes,
     model_config,
-    second_sizes,
 )
 from students.quantize import nf4_bytes
-from teachers.ears.encoders import build_encoder
+from teachers.ears.encoders import build_encoder, find_encoder
 from teachers.files.checkpoint import save_checkpoint
 from teachers.lora import Lora
-from teachers.salmonn import SalmonnConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 WHOLE = [path for path in CONFIGS if "base:" not in path.read_text()]  # the page on recipes has the others
@@ -78,7 +76,7 @@ def test_a_known_whisper_encoder_has_its_published_parameters(name, mels, millio
 
 def test_beats_has_its_published_parameters_with_and_without_its_predictor():
     for file, millions in (("BEATs_iter3_plus_AS2M.pt", 90.3), ("BEATs_iter3_plus_AS2M_finetuned_cpt2.pt", 90.7)):
-        sizes = second_sizes(SalmonnConfig("", "", second=file, second_kind="beats"))
+        sizes = find_encoder("beats").sizes_of(file)
         with torch.device("meta"):
             assert count(build_encoder("beats", sizes)) / 1e6 == pytest.approx(millions, abs=0.05)
 
