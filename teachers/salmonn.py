@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shards.audio.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
-from teachers.ears.encoders import second_kinds, shares_spectrum
+from teachers.ears.encoders import find_encoder, second_kinds, shares_spectrum
 from teachers.ears.frontend import HOP_SAMPLES
 from teachers.ears.hearing import products_of
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
@@ -61,10 +61,10 @@ class SalmonnConfig:
         if self.front_end not in ("exact", "shared"):
             raise ValueError(f"front_end is {self.front_end!r}, but must be 'exact' or 'shared'; correct the config.")
         if self.front_end == "shared" and not shares_spectrum(self.second_kind):
+            able = " and ".join(find_encoder(kind).title for kind in filter(shares_spectrum, second_kinds()))
             raise ValueError(
-                f"front_end is 'shared', but second_kind is {self.second_kind!r} and only "
-                f"{' and '.join(filter(shares_spectrum, second_kinds()))} can share Whisper's spectrum; use front_end "
-                f"'exact'."
+                f"front_end is 'shared', but second_kind is {self.second_kind!r} and only {able} shares Whisper's "
+                f"spectrum; use front_end 'exact'."
             )
         if self.windows not in ("all", "audio"):
             raise ValueError(f"windows is {self.windows!r}, but must be 'all' or 'audio'; correct the config.")
