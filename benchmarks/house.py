@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -163,19 +164,20 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def find_climbs(graph: dict[str, set[str]]) -> list[str]:
-    """Imports in `distill/` of a higher floor than its own; what imports nothing of `distill` is on the ground, and so
-    is what of `distill` imports nothing but that."""
+    """Imports in `distill/` of a higher floor than its own.
+
+    On the ground is what imports nothing of `distill` but the ground: names and formulas that a config reads its choices
+    from.
+    """
     height = {f"distill.{room}": number for number, floor in enumerate(FLOORS) for room in floor}
 
     @cache
-    def stands_on_ground(name: str) -> bool:
-        own = [other for other in graph[name] if other.startswith("distill")]
-        return all(map(stands_on_ground, own))
+    def is_ground(name: str) -> bool:
+        return all(is_ground(other) for other in graph[name] if other.startswith("distill"))
 
     def floor_of(name: str) -> int:
         room = ".".join(name.split(".")[:2])
-        is_above = name.startswith("distill.") and not stands_on_ground(name)
-        return height.get(room, len(FLOORS)) if is_above else -1
+        return height.get(room, len(FLOORS)) if name.startswith("distill.") and not is_ground(name) else -1
 
     return [f"{name} → {other}" for name, others in sorted(graph.items()) if floor_of(name) >= 0
             for other in sorted(others) if floor_of(other) > floor_of(name)]  # fmt: skip

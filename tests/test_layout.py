@@ -11,10 +11,13 @@ import distill
 from benchmarks.house import (
     MOST_FILES,
     PACKAGES,
+    count_edits,
     count_files,
     find_circles,
     find_climbs,
+    find_unused_fields,
     import_graph,
+    measure_docstrings,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +51,20 @@ def test_no_modules_hang_in_a_circle_through_functions_or_strings_either(graph):
 
 def test_a_folder_is_read_in_one_look():
     assert {folder: number for folder, number in count_files().items() if number > MOST_FILES} == {}
+
+
+def test_every_field_of_a_config_is_in_a_recipe_a_document_or_a_benchmark():
+    assert find_unused_fields() == []
+
+
+def test_a_further_part_of_each_kind_takes_one_line():
+    assert count_edits().keys() >= {"encoder", "metric", "teacher_kind", "data_set", "command"}
+    assert {kind: number for kind, number in count_edits().items() if number != 1} == {}
+
+
+def test_every_public_name_says_what_it_is():
+    said, total = measure_docstrings()
+    assert said / total > 0.98
 
 
 def test_every_package_is_among_those_that_are_installed():
