@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +165,7 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def find_climbs(graph: dict[str, set[str]]) -> list[str]:
     """Imports in `distill/` of a higher floor than its own.
 
-    On the ground is what imports nothing of `distill` but the ground: names and formulas that a config reads its choices
+    On the ground is what imports nothing of `distill` but the ground: names and formulas that a config has its choices
     from.
     """
     height = {f"distill.{room}": number for number, floor in enumerate(FLOORS) for room in floor}

@@ -9,7 +9,7 @@ sys.path[:] = [place for place in sys.path if place != str(Path(__file__).parent
 from shards.faces import offer  # noqa: E402
 
 _FACES = {
-    "Callback": "distill.training.callbacks",
+    "Callback": "distill.training.monitoring.callbacks",
     "CacheConfig": "distill.config",
     "Config": "distill.config",
     "Distiller": "distill.distiller",

@@ -19,7 +19,7 @@ from distill.caching.identity import describe_teacher
 from distill.command import run_stage
 from distill.config import Config
 from distill.teacher import load_to_keep
-from distill.training.progress import Progress
+from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, say
 from shards.lock import read_holder
 from shards.sample import Sample

@@ -28,18 +28,18 @@ from distill.objective.module import Objective, check_codec
 from distill.objective.terms.term import OwnTerm, check_own
 from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
 from distill.training import checkpoint as ckpt
-from distill.training.callbacks import Callbacks
 from distill.training.identity import WEIGHTS, find_start, identify_fit
 from distill.training.microbatch import Collator, MicroBatch, check_frames, split
+from distill.training.monitoring.callbacks import Callbacks
+from distill.training.monitoring.progress import Progress
+from distill.training.monitoring.runlog import RunLog, read_table
+from distill.training.monitoring.trackers import Trackers, check_trackers
 from distill.training.optimizer import build_optimizer, learning_rate
-from distill.training.progress import Progress
 from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
 from distill.training.runlock import RunLock
-from distill.training.runlog import RunLog, read_table
 from distill.training.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
-from distill.training.trackers import Trackers, check_trackers
 from distill.training.zero import (
     check_optimizer,
     configure_deepspeed,
@@ -100,7 +100,7 @@ class Distiller:
         precision: "auto", "float32" or "bf16".
         accelerator: the processes; by default those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.
-        callbacks: are told of steps, validations and checkpoints, see `distill.training.callbacks`.
+        callbacks: are told of steps, validations and checkpoints, see `distill.training.monitoring.callbacks`.
         terms: loss terms of one's own, by name.
         metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
 

@@ -21,8 +21,8 @@ from distill.command import run_stage
 from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
 from distill.demo.tokenizer import train_tokenizer
 from distill.distiller import Distiller, FitResult
+from distill.training.monitoring.progress import Progress
 from distill.training.optimizer import group_by_decay, learning_rate
-from distill.training.progress import Progress
 from distill.training.ranks import average_gradients_over_ranks_, build_accelerator, say
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED

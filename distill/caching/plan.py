@@ -19,7 +19,7 @@ from distill.caching.capture import Capturer, build_codec, feature_dtypes, fetch
 from distill.caching.fidelity import Fidelity
 from distill.config import CacheConfig, Config
 from distill.teacher import load_to_keep
-from distill.training.progress import Progress
+from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, resolve_precision
 from shards.sample import Sample
 from shards.streaming.stream import ShardStream

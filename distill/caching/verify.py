@@ -21,7 +21,7 @@ from distill.caching.capture import Capturer
 from distill.caching.identity import describe_teacher
 from distill.config import Config
 from distill.teacher import load_to_keep
-from distill.training.progress import Progress
+from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, resolve_precision
 from shards.sample import Sample
 from shards.targets.codecs import HiddenStates, decode

@@ -15,7 +15,7 @@ from distill.config import EvalConfig
 from distill.evaluation.clips import find_clips
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, TaskScore, score
-from distill.training.progress import Progress
+from distill.training.monitoring.progress import Progress
 from distill.training.ranks import gather
 from shards.sample import Sample
 from shards.streaming.stream import ShardStream

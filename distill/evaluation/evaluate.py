@@ -21,9 +21,9 @@ from distill.evaluation.report import read_metrics, write_report
 from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, write_scorecard
 from distill.student import student_llm
 from distill.teacher import load_teacher, teacher_path
+from distill.training.monitoring.runlog import METRICS
 from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock
-from distill.training.runlog import METRICS
 from shards.streaming.catalog import check_channels
 from shards.streaming.stream import ShardStream
 from students.student import load_student

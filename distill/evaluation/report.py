@@ -20,7 +20,7 @@ from distill.evaluation.scorecard import (
     score_rows,
     show_training,
 )
-from distill.training.runlog import METRICS, read_metrics
+from distill.training.monitoring.runlog import METRICS, read_metrics
 from shards.tars.index import write_atomically
 
 REPORT = "report.html"

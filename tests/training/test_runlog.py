@@ -7,8 +7,8 @@ from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.config.rules import TRACKERS
-from distill.training.runlog import METRICS, VALIDATION, RunLog, read_table
-from distill.training.trackers import TENSORBOARD, Trackers, check_trackers
+from distill.training.monitoring.runlog import METRICS, VALIDATION, RunLog, read_table
+from distill.training.monitoring.trackers import TENSORBOARD, Trackers, check_trackers
 
 
 def read_events(folder, tag):

@@ -56,7 +56,7 @@ class Progress:
             self._line(note)
 
     def on_start(self, run, step: int) -> None:
-        """Show the line of a run's steps; see `distill.training.callbacks`."""
+        """Show the line of a run's steps; see `distill.training.monitoring.callbacks`."""
         self.__enter__()
 
     def on_step(self, run, record: dict[str, float]) -> None:
