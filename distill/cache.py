@@ -21,7 +21,7 @@ from distill.config import Config
 from distill.teacher import load_to_keep
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, say
-from shards.lock import read_holder
+from shards.files.lock import read_holder
 from shards.sample import Sample
 from shards.streaming.catalog import hash_shards
 from shards.streaming.stream import ShardStream

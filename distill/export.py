@@ -27,11 +27,11 @@ from distill.evaluation.scorecard import (
     read_scorecard,
     score_rows,
 )
+from shards.files.write import staged, write_atomically
 from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
-from teachers.files.saving import staged, write_atomically
 from teachers.salmonn import Salmonn, SalmonnConfig
 
 LLM, CARD, SALMONN = "llm", "README.md", "salmonn.pth"
@@ -75,7 +75,7 @@ def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmo
         save_checkpoint(student, out / SALMONN)
     card = read_scorecard(run_folder) if (run_folder / SCORECARD).exists() else None
     text = make_card(run_folder.name, names, student, settings, card)
-    write_atomically(out / CARD, lambda path: path.write_text(text))
+    write_atomically(out / CARD, text)
     return out
 
 
@@ -142,7 +142,7 @@ def name_parts_inside_(out: Path) -> None:
         path = Path(config["model"][part])
         if config["model"][part] and path.is_relative_to(out):
             config["model"][part] = f"./{path.relative_to(out)}"
-    write_atomically(out / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
+    write_atomically(out / CONFIG, json.dumps(config, indent=1))
 
 
 def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict, card: Scorecard | None) -> str:

@@ -9,8 +9,8 @@ import torch
 from distill.config import CacheConfig, Config, LossConfig, TeacherConfig
 from distill.objective.module import missing
 from distill.teacher import load_teacher
+from shards.files.hash import remember_hash
 from shards.manifests.manifest import LINES_SUFFIXES
-from shards.packing.folder import hash_file
 from shards.packing.items import pack_items
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
@@ -107,7 +107,7 @@ def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: 
         return pack_items(samples, folder, name, max_seconds=max_seconds, say=say, **checks)
     path = Path(samples)
     stem = re.sub(r"\W", "-", path.stem)
-    out = folder / f"{name}-{hash_file(path)[:16]}" if path.is_file() else folder / name
+    out = folder / f"{name}-{remember_hash(path)[:16]}" if path.is_file() else folder / name
     say(f"{name}: {pack(path, out, name=stem, **checks)}")
     return out
 

@@ -20,10 +20,11 @@ from distill.config import SPLITS, Config, load_config
 from distill.config.rules import value_at
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
+from shards.files.hash import remember_hash
+from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, read_object
-from shards.manifests.manifest import missing_file_error, open_atomically
+from shards.manifests.manifest import missing_file_error
 from shards.packing.encode import EncodeOptions
-from shards.packing.folder import hash_file
 from shards.packing.pack import pack
 from shards.tars.source import is_remote
 from shards.telling import tell
@@ -133,7 +134,7 @@ def cut_manifest(config: Config) -> None:
     source, record = Path(config.corpus.train), train.parent / CUT
     if not source.is_file():
         raise missing_file_error(source, place="corpus.train")
-    cut = {"sha256": hash_file(source), "valid_share": config.corpus.valid_share}
+    cut = {"sha256": remember_hash(source), "valid_share": config.corpus.valid_share}
     found = read_record(record, {"sha256": str, "valid_share": float})
     if found is not None:
         if found != cut:

@@ -20,12 +20,12 @@ from distill.training.ranks import build_accelerator, resolve_precision, say
 from distill.training.resuming import say_changes
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
+from shards.files.write import write_atomically
 from shards.sample import SAMPLE_RATE
 from shards.streaming.catalog import check_channels, hash_shards, is_packed
 from shards.streaming.stream import ShardStream
 from shards.tars.source import expand_shards
 from students.student import save_student
-from teachers.files.saving import write_atomically
 from teachers.salmonn import Salmonn
 from teachers.targets import CachedTeacher, OnlineTeacher
 
@@ -67,7 +67,7 @@ def distil(config: Config) -> int:
     if accelerator.is_main_process:  # now that the folder proved to be this run's
         if distiller.saved is not None:
             tell_changes(config)
-        write_atomically(config.run_folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))
+        write_atomically(config.run_folder / "config.yaml", to_yaml(config))
     if distiller.fit().preempted:
         return PREEMPTED
     if accelerator.is_main_process:

@@ -26,8 +26,9 @@ from distill.training.optimizer import group_by_decay, learning_rate
 from distill.training.ranks import average_gradients_over_ranks_, build_accelerator, say
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
+from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, read_object
-from shards.manifests.manifest import open_atomically, read_manifest
+from shards.manifests.manifest import read_manifest
 from shards.sample import Sample
 from shards.streaming.stream import ShardStream
 from shards.telling import tell

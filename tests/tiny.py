@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from distill.config import ScratchConfig
 from distill.demo.tokenizer import train_tokenizer
 from distill.teach import build_llm, build_whisper
-from shards.manifests.manifest import open_atomically
+from shards.files.write import open_atomically
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE, Sample
 from teachers.files.loading import build_salmonn, save_salmonn

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distill.config import Config
+from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, is_a, read_object, show
-from shards.manifests.manifest import open_atomically
 from shards.targets.header import CacheHeader
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader

@@ -13,7 +13,7 @@ from distill.cli import build_command_parser
 from distill.commandline.commands import COMMANDS
 from distill.commandline.starter import plain, read_comments, to_text
 from distill.config import Config
-from shards.manifests.manifest import open_atomically
+from shards.files.write import open_atomically
 
 OF_A_MACHINE = {"workers": "a process a CPU"}  # defaults that differ from machine to machine
 INTRO = """# All fields and commands

@@ -15,7 +15,7 @@ import yaml
 
 from distill.config import Config, load_config
 from distill.config.recipes import list_recipes
-from shards.manifests.manifest import open_atomically
+from shards.files.write import open_atomically
 
 NEEDED = ("corpus.train", "corpus.test", "teacher.path", "student.llm")  # what nobody can guess
 FIELD = re.compile(r"    (\w+): [^#]+?(?:  # (.*))?$")

@@ -24,11 +24,11 @@ from distill.teacher import load_teacher, teacher_path
 from distill.training.monitoring.runlog import METRICS
 from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock
+from shards.files.write import write_atomically
 from shards.streaming.catalog import check_channels
 from shards.streaming.stream import ShardStream
 from students.student import load_student
 from teachers.files.loading import CONFIG
-from teachers.files.saving import write_atomically
 from teachers.salmonn import Salmonn
 
 
@@ -130,7 +130,7 @@ def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
         for name, predictions in answers.items()
         for p in predictions
     ]
-    write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def main(args: argparse.Namespace) -> int:

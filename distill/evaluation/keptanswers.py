@@ -16,10 +16,10 @@ from distill.config import Config, fingerprint
 from distill.evaluation.answering import Cost
 from distill.evaluation.metrics.metric import Prediction
 from distill.teacher import load_teacher, resolve_ears
+from shards.files.write import write_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.streaming.catalog import hash_shards
 from shards.tars.source import expand_shards
-from teachers.files.saving import write_atomically
 
 FOLDER = "teacher-answers"  # inside the cache's folder
 VERSION = 2  # of the files, and of how answers are made
@@ -67,4 +67,4 @@ def keep_answers(path: Path, answers: list[Prediction], cost: Cost) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"answers": [asdict(a) for a in answers], "cost": asdict(cost)}, indent=1)
-    write_atomically(path, lambda temporary: temporary.write_text(content))
+    write_atomically(path, content)

@@ -21,7 +21,7 @@ from distill.evaluation.scorecard import (
     show_training,
 )
 from distill.training.monitoring.runlog import METRICS, read_metrics
-from shards.tars.index import write_atomically
+from shards.files.write import write_atomically
 
 REPORT = "report.html"
 # Of metrics.jsonl: what is drawn, with its title. A curve that the run has not is left out.
@@ -66,7 +66,7 @@ def write_report(run_folder: Path) -> Path:
     if config.exists():
         parts.append(f"<details><summary>Settings</summary><pre>{html.escape(config.read_text())}</pre></details>")
     page = _PAGE.format(title=html.escape(run_folder.resolve().name), body="\n".join(parts))
-    write_atomically(run_folder / REPORT, page.encode())
+    write_atomically(run_folder / REPORT, page)
     return run_folder / REPORT
 
 

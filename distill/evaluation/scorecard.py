@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.evaluation.metrics.scores import Retained, TaskScore, is_above_chance
+from shards.files.write import write_atomically
 from shards.jsonfile import ShapeError, parse_object
-from shards.tars.index import write_atomically
 
 SCORECARD = "scorecard.json"
 _METRIC_NAMES = {
@@ -76,7 +76,7 @@ class Scorecard:
 def write_scorecard(card: Scorecard, run_folder: Path) -> Path:
     """Write `scorecard.json` into the run's folder, under its final name at once, and return its path."""
     path = Path(run_folder) / SCORECARD
-    write_atomically(path, card.to_json().encode())
+    write_atomically(path, card.to_json())
     return path
 
 

@@ -4,9 +4,7 @@ The moments are written by parameter name, the same file under DDP and ZeRO, so 
 of ranks; those in 8 bits as they are, codes and scales. Nothing is pickled.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.training.ranks import is_deepspeed
+from shards.files.hash import hash_file
+from shards.files.write import as_system_errors, folder_atomically, remove_leftovers
 from shards.jsonfile import ShapeError, is_a, read_object, show
-from shards.manifests.manifest import temporary_path
-from teachers.files.saving import as_system_errors
 
 PREFIX, STATE, WEIGHTS, MOMENTS, MANIFEST = (
     "step-", "state.json", "trainable.safetensors", "moments.safetensors", "manifest.json",
@@ -51,29 +49,21 @@ def save_checkpoint(
     final = checkpoint_folder(folder, step)
     if damage(final) is None:
         return final
-    for leftover in folder.glob(f".{PREFIX}*.tmp"):  # of a process that was killed: a run has one writer
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = temporary_path(final)
+    remove_leftovers(folder, f"{PREFIX}*")  # of a process that was killed: a run has one writer
     try:
-        temporary.mkdir(parents=True)
-        with as_system_errors():
-            save_file(weights, temporary / WEIGHTS)
-            save_file(moments, temporary / MOMENTS)
-        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
-        manifest = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in temporary.iterdir():
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)  # it is damaged, if it is there at all
-        os.replace(temporary, final)
-        _sync(folder)
+        with folder_atomically(final) as new:
+            with as_system_errors():
+                save_file(weights, new / WEIGHTS)
+                save_file(moments, new / MOMENTS)
+            (new / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+            manifest = {f.name: [f.stat().st_size, hash_file(f)] for f in sorted(new.iterdir())}
+            (new / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(final, ignore_errors=True)  # it is damaged, if it is there at all
     except OSError as error:
         raise OSError(
             f"checkpoint {final} cannot be written ({error.strerror or error}), but a run must go on from it; "
             f"free space or change runs=, then start again: the checkpoints before it are whole."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -162,7 +152,7 @@ def _file_damage(file: Path, entry: list) -> str | None:
     size, sha256 = entry
     if not file.is_file() or file.stat().st_size != size:
         return f"{file.name} is not there with {size} bytes"
-    if _sha256(file) != sha256:
+    if hash_file(file) != sha256:
         return f"{file.name} has another sha256 than {sha256[:16]}"
     return None
 
@@ -275,16 +265,3 @@ def inner_optimizer(optimizer) -> torch.optim.Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,16 +2,16 @@
 
 Two locks. `.job.lock` keeps other jobs out, at once: a pipeline holds it over all its stages and tells them so by the
 environment, a stage that was started alone holds it itself. `.stage.lock` is held by the stage that writes; what a
-killed pipeline left behind ends by itself, so the next one waits for it. See `shards.lock` for what is promised where.
+killed pipeline left behind ends by itself, so the next one waits for it. `shards.files.lock` says what is promised
+where.
 """
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-from shards.lock import FileLock, read_holder, take
-from shards.manifests.manifest import temporary_path
+from shards.files.lock import FileLock, read_holder, take
+from shards.files.write import temporary_path, write_atomically
 
 JOB, STAGE = ".job.lock", ".stage.lock"
 HELD_BY = "DISTILL_JOB"  # in the environment of a pipeline's stages: who holds the job's lock, as its file says
@@ -101,15 +101,9 @@ def make_run_folder(folder: Path) -> None:
     probe = temporary_path(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(b"probe")
-            os.fsync(file.fileno())
-        renamed = temporary_path(folder / "probe")
-        os.replace(probe, renamed)
-        renamed.unlink()
+        write_atomically(probe, b"probe")
+        probe.unlink()
     except OSError as error:
-        with suppress(OSError):
-            probe.unlink()
         raise OSError(
             f"run folder is {folder}, but nothing can be written there ({error.strerror or error}); change runs= or "
             f"its permissions, or free space."

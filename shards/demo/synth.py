@@ -20,8 +20,8 @@ import soxr
 
 from shards.demo.espeak import FEMALE, MALE, Synthesiser, voice_names
 from shards.demo.sounds import CAPTIONS, SAMPLE_RATE, Scene, Sound, draw_sound
+from shards.files.write import write_atomically
 from shards.pool import progress_bar
-from shards.tars.index import write_atomically
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = (
@@ -255,7 +255,7 @@ def write_corpus(
     manifests["train"] = _drop_texts(manifests["train"], unlabelled_share, random.Random(f"{seed}/unlabelled"))
     for name, annotation in manifests.items():
         text = json.dumps({"annotation": annotation}, indent=1) + "\n"
-        write_atomically(folder / f"{name}.json", text.encode())
+        write_atomically(folder / f"{name}.json", text)
 
 
 def _write_clips(

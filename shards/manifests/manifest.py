@@ -10,12 +10,11 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.files.write import open_atomically
 from shards.manifests.records import RowError, read_rows
 
 ARRAY = "annotation"
@@ -184,46 +183,6 @@ def write_rows(file, path: Path, entries: Iterable[Entry]) -> int:
 def to_path(text: str) -> Path:
     """A path as a user types it; a shell leaves `~` alone behind `--root=`."""
     return Path(text).expanduser()
-
-
-@contextmanager
-def open_atomically(path: Path, mode: str = "w"):
-    """A file that gets its name, by fsync and rename, only when the block ends without an exception."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with naming(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path):
-    """A block whose failed writes name their file: the system's word for a full disk names none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None and error.strerror == os.strerror(error.errno):
-            error.filename = str(path)
-        raise
-
-
-def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` that no other process takes, of this host, container or node."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_entry(

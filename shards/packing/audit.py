@@ -15,7 +15,8 @@ from typing import TextIO
 
 from shards.audio.container import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
 from shards.audio.decode import CHANNELS, LEFT
-from shards.manifests.manifest import Entry, describe_unknown_task, open_atomically, scan_manifest, to_path, write_rows
+from shards.files.write import open_atomically
+from shards.manifests.manifest import Entry, describe_unknown_task, scan_manifest, to_path, write_rows
 from shards.manifests.records import RowError
 from shards.packing.findings import REASONS, Finding, RowAudit, audit_rows, choose_verdict, make_policy
 from shards.pool import batched, count_cpus, map_in_order, progress_bar

@@ -3,14 +3,14 @@
 Knows no audio: samples come as the bytes of their members.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from shards.files.hash import hash_file
+from shards.files.write import open_atomically, remove_leftovers, write_atomically
 from shards.jsonfile import ShapeError, is_a, parse_object, read_object, show
-from shards.manifests.manifest import open_atomically
 from shards.packing.encode import BadSample, Encoded, EncodeOptions, count_reasons, describe_reasons
 from shards.tars.index import sidecar_path, write_index
 from shards.tars.tarwriter import TarWriter, member_size
@@ -52,8 +52,7 @@ class PackFolder:
             ValueError: the folder holds another pack.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        for leftover in self.out.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(self.out, "*")
         record_path = next((self.out / name for name in (INDEX, PARTIAL_INDEX) if (self.out / name).exists()), None)
         if record_path is None:
             return 0
@@ -165,8 +164,7 @@ class PackFolder:
     def _write_record(self, file_name: str) -> None:
         self._write_bad()
         record = self.identity | self.totals() | {"bad": count_reasons(self.bad), "shards": self.shards}
-        with open_atomically(self.out / file_name) as file:
-            file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.out / file_name, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def totals(self) -> dict:
         """Samples, seconds and bytes of all shards."""
@@ -187,9 +185,3 @@ def _read_record(path: Path) -> dict:
             f"{path} cannot be read as the record of a pack (it {error}), but a pack goes on from it; remove it, or "
             f"choose another folder."
         ) from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

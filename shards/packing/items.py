@@ -15,7 +15,8 @@ import numpy as np
 import soundfile
 
 from shards.audio.container import AudioLimits
-from shards.manifests.manifest import ARRAY, open_atomically
+from shards.files.write import write_atomically
+from shards.manifests.manifest import ARRAY
 from shards.packing.encode import EncodeOptions
 from shards.packing.folder import INDEX
 from shards.packing.pack import pack
@@ -60,8 +61,7 @@ def pack_items(items: Iterable, folder: Path, name: str, *, max_seconds: float =
             say(f"{name}: {final} holds these {len(rows)} samples, used again")
             return final
         manifest = staging / "manifest.json"
-        with open_atomically(manifest) as file:
-            json.dump({ARRAY: [row for row, _ in rows]}, file, ensure_ascii=False)
+        write_atomically(manifest, json.dumps({ARRAY: [row for row, _ in rows]}, ensure_ascii=False))
         options = EncodeOptions(limits=AudioLimits(max_seconds=max_seconds))
         workers = 1 if len(rows) < FEW else None
         report = pack(manifest, final, name=name, tasks=tasks, questions=questions, options=options, workers=workers)

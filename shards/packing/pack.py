@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shards.audio.container import add_limit_arguments, read_limits
 from shards.audio.decode import CHANNELS, LEFT
-from shards.lock import hold
+from shards.files.lock import hold
 from shards.manifests.manifest import Entry, check_paths, check_tasks, scan_manifest, to_path
 from shards.manifests.records import RowError
 from shards.packing.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows

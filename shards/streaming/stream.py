@@ -25,7 +25,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.audio.augmentation import Augmentation
-from shards.manifests.manifest import naming
+from shards.files.write import naming
 from shards.parent import end_with_parent, is_in_main_thread
 from shards.sample import MAX_SECONDS, Sample
 from shards.streaming.catalog import open_catalog

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.files.write import create_once
 from shards.jsonfile import ShapeError, read_object
-from shards.manifests.manifest import temporary_path
 
 HEADER = "cache.json"
 FIELDS = {"fingerprint": str, "identity": dict}  # of it
@@ -112,19 +111,7 @@ def write_header(folder: Path, header: CacheHeader) -> None:
 
 
 def _create(path: Path, header: CacheHeader) -> None:
-    """Write a whole file unless there is one; of two processes one wins, and both find its file."""
-    text = json.dumps({"fingerprint": header.fingerprint, "identity": header.identity}, indent=1) + "\n"
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
+    create_once(path, json.dumps({"fingerprint": header.fingerprint, "identity": header.identity}, indent=1) + "\n")
 
 
 def _flatten(value: Mapping, prefix: str = "") -> dict[str, object]:

@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
+from shards.files.lock import FileLock
+from shards.files.write import remove_leftovers, write_atomically
 from shards.jsonfile import ShapeError, is_a, read_object
-from shards.lock import FileLock
-from shards.manifests.manifest import open_atomically
 from shards.targets.header import HEADER, CacheHeader, read_header, write_header
 from shards.targets.record import TargetRecord
 from shards.tars.archive import ShardError
@@ -119,6 +120,7 @@ class TargetWriter:
             if self.is_done(name):
                 yield None
                 return
+            remove_leftovers(self.folder, escape(f"{name}.targets"))
             self._check_space(expected_bytes)
             with explain_full_disk(self.folder, f"the targets of {name} need"):
                 yield from self._write(name)
@@ -146,8 +148,7 @@ class TargetWriter:
             done["audio"] = self.audio[name]
         if self.mirror is not None:
             self._send(path)
-        with open_atomically(done_path(self.folder, name)) as file:
-            json.dump(done | {"figures": shard.figures}, file, sort_keys=True)
+        write_atomically(done_path(self.folder, name), json.dumps(done | {"figures": shard.figures}, sort_keys=True))
         if self.mirror is not None:
             self.mirror.push(done_path(self.folder, name).name)
 

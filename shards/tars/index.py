@@ -4,7 +4,6 @@ Built once from the strict walk of `archive`, kept beside the tar in a small saf
 while the tar is the one it was built from. Serves audio shards and target shards alike. Knows no order and no decoder.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -17,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from shards.manifests.manifest import naming, temporary_path
+from shards.files.hash import hash_file
+from shards.files.write import write_atomically
 from shards.tars.archive import MAX_MEMBER_BYTES, Member, ShardError, Walk
 
 SIDECAR_SUFFIX = ".idx"
@@ -156,19 +156,6 @@ def unpack_sidecar(data: bytes) -> ShardIndex | None:
     )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name beside `path`, sync, rename."""
-    temporary = temporary_path(path)
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _is_unchanged(index: ShardIndex, status: os.stat_result, sidecar: Path) -> bool:
     """Whether a tar has the size and the age that its sidecar knows."""
     if index.mtime_ns == AS_WRITTEN:
@@ -190,8 +177,7 @@ def _compare_again(path: Path, index: ShardIndex) -> ShardIndex:
     status = path.stat()
     digest, sidecar = "not computed", sidecar_path(path).name
     if status.st_size == index.size:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hash_file(path)
     if digest != index.sha256:
         is_target = "targets" in index.members
         remedy = "run distill/cache.py again, which makes it anew" if is_target else "restore it, or pack it again"

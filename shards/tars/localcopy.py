@@ -4,7 +4,6 @@ Safe for any number of processes on one machine. A copy has a lock file while so
 what a killed process left (a part of a download, a lock) is cleared by the next that needs the shard or the room.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -12,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shards.files.lock import FileLock
+from shards.files.usercache import user_cache
+from shards.files.write import name_file
 from shards.tars.archive import ShardError
 from shards.tars.index import SIDECAR_SUFFIX
 from shards.tars.source import (
@@ -26,11 +28,6 @@ from shards.tars.source import (
 
 DEFAULT_BYTES = 64 * 2**30
 _PART_SUFFIX, _LOCK_SUFFIX = ".part", ".lock"
-
-
-def user_cache(name: str) -> Path:
-    """Where the user's copies of this kind of remote file are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distill" / name
 
 
 class ShardCache:
@@ -70,12 +67,15 @@ class ShardCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
-        with _locked(path):
+        lock = FileLock.acquire(_lock_path(path), wait=True)
+        try:
             is_new = not path.exists()
             if is_new:
                 self._fetch(name, path)
             os.utime(path)
             yield path
+        finally:
+            lock.release()
         if is_new:
             self._evict(keep=path)
 
@@ -88,7 +88,7 @@ class ShardCache:
         part.unlink(missing_ok=True)  # a killed process left it; its last bytes may not be what was sent
         try:
             retry(lambda: download(name, part), name, first_wait_seconds=self.first_wait_seconds)
-            os.replace(part, path)
+            name_file(part, path)
         except FileNotFoundError as error:
             raise ShardError(f"{name} is missing; {nearest(name)}") from error
         except OSError as error:
@@ -116,40 +116,16 @@ class ShardCache:
                 total -= size
 
 
-@contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the copy's lock.
-
-    Raises:
-        BlockingIOError: another thread or process holds it, and `wait` is false.
-    """
-    lock = f"{str(path).removesuffix(_PART_SUFFIX)}{_LOCK_SUFFIX}"
-    while True:
-        with open(lock, "w") as file:  # closing it is what unlocks
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(lock, file.fileno()):
-                continue  # its holder removed it between our open and our lock
-            try:
-                yield
-            finally:
-                with suppress(FileNotFoundError):  # somebody emptied the folder
-                    os.unlink(lock)
-            return
-
-
-def _is_at(path: str, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def _lock_path(path: Path) -> Path:
+    return Path(f"{str(path).removesuffix(_PART_SUFFIX)}{_LOCK_SUFFIX}")
 
 
 def _remove_unless_locked(path: Path) -> bool:
     """Whether the copy, or the part of one, is gone with its sidecar; what another holds stays."""
-    try:
-        with _locked(path, wait=False):
-            path.unlink(missing_ok=True)
-            Path(f"{path}{SIDECAR_SUFFIX}").unlink(missing_ok=True)
-            return True
-    except BlockingIOError:
+    lock = FileLock.acquire(_lock_path(path))
+    if lock is None:
         return False
+    path.unlink(missing_ok=True)
+    Path(f"{path}{SIDECAR_SUFFIX}").unlink(missing_ok=True)
+    lock.release()
+    return True

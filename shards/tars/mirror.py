@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.manifests.manifest import open_atomically
+from shards.files.usercache import user_cache
+from shards.files.write import open_atomically, write_atomically
 from shards.tars.archive import ShardError
-from shards.tars.localcopy import ShardCache, user_cache
+from shards.tars.localcopy import ShardCache
 from shards.tars.source import TARGETS_SUFFIX, is_http, is_remote, open_filesystem, read_small, remote_size, retry
 
 LISTING = "files.json"  # names of the small files, for http, which lists no folder
@@ -46,8 +47,7 @@ class Mirror:
             path = self.folder / name
             if data is not None and not (path.exists() and path.read_bytes() == data):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with open_atomically(path, "wb") as file:
-                    file.write(data)
+                write_atomically(path, data)
         return self.folder
 
     def size(self, name: str) -> int | None:

@@ -1,11 +1,10 @@
 """One shard on its way to a disk: a plain ustar file whose bytes depend on its samples only. Knows no audio."""
 
 import hashlib
-import os
 import tarfile
 from pathlib import Path
 
-from shards.manifests.manifest import naming, sync_folder
+from shards.files.write import name_file, naming
 from shards.tars.archive import BLOCK, RECORD
 
 MODIFIED = 946_684_800  # 2000-01-01; `tar` complains of 1970
@@ -38,11 +37,8 @@ class TarWriter:
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self.size % RECORD))
         with naming(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-        os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
+        name_file(self._temporary, self.path)
         return self._digest.hexdigest()
 
     def discard(self) -> None:

@@ -8,8 +8,6 @@ Shapes: V vocabulary, D LLM width.
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,11 +15,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from shards.manifests.manifest import sync_folder, temporary_path
+from shards.files.hash import remember_hash
+from shards.files.write import as_system_errors, folder_atomically, remove_leftovers
 from shards.targets.header import CacheHeader
 from shards.targets.store import explain_full_disk
 from teachers.files.loading import hash_tensors
-from teachers.files.saving import as_system_errors, sync_file
 from teachers.files.weights import open_safetensors, read_json
 from teachers.logits import logit_transform
 from teachers.salmonn import Salmonn
@@ -66,30 +64,22 @@ def save_parts(cache: Path, model: Salmonn, *, with_head: bool) -> None:
     """
     final = cache / FOLDER
     if not final.is_dir():
-        temporary = temporary_path(final)
-        temporary.mkdir()
         try:
-            with explain_full_disk(cache, "the teacher's tokenizer and head need"), as_system_errors():
-                _write_parts(temporary, model, with_head=with_head)
-            os.rename(temporary, final)
-            sync_folder(cache)
+            with explain_full_disk(cache, "the teacher's tokenizer and head need"), folder_atomically(final) as folder:
+                _write_parts(folder, model, with_head=with_head)
         except OSError:
             if not final.is_dir():  # else another process was first, and may have cleared ours away
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    for leftover in cache.glob(f".{FOLDER}.*tmp*"):  # of a process that was killed, or that finds `final` here
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(cache, FOLDER)  # of a process that was killed, or that finds `final` here
 
 
 def _write_parts(folder: Path, model: Salmonn, *, with_head: bool) -> None:
-    model.tokenizer.save_pretrained(folder / TOKENIZER)
+    with as_system_errors():
+        model.tokenizer.save_pretrained(folder / TOKENIZER)
     prompts = {"by_task": dict(model.rows.prompts.by_task), "template": model.rows.prompts.template}
     (folder / PROMPTS).write_text(json.dumps(prompts))
     if with_head:
         (folder / HEAD).write_bytes(save({"weight": head_tensor(model).cpu().contiguous()}))
-    for file in (path for path in folder.rglob("*") if path.is_file()):
-        sync_file(file)
 
 
 def load_head(cache: Path, header: CacheHeader) -> Tensor:
@@ -106,7 +96,7 @@ def load_head(cache: Path, header: CacheHeader) -> Tensor:
         )
     with open_safetensors(path) as file:
         weight_VD = file.get_tensor("weight")
-    found = hash_head(weight_VD)
+    found = remember_hash(path, lambda _: hash_head(weight_VD), "head")
     if found != expected:
         raise ValueError(f"{path} has hash {found[:16]}, but was cached as {expected[:16]}; restore it or cache again.")
     return weight_VD if torch.cuda.is_available() else weight_VD.float()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shards.files.write import as_system_errors, open_atomically
 from teachers.files.loading import build_salmonn
-from teachers.files.saving import write_atomically
 from teachers.files.weights import put_, read_torch_file
 from teachers.lora import SALMONN_LORA, Lora
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
@@ -190,11 +190,8 @@ def save_checkpoint(model: Salmonn, path: str | Path) -> None:
             state[key] = parameter.detach().cpu().clone()
     content = {"model": state, "config": {"model": _settings_to_save(model)}}
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a file of Python's tells why a write fails, which torch's own does not
-            torch.save(content, file)
-
-    write_atomically(Path(path), write)
+    with open_atomically(Path(path), "wb") as file, as_system_errors():
+        torch.save(content, file)
 
 
 def their_name(name: str) -> str | None:

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from shards.files.hash import remember_hash
+from shards.files.write import staged
 from shards.telling import is_quiet
 from teachers.ears.encoders import WHISPER, load_encoder
 from teachers.ears.hearing import WEIGHTS as WEIGHTS_OF_EARS
 from teachers.ears.hearing import hear_in_
-from teachers.files.hashes import remember_hash
-from teachers.files.saving import staged
 from teachers.files.weights import open_safetensors, put_, read_json
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig

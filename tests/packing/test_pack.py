@@ -20,7 +20,7 @@ from clips import to_bytes, tone, write_annotation, write_clips
 from distill.cli import main
 from shards.audio.container import AudioLimits
 from shards.audio.decode import decode_audio, hash_waveform, load_audio
-from shards.lock import FileLock
+from shards.files.lock import FileLock
 from shards.manifests.manifest import read_manifest
 from shards.packing import pack as pack_module
 from shards.packing import space
@@ -350,7 +350,7 @@ def test_verify_finds_a_wrong_sample_even_where_every_hash_of_the_index_agrees(m
     out = tmp_path / "out"
     pack(manifest, out, workers=1)
     entries = read_samples(out)
-    from shards.packing.folder import hash_file
+    from shards.files.hash import hash_file
     from shards.tars.tarwriter import TarWriter
 
     writer = TarWriter(out / "train-000000.tar")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from shards.lock import FileLock, read_holder
+from shards.files.lock import FileLock, read_holder
 from shards.targets import store as cache_module
 from shards.targets.header import HEADER, IDENTITY_FIELDS, CacheHeader, read_header
 from shards.targets.record import TargetRecord, identify_sample, pack_record, unpack_record

@@ -11,7 +11,7 @@ import pytest
 from distill.pipeline import run_pipeline
 from distill.training import runlock
 from distill.training.runlock import HELD_BY, JOB, STAGE, RunLock
-from shards.lock import FileLock, read_holder
+from shards.files.lock import FileLock, read_holder
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_pipelines_stages_may_write_and_nobody_else_may(tmp_path, monkeypatch)
 def test_a_stage_that_a_killed_pipeline_left_behind_is_waited_for(tmp_path, monkeypatch, capsys):
     with another_process(lambda: FileLock.acquire(tmp_path / STAGE)) as left_behind:
         monkeypatch.setattr(runlock, "STAGE_PATIENCE_SECONDS", 60.0)
-        monkeypatch.setattr("shards.lock.time.sleep", lambda _: os.kill(left_behind, signal.SIGKILL))
+        monkeypatch.setattr("shards.files.lock.time.sleep", lambda _: os.kill(left_behind, signal.SIGKILL))
         with RunLock(tmp_path):
             pass
     assert f"(process {left_behind} on " in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_a_file_system_without_locks_is_said_and_used_all_the_same(tmp_path, mon
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("shards.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("shards.files.lock.fcntl.flock", refuse)
     with RunLock(tmp_path):
         pass
     assert "has no locks (No locks available); see that no other job uses it" in caplog.text

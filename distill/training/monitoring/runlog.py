@@ -6,8 +6,8 @@ A resumed run repeats steps: of the lines of one step the last counts. A killed 
 import json
 from pathlib import Path
 
+from shards.files.write import naming
 from shards.jsonfile import ShapeError, parse_object
-from shards.manifests.manifest import naming
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 

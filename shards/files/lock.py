@@ -32,18 +32,19 @@ class FileLock:
         self._descriptor, self._process = descriptor, os.getpid()
 
     @classmethod
-    def acquire(cls, path: Path, *, shared: bool = False) -> "FileLock | None":
-        """Take the lock, or return None where a living process holds it.
+    def acquire(cls, path: Path, *, shared: bool = False, wait: bool = False) -> "FileLock | None":
+        """Take the lock, or return None where somebody alive holds it: a process, or another thread of this one.
 
         Args:
             path: the lock file; made here, removed by `release`.
             shared: let others hold it too, if they share it.
+            wait: until it is free, so that it is never None.
         """
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind)
             except BlockingIOError:
                 os.close(descriptor)
                 return None
