@@ -18,6 +18,7 @@ from distill.caching.capture import Capturer
 from distill.config import Config, load_config
 from distill.pipeline import launch_stage
 from distill.teacher import load_teacher, teach_online
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from teachers.salmonn import Salmonn
 
@@ -59,7 +60,7 @@ def own_answers_kl(student: Salmonn, config: Config) -> float:
         teacher = load_teacher(config)
     ask = Answerer(student, Capturer(teach_online(config, teacher), config), config)
     total, count = 0.0, 0
-    for samples in ShardStream(config.shards("test"), batch_size=32, shuffle=False, epochs=1):
+    for samples in ShardStream(config.shards("test"), Order(batch_size=32, shuffle=False, epochs=1)):
         answered = ask.answer(samples)
         theirs, own = (model(model.collate(answered))[0].log_softmax(-1) for model in (teacher, student))
         total, count = total + float((theirs.exp() * (theirs - own)).sum()), count + len(own)

@@ -33,6 +33,7 @@ from distill.sizes.costs import model_config
 from distill.teacher import load_teacher, resolve_ears, teach_online
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.student import load_student
 from teachers.ears.beats import FIXED_CFG, BeatsConfig, BeatsEar
@@ -121,7 +122,7 @@ def read_config(folder: Path, words: list[str]) -> Config:
 
 def first_batch(config: Config) -> list:
     """As many clips as a batch has."""
-    return next(iter(ShardStream(config.shards("train"), batch_size=BATCH, shuffle=False, epochs=1)))
+    return next(iter(ShardStream(config.shards("train"), Order(batch_size=BATCH, shuffle=False, epochs=1))))
 
 
 def clock(call: Callable[[], object]) -> float:

@@ -37,6 +37,7 @@ from transformers import WhisperFeatureExtractor
 
 from shards.audio.decode import encode_flac, hash_waveform, to_int16
 from shards.sample import SAMPLE_RATE, Sample
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from shards.tars.index import build_index, pack_sidecar, sidecar_path
 from shards.tars.tarwriter import TarWriter
@@ -104,9 +105,7 @@ def open_stream(folder: Path, worker: int, num_workers: int) -> ShardStream:
     """This worker's share of one epoch."""
     return ShardStream(
         folder / "shards",
-        batch_size=BATCH_SIZE * num_workers,
-        epochs=1,
-        bucket_batches=BUCKET_BATCHES,
+        Order(batch_size=BATCH_SIZE * num_workers, epochs=1, bucket_batches=BUCKET_BATCHES),
         rank=worker,
         world_size=num_workers,
     )
@@ -201,15 +200,15 @@ def write_long_epoch(folder: Path, num_shards: int, shard_samples: int) -> None:
 
 def measure_resume(folder: Path, repetitions: int) -> dict:
     """Seconds from opening the stream to the first batch, after stopping at some share of the epoch."""
-    options = {"batch_size": 32, "bucket_batches": BUCKET_BATCHES}
-    stream = ShardStream(folder, **options)
+    order = Order(32, bucket_batches=BUCKET_BATCHES)
+    stream = ShardStream(folder, order)
     seconds = {share: [] for share in (0.0, 0.1, 0.5, 0.9)}
     for _ in range(repetitions):
         for share, values in seconds.items():
             batches = int(share * stream.batches_per_epoch)
-            state = stream.state_dict() | {"offset": batches * options["batch_size"]}
+            state = stream.state_dict() | {"offset": batches * order.batch_size}
             start = time.monotonic()
-            resumed = ShardStream(folder, **options)
+            resumed = ShardStream(folder, order)
             resumed.load_state_dict(state)
             next(iter(resumed))
             values.append(time.monotonic() - start)

@@ -24,6 +24,7 @@ from distill.training.ranks import build_accelerator, say
 from shards.files.lock import read_holder
 from shards.sample import Sample
 from shards.streaming.catalog import hash_shards
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetShard, TargetWriter, read_done
@@ -86,7 +87,7 @@ class Job:
                  share: float = 1.0):  # fmt: skip
         self.config, self.capture, self.writer, self.missing = config, capture, writer, list(missing)
         self.share = share
-        sizes = np.bincount(ShardStream(self.missing, batch_size=1, shuffle=False, epochs=1).catalog.shards)
+        sizes = np.bincount(ShardStream(self.missing, Order(batch_size=1, shuffle=False, epochs=1)).catalog.shards)
         total = sum(math.ceil(share * size) for size in sizes.tolist())
         self.progress = Progress(writer.folder.name, total, accelerator=accelerator, unit="samples")
         self.began, self.finished = time.monotonic(), dict.fromkeys(FIGURES, 0)

@@ -52,6 +52,8 @@ from distill.training.zero import (
 )
 from shards.sample import SAMPLE_RATE, Sample
 from shards.streaming.catalog import hash_shards
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.tars.source import expand_shards
 from students.pretrained import Student
@@ -159,7 +161,7 @@ class Distiller:
             check_cached(teacher, self.loss, self.active, student, self.stream)
         if valid is not None:
             valid = self._shards(valid, "valid")
-            check_clips(ShardStream(valid, batch_size=1, shuffle=False, epochs=1), student)
+            check_clips(ShardStream(valid, Order(batch_size=1, shuffle=False, epochs=1)), student)
             check_split(valid, metrics)  # a wrong one is an error now, not after the first steps
         self.valid, self.answers = valid, answers or EvalConfig()
         self.identity = {"seed": seed, **identify_training(self.options)}
@@ -204,12 +206,13 @@ class Distiller:
             teacher.reader.check_shards(names, hash_shards(names))
         stream = ShardStream(
             shards,
-            batch_size=self.options.batch_size,
-            seed=self.seed,
+            Order(batch_size=self.options.batch_size, seed=self.seed),
+            Selection(
+                targets=getattr(teacher, "cache_folder", None),
+                labelled_share=teacher.labelled_share if is_cached else DEFAULTS.data.labelled_share,
+            ),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            targets=getattr(teacher, "cache_folder", None),
-            labelled_share=teacher.labelled_share if is_cached else DEFAULTS.data.labelled_share,
             decode=not (is_cached and teacher.keeps_frames),
             max_seconds=self.student.max_samples / SAMPLE_RATE,
         )

@@ -155,8 +155,8 @@ def check_cached(
             f"windows of the student is {student.config.windows!r}, but {folder} keeps the frames of "
             f"{teacher.windows!r}; build the student with windows={teacher.windows!r}, or cache again."
         )
-    if stream.labelled_share != teacher.labelled_share:
+    if stream.selection.labelled_share != teacher.labelled_share:
         raise ValueError(
-            f"labelled_share of the stream is {stream.labelled_share:g}, but {folder} was made with "
+            f"labelled_share of the stream is {stream.selection.labelled_share:g}, but {folder} was made with "
             f"{teacher.labelled_share:g}, and a clip's answer was chosen by it; open the stream with that."
         )

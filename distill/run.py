@@ -23,6 +23,9 @@ from distill.training.stopping import PREEMPTED
 from shards.files.write import write_atomically
 from shards.sample import SAMPLE_RATE
 from shards.streaming.catalog import check_channels, hash_shards, is_packed
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.tars.source import expand_shards
 from students.student import save_student
@@ -117,26 +120,32 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
     """
     stream = ShardStream(
         config.shards("train"),
-        batch_size=config.train.batch_size,
-        seed=config.seed,
+        Order(
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            weights=config.data.task_weights,
+            batch_seconds=config.data.batch_seconds or None,
+            bucket_batches=config.data.bucket_batches,
+        ),
+        Selection(
+            targets=teacher.cache_folder,
+            student_answers=find_answers(config, teacher),
+            student_share=config.on_policy.share,
+            labelled_share=config.data.labelled_share,
+            labelled_only=config.data.labelled_only,
+            sample_weights=load_weights(Path(config.data.weights), teacher.header) if config.data.weights else {},
+        ),
+        Limits(
+            workers=config.data.workers,
+            max_bad=config.data.max_bad,
+            max_member_bytes=config.data.max_member_mb * 2**20,
+            bad_samples=config.run_folder / "bad_samples.jsonl",
+        ),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=config.data.workers,
-        targets=teacher.cache_folder,
-        student_answers=find_answers(config, teacher),
-        student_share=config.on_policy.share,
-        labelled_share=config.data.labelled_share,
-        labelled_only=config.data.labelled_only,
-        weights=config.data.task_weights,
-        sample_weights=load_weights(Path(config.data.weights), teacher.header) if config.data.weights else None,
-        batch_seconds=config.data.batch_seconds or None,
-        bucket_batches=config.data.bucket_batches,
         augmentation=config.augment,
         decode=config.teacher.online or config.cache.frames == "none",
         max_seconds=student.max_samples / SAMPLE_RATE,
-        max_bad=config.data.max_bad,
-        max_member_bytes=config.data.max_member_mb * 2**20,
-        bad_samples=config.run_folder / "bad_samples.jsonl",
     )
     check_clips(stream, student, *([teacher.model] if config.teacher.online else []))
     return stream
@@ -157,7 +166,7 @@ def find_valid(config: Config, student: Salmonn, accelerator) -> str | Path | No
             every = config.train.eval_every
             say(accelerator, f"train.eval_every is {every}, but {folder} holds no shards: nothing is validated")
         return None
-    check_clips(ShardStream(folder, batch_size=1, shuffle=False, epochs=1), student)
+    check_clips(ShardStream(folder, Order(batch_size=1, shuffle=False, epochs=1)), student)
     return folder
 
 

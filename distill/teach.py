@@ -30,6 +30,10 @@ from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import read_manifest
 from shards.sample import Sample
+from shards.streaming.catalog import open_catalog
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.telling import tell
 from teachers.ears.whisper import WhisperEar
@@ -80,13 +84,11 @@ def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -
     """Cross-entropy on the labelled clips."""
     stream = ShardStream(
         config.shards("train"),
-        batch_size=config.scratch.batch_size,
-        seed=config.seed,
+        Order(batch_size=config.scratch.batch_size, seed=config.seed, weights=config.data.task_weights),
+        Selection(labelled_only=True),
+        Limits(workers=config.data.workers),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=config.data.workers,
-        labelled_only=True,
-        weights=config.data.task_weights,
     )
     return Distiller(
         None,
@@ -233,10 +235,15 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
     """
     scratch = config.scratch
     options = TrainConfig(steps=scratch.ear_steps, learning_rate=2e-3, warmup_steps=30)
-    tasks = sorted({*HEARD_IN_ORDER, *HEARD_AT_ONCE} & set(ShardStream(config.shards("train"), batch_size=1).tasks))
+    tasks = sorted({*HEARD_IN_ORDER, *HEARD_AT_ONCE} & set(open_catalog(config.shards("train")).tasks))
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    stream = ShardStream(config.shards("train"), batch_size=scratch.batch_size, seed=config.seed, tasks=tasks,
-                         rank=rank, world_size=size)  # fmt: skip
+    stream = ShardStream(
+        config.shards("train"),
+        Order(batch_size=scratch.batch_size, seed=config.seed),
+        Selection(tasks=tasks),
+        rank=rank,
+        world_size=size,
+    )
     heads = nn.ModuleDict({name: nn.Linear(ear.width, len(tokenizer)) for name in ("order", "whole")})
     parameters = dict(ear.encoder.named_parameters()) | dict(heads.named_parameters())
     optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
@@ -262,8 +269,9 @@ def ear_loss(ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], t
     if in_order:
         logprobs_RBV = heads["order"](frames_BRE[~at_once]).log_softmax(-1).transpose(0, 1)
         labels, lengths = torch.tensor([i for row in in_order for i in row]), torch.tensor([len(r) for r in in_order])
-        loss = loss + ctc_loss(logprobs_RBV, labels, num_frames_B[~at_once], lengths,
-                               blank=tokenizer.pad_token_id, zero_infinity=True)  # fmt: skip
+        loss = loss + ctc_loss(
+            logprobs_RBV, labels, num_frames_B[~at_once], lengths, blank=tokenizer.pad_token_id, zero_infinity=True
+        )
     if at_once.any():
         is_frame_BR = torch.arange(frames_BRE.shape[1]) < num_frames_B[:, None]
         means_BE = (frames_BRE * is_frame_BR[..., None]).sum(1) / num_frames_B[:, None]

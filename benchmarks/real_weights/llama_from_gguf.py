@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from teachers.files.saving import staged
+from shards.files.write import staged
 from teachers.files.weights import load_strictly_
 
 PARTS = {  # of a block, by GGUF's names

@@ -20,7 +20,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from teachers.files.saving import staged
+from shards.files.write import staged
 from teachers.files.weights import load_strictly_
 
 VERSION, SPEC = 6, "WhisperSpec"

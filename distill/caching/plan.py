@@ -22,6 +22,8 @@ from distill.teacher import load_to_keep
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, resolve_precision
 from shards.sample import Sample
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs import Hidden, HiddenStates, Sampled, decode
 from shards.tars.archive import BLOCK
@@ -148,10 +150,8 @@ def open_clips(config: Config, num_clips: int) -> tuple[Iterator[list[Sample]], 
     """Shuffled batches of about so many clips of the training set, and how many it has."""
     stream = ShardStream(
         config.shards("train"),
-        batch_size=config.cache.batch_size,
-        seed=config.seed,
-        epochs=1,
-        labelled_share=config.data.labelled_share,
+        Order(batch_size=config.cache.batch_size, seed=config.seed, epochs=1),
+        Selection(labelled_share=config.data.labelled_share),
     )
     return islice(stream, -(-num_clips // config.cache.batch_size)), stream.num_samples
 

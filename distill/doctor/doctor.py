@@ -112,7 +112,8 @@ def build_case(config: Config) -> Case:
     # the checks compare with labels, and run the ears on clips whose frames are cached
     labelled = replace(config, on_policy=OnPolicyConfig(), cache=replace(config.cache, frames="none"))
     stream = open_training_stream(labelled, accelerator, own, student)
-    stream.bad_samples = None  # the list of the run that will be, whose folder may not be there yet
+    # the list is of the run that will be, whose folder may not be there yet
+    stream.limits = replace(stream.limits, bad_samples=None)
     batches = list(islice(iter(stream), NUM_BATCHES))
     samples = choose(batches)
     loss, dtype = loss_at(loss, schedules, config.train.steps // 2), resolve_precision(config.precision)

@@ -18,6 +18,8 @@ from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, TaskScore, 
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import gather
 from shards.sample import Sample
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from teachers.salmonn import Salmonn
 from teachers.words.ending import has_ended
@@ -42,9 +44,12 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
     if not clips.references:
         raise ValueError(f"{folder} has no clip with a text, but answers are compared with one; pack some that have.")
     stream = ShardStream(
-        folder, batch_size=options.batch_size * size, shuffle=False, epochs=1, rank=rank, world_size=size,
-        sample_weights=dict.fromkeys(clips.left_out, 0.0),
-    )  # fmt: skip
+        folder,
+        Order(batch_size=options.batch_size * size, shuffle=False, epochs=1),
+        Selection(sample_weights=dict.fromkeys(clips.left_out, 0.0)),
+        rank=rank,
+        world_size=size,
+    )
     predictions = []
     with Progress(title, stream.num_samples, accelerator=accelerator, unit="clips") as progress:
         for samples in stream:

@@ -32,9 +32,8 @@ def find_clips(shards: str | Path | Sequence[str | Path]) -> Clips:
     Raises:
         ShardError: a shard is missing or changed.
     """
-    cache = ShardCache()
-    catalog = open_catalog(shards, cache=cache)
-    reader = Reader(catalog, cache, None, 0, MAX_SECONDS)
+    catalog = open_catalog(shards)
+    reader = Reader(catalog, ShardCache(), None, 0, MAX_SECONDS)
     first: dict[tuple, str] = {}
     references: dict[str, tuple[str, ...]] = {}
     left_out = []

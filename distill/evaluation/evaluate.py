@@ -26,6 +26,7 @@ from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock
 from shards.files.write import write_atomically
 from shards.streaming.catalog import check_channels
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.student import load_student
 from teachers.files.loading import CONFIG
@@ -87,7 +88,7 @@ def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[lis
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
     model.ask_with(config.eval.prompts)
     answers = answer(model, config.shards("test"), config.eval, title=name)
-    stream = ShardStream(config.shards("test"), batch_size=1, shuffle=False, epochs=1)
+    stream = ShardStream(config.shards("test"), Order(batch_size=1, shuffle=False, epochs=1))
     readable = next((samples[0] for samples in stream if samples), None)  # one that cannot be read is left out
     if readable is None:
         raise ValueError(

@@ -14,7 +14,6 @@ from distill.config import EvalConfig
 from distill.evaluation.answering import evaluate
 from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, mean_error, scored_tasks
 from shards.streaming.catalog import open_catalog
-from shards.tars.localcopy import ShardCache
 from teachers.salmonn import Salmonn
 
 
@@ -52,7 +51,7 @@ def check_split(folder: str | Path, own: Mapping[str, OwnMetric] = NO_METRICS) -
     Raises:
         ValueError: there is no shard, no clip has a text, or the answers to a task cannot be scored.
     """
-    catalog = open_catalog(folder, cache=ShardCache())
+    catalog = open_catalog(folder)
     tasks = [catalog.tasks[number] for number in np.unique(catalog.task_ids[catalog.has_text])]
     if not tasks:
         raise ValueError(

@@ -1,6 +1,6 @@
 """What must stay as it was for a run to go on, as plain data: objective, student, teacher. Reads checkpoints.
 
-A model is known by its contents, wherever it lies; large files are read once (`teachers.files.hashes`).
+A model is known by its contents, wherever it lies; large files are read once (`shards.files.hash`).
 """
 
 import json

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from shards.jsonfile import ShapeError, parse_object
-from shards.tars.archive import MAX_MEMBER_BYTES, ShardError
+from shards.streaming.limits import Limits
+from shards.streaming.selection import Selection
+from shards.tars.archive import ShardError
 from shards.tars.index import SIDECAR_SUFFIX, ShardIndex, load_index, unpack_sidecar
-from shards.tars.localcopy import ShardCache
 from shards.tars.source import SHARD_SUFFIX, TARGETS_SUFFIX, expand_shards, is_folder, is_remote, read_small
 
 CATALOG = "index.json"  # written by `distill pack`: samples, bytes and sha256 of each shard
@@ -57,31 +58,23 @@ class Catalog:
 
 
 def open_catalog(
-    shards: str | Path | Sequence[str | Path],
-    *,
-    targets: str | Path | None = None,
-    answers: str | Path | None = None,
-    tasks: Sequence[str] | None = None,
-    cache: ShardCache,
-    max_member_bytes: int = MAX_MEMBER_BYTES,
+    shards: str | Path | Sequence[str | Path], selection: Selection | None = None, limits: Limits | None = None
 ) -> Catalog:
     """Open, check and join the indexes of shards.
 
     Args:
         shards: see `shards.tars.source.expand_shards`.
-        targets: folder or URL of a target cache; each sample of `tasks` must have its target there.
-        answers: folder or URL of the student's answers with their targets, of any of the samples.
-        tasks: those that need targets; None: all.
-        cache: where remote shards are kept.
-        max_member_bytes: the largest member allowed in a shard.
+        selection: of its tasks each sample must have its target, where there is a target cache; None: all samples.
+        limits: of members' sizes, and of copies of remote shards; None: the defaults.
 
     Raises:
         ShardError: a shard is missing, damaged, or not what its index or `index.json` says; a key comes twice; a target
             is missing or foreign.
     """
+    selection, limits = selection or Selection(), limits or Limits()
     names = expand_shards(shards)
     listings = _read_listings(names)
-    indexes = _load_all(names, cache, max_member_bytes, listings)
+    indexes = _load_all(names, limits, listings)
     wrong = next((name for name, index in zip(names, indexes) if set(index.members) != {"audio", "json"}), None)
     if wrong is not None:
         raise ShardError(f"{wrong} holds targets, but audio is asked for; give it as targets.")
@@ -89,14 +82,14 @@ def open_catalog(
         _check_whole(str(shards), names, listings)
     _check_unique(names, indexes)
     catalog = _concatenate(names, indexes, attested=[_folder(name) in listings for name in names])
-    if targets is not None:
-        wanted = [_wanted(index, tasks) for index in indexes]
-        joined, _ = _join(catalog, "targets", targets, indexes, wanted, cache, max_member_bytes)
-        catalog = replace(joined, target_names=[_target_name(targets, name) for name in names])
-    if answers is not None:
+    if selection.targets is not None:
+        wanted = [_wanted(index, selection.tasks) for index in indexes]
+        joined, _ = _join(catalog, "targets", selection.targets, indexes, wanted, limits)
+        catalog = replace(joined, target_names=[_target_name(selection.targets, name) for name in names])
+    if selection.student_answers is not None:
         wanted = [np.zeros(len(index), bool) for index in indexes]
-        joined, digest = _join(catalog, "answers", answers, indexes, wanted, cache, max_member_bytes)
-        names_there = [_target_name(answers, name) for name in names]
+        joined, digest = _join(catalog, "answers", selection.student_answers, indexes, wanted, limits)
+        names_there = [_target_name(selection.student_answers, name) for name in names]
         catalog = replace(joined, answer_names=names_there, answers_digest=digest)
     return catalog
 
@@ -110,7 +103,7 @@ def hash_shards(shards: Sequence[str]) -> dict[str, str]:
     """sha256 of each shard by its name without folder and suffix: index.json's word, or else that of its own index."""
     listings = _read_listings(list(shards))
     entries = {name: _find_entry(name, listings) for name in shards}
-    unlisted = _load_all([n for n in shards if entries[n] is None], ShardCache(), MAX_MEMBER_BYTES, listings)
+    unlisted = _load_all([n for n in shards if entries[n] is None], Limits(), listings)
     found = {name: entry["sha256"] for name, entry in entries.items() if entry is not None}
     found |= {index.name: index.sha256 for index in unlisted}
     return {_base(name).removesuffix(SHARD_SUFFIX): sha256 for name, sha256 in found.items()}
@@ -122,12 +115,11 @@ def _join(
     folder: str | Path,
     indexes: list[ShardIndex],
     wanted: list[np.ndarray],
-    cache: ShardCache,
-    max_member_bytes: int,
+    limits: Limits,
 ) -> tuple[Catalog, str]:
     """The catalog with the members of the sibling shards in a folder as its `kind`, and the hash of those shards."""
     names = [_target_name(folder, name) for name in catalog.names]
-    siblings = _load_all(names, cache, max_member_bytes, {})
+    siblings = _load_all(names, limits, {})
     rows = [join_targets(*pair) for pair in zip(indexes, siblings, wanted)]
     sizes = {name: index.size for name, index in zip(names, siblings)}
     joined = replace(catalog, sizes=catalog.sizes | sizes, members=catalog.members | {kind: np.concatenate(rows)})
@@ -164,9 +156,7 @@ def join_targets(audio: ShardIndex, targets: ShardIndex, wanted: np.ndarray) -> 
     return table[rows]  # row -1 is the appended one
 
 
-def _load_all(
-    names: list[str], cache: ShardCache, max_member_bytes: int, listings: dict[str, dict[str, dict]]
-) -> list[ShardIndex]:
+def _load_all(names: list[str], limits: Limits, listings: dict[str, dict[str, dict]]) -> list[ShardIndex]:
     """Index of each shard: its sidecar where there is a good one, else a walk over the tar."""
 
     def load(name: str) -> ShardIndex:
@@ -175,8 +165,8 @@ def _load_all(
         sidecar = read_small(name + SIDECAR_SUFFIX) if is_remote(name) else None
         index = unpack_sidecar(sidecar) if sidecar is not None else None
         if index is None:
-            with cache.local(name) as path:
-                index = load_index(path, sha256=sha256, max_member_bytes=max_member_bytes)
+            with limits.cache.local(name) as path:
+                index = load_index(path, sha256=sha256, max_member_bytes=limits.max_member_bytes)
         for field, actual in (("samples", len(index)), ("bytes", index.size), ("sha256", index.sha256)):
             if entry is not None and entry[field] != actual:
                 raise ShardError(

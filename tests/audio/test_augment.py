@@ -10,6 +10,8 @@ from tars import make_waveform, write_shards
 from shards.audio.augment import add_noise, add_room, augment, change_speed, draw_mask, mask_mel_, sample_seed
 from shards.audio.augmentation import Augmentation
 from shards.sample import MAX_SECONDS, SAMPLE_RATE
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from teachers.ears.beats import BeatsEar
 from teachers.ears.eat import EatConfig, EatEar
@@ -123,9 +125,9 @@ def test_shares_are_kept_and_one_does_not_move_the_others():
 @pytest.mark.parametrize("teacher_hears", ["clean", "same"])
 def test_the_teacher_hears_what_the_config_says(tmp_path, teacher_hears):
     write_shards(tmp_path, [3])
-    plain = {s.key: s for s in next(iter(ShardStream(tmp_path, batch_size=3)))}
+    plain = {s.key: s for s in next(iter(ShardStream(tmp_path, Order(batch_size=3))))}
     augmentation = Augmentation(noise_share=1, gain_share=1, mask_share=1, teacher_hears=teacher_hears)
-    for sample in next(iter(ShardStream(tmp_path, batch_size=3, augmentation=augmentation))):
+    for sample in next(iter(ShardStream(tmp_path, Order(batch_size=3), augmentation=augmentation))):
         heard = sample.as_the_teacher_hears_it
         assert sample.mel_mask is not None and (heard.mel_mask is None) == (teacher_hears == "clean")
         assert not np.array_equal(sample.waveform_N, plain[sample.key].waveform_N)
@@ -139,14 +141,15 @@ def test_the_teacher_hears_what_the_config_says(tmp_path, teacher_hears):
 def test_augmented_samples_do_not_depend_on_ranks_workers_or_order(tmp_path):
     write_shards(tmp_path, [4, 3])
 
-    def heard(**options):
-        stream = ShardStream(tmp_path, epochs=2, augmentation=ALL, seed=5, **options)
+    def heard(workers=0, ranks=(0, 1), **options):
+        order, limits = Order(**options, epochs=2, seed=5), Limits(workers=workers)
+        stream = ShardStream(tmp_path, order, None, limits, rank=ranks[0], world_size=ranks[1], augmentation=ALL)
         return {(s.key, s.epoch): s.waveform_N.tobytes() for s in itertools.chain.from_iterable(stream)}
 
     alone = heard(batch_size=2)
     assert len(set(alone.values())) == 14  # another sound each epoch
-    assert heard(batch_size=3, shuffle=False, num_workers=2) == alone
-    assert heard(batch_size=4, rank=0, world_size=2) | heard(batch_size=4, rank=1, world_size=2) == alone
+    assert heard(batch_size=3, shuffle=False, workers=2) == alone
+    assert heard(batch_size=4, ranks=(0, 2)) | heard(batch_size=4, ranks=(1, 2)) == alone
 
 
 @pytest.mark.parametrize(

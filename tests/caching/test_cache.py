@@ -26,6 +26,8 @@ from distill.run import run, wrap_teacher
 from distill.teacher import load_teacher
 from shards.audio.augmentation import Augmentation
 from shards.packing.pack import pack
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs import decode
 from shards.targets.store import TargetReader
@@ -67,8 +69,8 @@ def train(toys: Path, run_folder: Path, config, model=None, **loss) -> list[floa
     student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new",
                             quantization="none")  # fmt: skip
     teacher = wrap_teacher(config, model)
-    stream = ShardStream(toys / "data" / "train", batch_size=4, targets=teacher.cache_folder,
-                         decode=config.cache.frames == "none")  # fmt: skip
+    selection, decode = Selection(targets=teacher.cache_folder), config.cache.frames == "none"
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=4), selection, decode=decode)
     run = Distiller(teacher, student, train=stream, options=OPTIONS, run_folder=run_folder, loss=LossConfig(**loss))
     return run.fit().losses
 
@@ -169,7 +171,7 @@ def test_a_cache_makes_the_teachers_rows_without_the_teacher_and_refuses_other_p
 def test_cached_layers_are_those_of_the_teacher(toys, tmp_path):
     config = make_cache(toys, tmp_path, "cache.hidden_layers=[-1,1]")
     model = load_salmonn(toys / "teacher")
-    stream = ShardStream(toys / "data" / "train", batch_size=3, shuffle=False, targets=tmp_path)
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=3, shuffle=False), Selection(targets=tmp_path))
     batch = model.collate(next(iter(stream)))
     cached = wrap_teacher(config, model).targets(batch)
     live = OnlineTeacher(model, hidden_layers=[1]).targets(batch)
@@ -206,7 +208,7 @@ def test_frames_of_some_windows_are_refused_for_a_student_that_reads_all(toys, t
 
 def test_a_clip_that_is_not_decoded_is_silence_of_its_length(toys):
     heard, unheard = (
-        next(iter(ShardStream(toys / "data" / "train", batch_size=12, shuffle=False, decode=decode)))
+        next(iter(ShardStream(toys / "data" / "train", Order(batch_size=12, shuffle=False), decode=decode)))
         for decode in (True, False)
     )
     assert [(s.key, s.sha256, len(s.waveform_N)) for s in heard] == [
@@ -214,7 +216,9 @@ def test_a_clip_that_is_not_decoded_is_silence_of_its_length(toys):
     ]
     assert all(h.waveform_N.any() and not u.waveform_N.any() for h, u in zip(heard, unheard))
     with pytest.raises(ValueError, match="decode is False, but augmentation needs the audio"):
-        ShardStream(toys / "data" / "train", batch_size=2, decode=False, augmentation=Augmentation(noise_share=1.0))
+        ShardStream(
+            toys / "data" / "train", Order(batch_size=2), decode=False, augmentation=Augmentation(noise_share=1.0)
+        )
 
 
 def test_frames_are_cut_to_what_the_students_windows_read(toys, tmp_path):
@@ -226,7 +230,7 @@ def test_frames_are_cut_to_what_the_students_windows_read(toys, tmp_path):
 def test_cached_frames_are_refused_for_an_augmented_clip(toys, tmp_path):
     config = make_cache(toys, tmp_path, "cache.frames=int8")
     model = load_salmonn(toys / "teacher")
-    sample = next(iter(ShardStream(toys / "data" / "train", batch_size=1, targets=tmp_path)))[0]
+    sample = next(iter(ShardStream(toys / "data" / "train", Order(batch_size=1), Selection(targets=tmp_path))))[0]
     sample = dataclasses.replace(sample, clean_N=sample.waveform_N, waveform_N=sample.waveform_N * 0.5)
     with pytest.raises(ValueError, match=r"is augmented, but .* holds the encoders' frames of the clean clip"):
         wrap_teacher(config, model).targets(model.collate([sample]))
@@ -239,7 +243,7 @@ def test_with_both_answers_epochs_take_turns_and_targets_fit_each(toys, tmp_path
     config = make_cache(toys, tmp_path, "cache.answers=both", "cache.codec=dense", "cache.num_beams=2")
     model = load_salmonn(toys / "teacher")
     teacher = wrap_teacher(config, model)
-    stream = ShardStream(toys / "data" / "train", batch_size=3, shuffle=False, targets=tmp_path)
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=3, shuffle=False), Selection(targets=tmp_path))
     samples = next(iter(stream))
     own = OnlineTeacher(model, answers="teacher", max_new_tokens=5, num_beams=2).label(samples)[0]
     for epoch, expected in ((0, samples), (1, own), (2, samples)):
@@ -384,10 +388,9 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(toys, tmp_path, lim
     assert read_files(make_cache(toys, tmp_path / "full", *words).cache_folder).items() >= expected.items()
 
 
-def test_what_a_killed_process_left_does_not_stop_one_with_its_number_and_is_cleared(toys, tmp_path):
-    for name in (f".{FOLDER}.tmp-{os.getpid()}", f".{FOLDER}.0123.tmp"):
-        (tmp_path / "cache" / name).mkdir(parents=True)
-        (tmp_path / "cache" / name / PROMPTS).write_text("{")
+def test_what_a_killed_process_left_of_the_teachers_parts_is_cleared(toys, tmp_path):
+    (tmp_path / "cache" / f".{FOLDER}.0123.tmp").mkdir(parents=True)
+    (tmp_path / "cache" / f".{FOLDER}.0123.tmp" / PROMPTS).write_text("{")
     make_cache(toys, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").glob(f"*{FOLDER}*")] == [FOLDER]
 
@@ -457,7 +460,7 @@ def test_shards_that_were_packed_anew_from_other_data_are_cached_again_and_no_ot
     assert {name for name in before if before[name] != after[name]} == {
         f"train-000002.targets.{end}" for end in ("json", "tar")
     }
-    stream = ShardStream(tmp_path / "data" / "train", batch_size=12, targets=config.cache_folder)
+    stream = ShardStream(tmp_path / "data" / "train", Order(batch_size=12), Selection(targets=config.cache_folder))
     assert len(wrap_teacher(config, model).targets(model.collate(next(iter(stream)))).label_logprobs_S) > 12
 
 

@@ -11,6 +11,8 @@ import torch
 from distill.caching.filter import Rule, filter_labels, load_weights
 from distill.config import load_config
 from distill.training.microbatch import Collator
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.header import IDENTITY_FIELDS, CacheHeader
 from shards.targets.record import TargetRecord, identify_sample
@@ -64,10 +66,10 @@ def test_a_clip_of_weight_zero_is_never_read_and_the_epoch_is_shorter(toys, tmp_
     config, keys = toys
     filter_labels(config, Rule(max_ce=4.5), tmp_path / "weights.json")
     weights = load_weights(tmp_path / "weights.json", HEADER)
-    stream = ShardStream(config.shards("train"), batch_size=2, epochs=1, sample_weights=weights)
+    stream = ShardStream(config.shards("train"), Order(batch_size=2, epochs=1), Selection(sample_weights=weights))
     read = [sample.key for batch in stream for sample in batch]
     assert sorted(read) == sorted(keys[:5] + keys[11:]) and stream.num_samples == 6
-    other = ShardStream(config.shards("train"), batch_size=2, epochs=1)
+    other = ShardStream(config.shards("train"), Order(batch_size=2, epochs=1))
     with pytest.raises(ValueError, match=r"state has sample_weights [0-9a-f]{16}, but this stream has none"):
         other.load_state_dict(stream.state_dict())
 
@@ -79,7 +81,9 @@ def test_a_clip_that_counts_half_enters_every_term_with_half_its_weight(toys, tm
     assert set(weights.values()) == {0.5}
     tiny.make_parts(tmp_path / "parts")
     collate = Collator(None, tiny.make_teacher(tmp_path / "parts"), torch.device("cpu"), torch.float32)
-    stream = ShardStream(config.shards("train"), batch_size=12, shuffle=False, epochs=1, sample_weights=weights)
+    stream = ShardStream(
+        config.shards("train"), Order(batch_size=12, shuffle=False, epochs=1), Selection(sample_weights=weights)
+    )
     micro_batch = collate(next(iter(stream)))
     assert micro_batch.sample_weights == [0.5 if key in keys[5:11] else 1.0 for key in keys]
 

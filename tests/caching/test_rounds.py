@@ -22,6 +22,9 @@ from distill.run import run
 from distill.student import lora_of
 from distill.teach import build_llm
 from distill.training.microbatch import Collator
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.header import CacheHeader, read_header
 from shards.targets.store import TargetReader
@@ -85,10 +88,10 @@ def read_records(folder: Path) -> dict:
     return {key: reader.read_record(shard, key) for shard in shards for key in reader.keys(shard)}
 
 
-def open_stream(toys: Path, share: float = 1.0, **options) -> ShardStream:
+def open_stream(toys: Path, share: float = 1.0, answers: Path | None = None, **options) -> ShardStream:
     cached = toys / "data" / "cache"
-    options = {"batch_size": 12, "targets": cached, "student_answers": cached / "round-1"} | options
-    return ShardStream(toys / "data" / "train", student_share=share, **options)
+    selection = Selection(targets=cached, student_answers=answers or cached / "round-1", student_share=share)
+    return ShardStream(toys / "data" / "train", Order(**({"batch_size": 12} | options)), selection)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def test_a_share_of_the_clips_is_answered_and_only_those_are_learned_from(toys, 
     answers(configure(toys, "name=r0", f"cache.folder={tmp_path}", "on_policy.clips=0.4", *DRAWN))
     keys = set(read_records(tmp_path / "round-1"))
     assert len(keys) == 2 + 2 + 1  # of shards of 5, 5 and 2 clips
-    samples = next(iter(open_stream(toys, 1.0, student_answers=tmp_path / "round-1")))
+    samples = next(iter(open_stream(toys, 1.0, answers=tmp_path / "round-1")))
     assert {sample.key for sample in samples if sample.student_answer is not None} == keys
 
 
@@ -212,13 +215,17 @@ def test_answers_to_another_audio_are_refused(toys):
 
 
 def test_which_clips_come_with_the_students_answer_is_drawn_anew_each_epoch_whatever_the_ranks(toys):
-    def draw(**options) -> list[tuple]:
-        batches = iter(open_stream(toys, 0.5, epochs=24, decode=False, **options))
+    cached = toys / "data" / "cache"
+    selection = Selection(targets=cached, student_answers=cached / "round-1", student_share=0.5)
+
+    def draw(batch_size=12, seed=0, workers=0, **ranks) -> list[tuple]:
+        order, limits = Order(batch_size, seed=seed, epochs=24), Limits(workers=workers)
+        batches = iter(ShardStream(toys / "data" / "train", order, selection, limits, decode=False, **ranks))
         return [(s.epoch, s.key, s.student_answer is not None) for batch in batches for s in batch]
 
     alone = draw()
     assert sorted(alone) == sorted(draw(rank=0, world_size=2, batch_size=6) + draw(rank=1, world_size=2, batch_size=6))
-    assert sorted(alone) == sorted(draw(num_workers=1))
+    assert sorted(alone) == sorted(draw(workers=1))
     assert sum(is_answered for *_, is_answered in alone) / len(alone) == pytest.approx(0.5, abs=0.1)
     epochs = [frozenset(key for e, key, is_answered in alone if is_answered and e == epoch) for epoch in range(24)]
     assert len(set(epochs)) > 20  # no draw is that of another epoch, or its opposite

@@ -12,6 +12,7 @@ from distill.evaluation.clips import find_clips
 from distill.evaluation.metrics.scores import score
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 
 CAPTIONS = [["a low tone", "a tone is low", "one hum"], ["a high tone", "a beep", "one high beep"]]
@@ -50,7 +51,7 @@ def test_each_clip_is_answered_once_and_training_sees_every_row(split, tmp_path)
     assert scores == score(predictions)
     assert {task: found.num_samples for task, found in scores.items()} == {"QA": 2, "audiocaption": 2}
     assert scores["audiocaption"].extra["references"] == 3
-    assert ShardStream(split, batch_size=2, epochs=1).num_samples == 9
+    assert ShardStream(split, Order(batch_size=2, epochs=1)).num_samples == 9
 
 
 def test_a_split_without_a_text_is_refused_by_name(tmp_path):

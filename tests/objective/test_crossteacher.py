@@ -17,6 +17,8 @@ from distill.objective.crossteacher import CrossTeacher, meet
 from distill.run import run
 from distill.teach import build_llm
 from distill.training.microbatch import Collator
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students.student import build_student, load_student
 from teachers.files.loading import load_salmonn
@@ -52,7 +54,9 @@ def make_student(toys, llm: str = "qwen"):
 
 
 def open_stream(toys) -> ShardStream:
-    return ShardStream(toys / "data" / "train", batch_size=4, targets=toys / "data" / "cache", labelled_share=0.5)
+    return ShardStream(
+        toys / "data" / "train", Order(batch_size=4), Selection(targets=toys / "data" / "cache", labelled_share=0.5)
+    )
 
 
 def make_run(toys, run_folder, teacher=None, loss=CROSS, **changes) -> Distiller:

@@ -13,6 +13,8 @@ from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, loss_at
 from distill.training.microbatch import Collator, split
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students.student import build_student, save_student
 from teachers.files.loading import load_salmonn, read_names
@@ -91,7 +93,7 @@ def test_every_cached_target_kind_gives_the_kl_of_the_online_teacher(toys, tmp_p
     cache(load_config(toys / "toy.yaml", words))
     teacher = CachedTeacher(tmp_path / "cache")
     loss = LossConfig(ce=0.0, feature=0.0, hidden=1.0, temperature=2.0)
-    stream = ShardStream(toys / "data" / "train", batch_size=4, targets=tmp_path / "cache")
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=4), Selection(targets=tmp_path / "cache"))
     cached = make_run(toys, tmp_path / "cached", loss, teacher, stream, steps=1, warmup_steps=0).fit().losses
     whole = OnlineTeacher(load_salmonn(toys / "teacher"), k=None if codec in ("dense", "hidden") else 64,
                           temperatures=(2.0,))  # fmt: skip
@@ -103,7 +105,7 @@ def test_draws_of_the_teacher_train_with_the_forward_kl_and_are_refused_with_ano
     words = ["cache.codec=sampled", "cache.draws=20", f"cache.folder={tmp_path / 'cache'}"]
     cache(load_config(toys / "toy.yaml", words))
     teacher = CachedTeacher(tmp_path / "cache")
-    stream = ShardStream(toys / "data" / "train", batch_size=4, targets=tmp_path / "cache")
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=4), Selection(targets=tmp_path / "cache"))
     losses = make_run(toys, tmp_path / "run", LossConfig(ce=0.0, feature=0.0), teacher, stream).fit().losses
     assert all(math.isfinite(loss) for loss in losses)
     with pytest.raises(ValueError, match=r"draws of the teacher .* give the forward KL at temperature 1 alone"):
@@ -172,6 +174,6 @@ def test_an_objective_that_cannot_be_is_refused_before_anything_starts(toys, tmp
 def test_a_term_without_targets_is_an_error_and_not_zero(toys, tmp_path, loss, message):
     words = [f"cache.folder={tmp_path / 'cache'}", "cache.features=none"]
     cache(load_config(toys / "toy.yaml", words))
-    stream = ShardStream(toys / "data" / "train", batch_size=4, targets=tmp_path / "cache")
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=4), Selection(targets=tmp_path / "cache"))
     with pytest.raises(ValueError, match=message):
         make_run(toys, tmp_path, loss, CachedTeacher(tmp_path / "cache"), stream).fit()

@@ -30,6 +30,7 @@ from shards.packing.pack import LOCK, pack
 from shards.packing.verify import verify
 from shards.pool import IN_FLIGHT, map_in_order
 from shards.streaming.catalog import check_channels
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 
 
@@ -443,7 +444,7 @@ def test_shards_come_with_the_index_that_the_stream_needs_and_it_is_verified(man
     pack(manifest, out, shard_samples=20, workers=1)
     before = contents(out)
     assert {name for name in before if name.endswith(".idx")} == {f"train-00000{n}.tar.idx" for n in (0, 1)}
-    assert ShardStream(out, batch_size=1).num_samples == 40
+    assert ShardStream(out, Order(batch_size=1)).num_samples == 40
     assert contents(out) == before  # nothing was walked again and written
     shutil.copy(out / "train-000000.tar.idx", out / "train-000001.tar.idx")
     with pytest.raises(ValueError, match=r"train-000001\.tar\.idx is missing or not of this shard"):
@@ -474,7 +475,7 @@ def test_real_data_goes_through_audit_pack_and_stream_with_its_counts(shared, tm
     audited = audit([shared / f"data/{name}.json"], tmp_path / "audited", workers=1)
     report = pack(audited.cleaned[0], tmp_path / "out", shard_samples=64, workers=1)
     assert (audited.num_kept, report.num_samples, report.bad) == (count, count, ())
-    stream = ShardStream(tmp_path / "out", batch_size=16, epochs=1, shuffle=False)
+    stream = ShardStream(tmp_path / "out", Order(batch_size=16, epochs=1, shuffle=False))
     samples = [sample for batch in stream for sample in batch]
     entries = read_manifest(shared / f"data/{name}.json")
     expected = [(entry.text, entry.task, entry.question, entry.source) for entry in entries]
@@ -499,10 +500,10 @@ def test_the_left_channel_is_packed_unless_the_mean_is_asked_for_and_the_two_are
         out = tmp_path / channels
         pack(tmp_path / "m.json", out, name=channels, options=EncodeOptions(channels=channels), workers=1)
         assert json.loads((out / "index.json").read_text())["options"]["channels"] == channels
-        (sample,) = next(iter(ShardStream(out, batch_size=1, epochs=1)))
+        (sample,) = next(iter(ShardStream(out, Order(batch_size=1, epochs=1))))
         np.testing.assert_allclose(sample.waveform_N, value, atol=1e-4)
     with pytest.raises(ValueError, match=r"channels of .*left/ left, .*mean/ mean, but .* pack one of them again"):
-        ShardStream([str(tmp_path / "left/*.tar"), str(tmp_path / "mean/*.tar")], batch_size=1)
+        ShardStream([str(tmp_path / "left/*.tar"), str(tmp_path / "mean/*.tar")], Order(batch_size=1))
     with pytest.raises(ValueError, match=r"channels of .*left left, .*mean mean, but .* pack one of them again"):
         check_channels([tmp_path / "left", tmp_path / "none", tmp_path / "mean"])
     check_channels([tmp_path / "left", tmp_path / "none"])

@@ -11,6 +11,9 @@ import soundfile
 from tars import keys_of, make_key, make_members, make_waveform, write_shards
 
 from shards.audio.decode import encode_flac
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
@@ -54,7 +57,7 @@ def test_a_bad_sample_is_left_out_counted_and_logged(tmp_path, name):
             writer.add(f"{make_key(number)}.{suffix}", data)
     writer.close()
     log = tmp_path / "bad_samples.jsonl"
-    stream = ShardStream(tmp_path, batch_size=1, epochs=1, shuffle=False, bad_samples=log)
+    stream = ShardStream(tmp_path, Order(batch_size=1, epochs=1, shuffle=False), limits=Limits(bad_samples=log))
     assert keys_of(stream) == [[(make_key(0), 0)], [], [(make_key(2), 0)]]  # steps stay
     assert dict(stream.num_bad) == {reason: 1}
     (entry,) = [json.loads(line) for line in log.read_text().splitlines()]
@@ -68,7 +71,7 @@ def test_more_bad_samples_than_allowed_end_the_run(tmp_path):
         writer.add(f"{make_key(number)}.flac", b"nothing")
         writer.add(f"{make_key(number)}.json", make_members(number)["json"])
     writer.close()
-    stream = ShardStream(tmp_path, batch_size=1, epochs=1, num_workers=1)
+    stream = ShardStream(tmp_path, Order(batch_size=1, epochs=1), limits=Limits(workers=1))
     batches = []
     with pytest.raises(ValueError, match=r"bad samples are 11 of 11 \(11 decode\), but at most 10 are accepted"):
         batches.extend(stream)
@@ -78,7 +81,7 @@ def test_more_bad_samples_than_allowed_end_the_run(tmp_path):
 def test_a_shard_that_vanishes_or_changes_during_a_run_is_an_error_not_a_skip(tmp_path):
     write_shards(tmp_path, [3, 3])
     for num_workers in (0, 1):
-        stream = ShardStream(tmp_path, batch_size=1, epochs=1, shuffle=False, num_workers=num_workers)
+        stream = ShardStream(tmp_path, Order(batch_size=1, epochs=1, shuffle=False), limits=Limits(workers=num_workers))
         second = tmp_path / "train-000001.tar"
         data = second.read_bytes()
         second.write_bytes(data[:-512])
@@ -109,7 +112,7 @@ def with_targets(tmp_path):
 def test_targets_are_joined_by_key(with_targets):
     audio, cache = with_targets
     for sample in itertools.chain.from_iterable(
-        ShardStream(audio, batch_size=2, epochs=1, targets=cache, num_workers=1)
+        ShardStream(audio, Order(batch_size=2, epochs=1), Selection(targets=cache), Limits(workers=1))
     ):
         assert sample.targets == f"what the teacher says of {sample.key}".encode()
 
@@ -124,25 +127,25 @@ def test_missing_and_foreign_targets_are_refused_by_name(with_targets):
         write_targets(second, [make_key(n) for n in keys])
         second.with_name(second.name + ".idx").unlink(missing_ok=True)
         with pytest.raises(ShardError, match=message):
-            ShardStream(audio, batch_size=2, targets=cache)
+            ShardStream(audio, Order(batch_size=2), Selection(targets=cache))
     second.unlink()
     with pytest.raises(ShardError, match=r"train-000001\.targets\.tar is missing"):
-        ShardStream(audio, batch_size=2, targets=cache)
+        ShardStream(audio, Order(batch_size=2), Selection(targets=cache))
 
 
 def test_tasks_that_are_not_read_need_no_target(with_targets):
     audio, cache = with_targets
     write_targets(cache / "train-000001.targets.tar", [make_key(3)])  # 4 is of another task than 0 and 3
-    stream = ShardStream(audio, batch_size=2, epochs=1, targets=cache, tasks=["asr"])
+    stream = ShardStream(audio, Order(batch_size=2, epochs=1), Selection(targets=cache, tasks=["asr"]))
     assert sorted(key for batch in keys_of(stream) for key, _ in batch) == [make_key(0), make_key(3)]
 
 
 def test_a_damaged_target_is_left_out_and_counted(with_targets):
     audio, cache = with_targets
-    ShardStream(audio, batch_size=1, targets=cache)
+    ShardStream(audio, Order(batch_size=1), Selection(targets=cache))
     path = cache / "train-000001.targets.tar"
     status = path.stat()
     path.write_bytes(path.read_bytes().replace(b"says of clip-00004", b"says of clip-00009"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    stream = ShardStream(audio, batch_size=5, epochs=1, targets=cache)
+    stream = ShardStream(audio, Order(batch_size=5, epochs=1), Selection(targets=cache))
     assert [len(batch) for batch in stream] == [4] and dict(stream.num_bad) == {"checksum": 1}

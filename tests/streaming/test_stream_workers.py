@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from shards.audio.augmentation import Augmentation
 from shards.audio.decode import encode_flac, hash_waveform
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from shards.tars.tarwriter import TarWriter
 
@@ -27,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_dataloader_with_workers_around_the_stream_is_refused(folder):
-    loader = DataLoader(ShardStream(folder, batch_size=2, epochs=1), batch_size=None, num_workers=1)
+    loader = DataLoader(ShardStream(folder, Order(batch_size=2, epochs=1)), batch_size=None, num_workers=1)
     with pytest.raises(ValueError, match="num_workers is set on a DataLoader around the stream"):
         list(loader)
 
@@ -49,7 +51,7 @@ def long_clips(tmp_path_factory):
 
 def read_without_shared_memory(folder):
     """No file may grow past 16 kB here, and shared memory is a file."""
-    stream = ShardStream(folder, batch_size=8, epochs=1, num_workers=2)
+    stream = ShardStream(folder, Order(batch_size=8, epochs=1), limits=Limits(workers=2))
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))
     assert sum(len(batch) for batch in stream) == 32
 
@@ -62,7 +64,7 @@ def test_batches_of_any_size_travel_without_shared_memory(long_clips):
 
 
 def die_while_reading(folder, pids):
-    batches = iter(ShardStream(folder, batch_size=8, num_workers=2))
+    batches = iter(ShardStream(folder, Order(batch_size=8), limits=Limits(workers=2)))
     next(batches)
     os.write(pids, json.dumps([child.pid for child in multiprocessing.active_children()]).encode())
     os.kill(os.getpid(), signal.SIGKILL)
@@ -74,7 +76,7 @@ def test_a_stream_that_is_gone_holds_no_shard_open(folder):
 
     gc.collect()  # of streams of other tests
     before = count_open()
-    stream = ShardStream(folder, batch_size=4, epochs=1)
+    stream = ShardStream(folder, Order(batch_size=4, epochs=1))
     assert sum(map(len, stream)) == sum(SIZES)
     assert count_open() > before
     del stream
@@ -106,7 +108,7 @@ def private_bytes(pid):
 )
 def test_a_worker_holds_no_more_than_the_documents_say(long_clips, augmentation, num_batches, megabytes):
     batch_bytes = 2 * 30 * 16_000 * 4
-    stream = ShardStream(long_clips, batch_size=2, epochs=1, num_workers=1, augmentation=augmentation)
+    stream = ShardStream(long_clips, Order(batch_size=2, epochs=1), limits=Limits(workers=1), augmentation=augmentation)
     peaks = []
     for batch in stream:
         peaks += [private_bytes(child.pid) for child in multiprocessing.active_children()]
@@ -116,7 +118,7 @@ def test_a_worker_holds_no_more_than_the_documents_say(long_clips, augmentation,
 
 
 def test_workers_leave_signals_to_the_trainer(folder):
-    batches = iter(ShardStream(folder, batch_size=1, epochs=1, num_workers=1))
+    batches = iter(ShardStream(folder, Order(batch_size=1, epochs=1), limits=Limits(workers=1)))
     read = [next(batches)]
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM)

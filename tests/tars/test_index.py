@@ -17,6 +17,8 @@ from tars import make_key, make_members, make_waveform, write_catalog, write_sha
 from shards.audio.decode import hash_waveform
 from shards.packing.stats import measure
 from shards.packing.verify import verify
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from shards.tars.archive import ShardError
 from shards.tars.index import AS_WRITTEN, build_index, load_index, sidecar_path, write_index
@@ -62,7 +64,7 @@ def assert_reported(folder, hashes):
     """Reading gives an error that names shard and key, or each sample, right or named among the bad."""
     log = folder / "bad_samples.jsonl"
     try:
-        stream = ShardStream(folder, batch_size=4, epochs=1, shuffle=False, bad_samples=log)
+        stream = ShardStream(folder, Order(batch_size=4, epochs=1, shuffle=False), limits=Limits(bad_samples=log))
         good = {sample.key: hash_waveform(sample.waveform_N) for batch in stream for sample in batch}
     except ShardError as error:
         assert "train-000000.tar" in str(error)
@@ -168,7 +170,7 @@ def test_executable_members_are_refused_and_never_run(tmp_path, name):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     with pytest.raises(ShardError, match=r"a\.tar holds .* executable, pickled and compressed members are refused"):
-        ShardStream(path, batch_size=1)
+        ShardStream(path, Order(batch_size=1))
     assert not marker.exists()
 
 
@@ -223,13 +225,13 @@ def test_a_key_in_two_shards_is_refused(tmp_path):
     write_shard(tmp_path / "a.tar", [1, 2])
     write_shard(tmp_path / "b.tar", [3, 2])
     with pytest.raises(ShardError, match=r"clip-00002 is in .*a\.tar and in .*b\.tar"):
-        ShardStream(tmp_path, batch_size=1)
+        ShardStream(tmp_path, Order(batch_size=1))
 
 
 def test_an_oversized_member_is_refused_before_it_is_read(tmp_path):
     write_shard(tmp_path / "a.tar", [1])
     with pytest.raises(ShardError, match=r"clip-00001\.flac is \d+ bytes, but a member may have 1000"):
-        ShardStream(tmp_path, batch_size=1, max_member_bytes=1000)
+        ShardStream(tmp_path, Order(batch_size=1), limits=Limits(max_member_bytes=1000))
 
 
 def test_json_that_no_sample_needs_is_refused_before_it_is_read(tmp_path):
@@ -300,7 +302,7 @@ def test_a_shard_packed_again_is_taken_with_its_new_catalog(tmp_path):
     load_index(tmp_path / "train-000000.tar")
     write_shard(tmp_path / "train-000000.tar", range(5))
     write_catalog(tmp_path)
-    assert ShardStream(tmp_path, batch_size=1).num_samples == 5
+    assert ShardStream(tmp_path, Order(batch_size=1)).num_samples == 5
 
 
 def test_a_damaged_sidecar_is_built_again(tmp_path):
@@ -320,22 +322,22 @@ def test_a_damaged_sidecar_is_built_again(tmp_path):
 def test_shards_that_the_catalog_does_not_describe_are_refused(tmp_path):
     write_shards(tmp_path, [3, 4])
     write_catalog(tmp_path)
-    assert ShardStream(tmp_path, batch_size=1).num_samples == 7
+    assert ShardStream(tmp_path, Order(batch_size=1)).num_samples == 7
     second = tmp_path / "train-000001.tar"
     write_shard(second, range(3, 6))
     with pytest.raises(
         ShardError, match=r"train-000001\.tar has 30720 bytes .* built from 40960 bytes .*\(4 samples\)"
     ):
-        ShardStream(tmp_path, batch_size=1)
+        ShardStream(tmp_path, Order(batch_size=1))
     sidecar_path(second).unlink()
     with pytest.raises(ShardError, match=r"train-000001\.tar has samples 3, but index\.json beside it says 4"):
-        ShardStream(tmp_path, batch_size=1)
+        ShardStream(tmp_path, Order(batch_size=1))
     second.unlink()
     with pytest.raises(ShardError, match=r"has 1 shards, but its index\.json lists 2: train-000001\.tar is missing"):
-        ShardStream(tmp_path, batch_size=1)
+        ShardStream(tmp_path, Order(batch_size=1))
     write_shard(tmp_path / "train-000002.tar", [9])
     with pytest.raises(ShardError, match=r"train-000002\.tar is not one of the 2 shards"):
-        ShardStream(tmp_path, batch_size=1)
+        ShardStream(tmp_path, Order(batch_size=1))
 
 
 @pytest.mark.parametrize(

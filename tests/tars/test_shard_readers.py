@@ -7,6 +7,7 @@ import tarfile
 import pytest
 from tars import SIZES, keys_of, make_key, make_members, write_shard, write_shards
 
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 
 
@@ -56,6 +57,6 @@ def test_shards_of_webdatasets_writer_are_read(tmp_path):
         for number in range(4):
             writer.write({"__key__": make_key(number), **make_members(number)})
     write_shard(tmp_path / "b.tar", [4])
-    assert sorted(key for batch in keys_of(ShardStream(tmp_path, batch_size=2, epochs=1)) for key, _ in batch) == [
-        make_key(n) for n in range(5)
-    ]
+    assert sorted(
+        key for batch in keys_of(ShardStream(tmp_path, Order(batch_size=2, epochs=1))) for key, _ in batch
+    ) == [make_key(n) for n in range(5)]

@@ -9,6 +9,8 @@ import threading
 import pytest
 from tars import make_key, write_shard, write_shards
 
+from shards.streaming.limits import Limits
+from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from shards.tars.archive import ShardError
 from shards.tars.index import load_index
@@ -140,7 +142,9 @@ def test_shards_stream_over_http_through_cuts_and_errors(server, tmp_path):
     server.failures = [503, "cut", "cut"]
     cache = ShardCache(tmp_path / "cache", first_wait_seconds=0.001)
     stream = ShardStream(
-        f"{server.url}/train-{{000000..000001}}.tar", batch_size=2, epochs=1, cache=cache, num_workers=1
+        f"{server.url}/train-{{000000..000001}}.tar",
+        Order(batch_size=2, epochs=1),
+        limits=Limits(cache=cache, workers=1),
     )
     assert keys_of(stream) == keys
     assert any(span for _, span in server.requests)  # a cut download goes on where it stopped
@@ -154,7 +158,9 @@ def test_an_index_beside_a_remote_shard_spares_reading_the_shard(server, tmp_pat
     for path in server.folder.glob("*.tar"):
         load_index(path)
     cache = ShardCache(tmp_path / "cache")
-    stream = ShardStream(f"{server.url}/train-{{000000..000001}}.tar", batch_size=1, shuffle=False, cache=cache)
+    stream = ShardStream(
+        f"{server.url}/train-{{000000..000001}}.tar", Order(batch_size=1, shuffle=False), limits=Limits(cache=cache)
+    )
     assert not [name for name, _ in server.requests if name.endswith(".tar")]
     assert next(iter(stream))[0].key == make_key(0)
     assert [name for name, _ in server.requests if name.endswith(".tar")] == ["train-000000.tar"]
@@ -165,7 +171,7 @@ def test_the_cache_stays_within_its_bytes_and_every_sample_still_comes(server, t
     size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
     cache = ShardCache(tmp_path / "cache", max_bytes=2 * size)
     urls = [f"{server.url}/train-{n:06d}.tar" for n in range(4)]
-    assert keys_of(ShardStream(urls, batch_size=2, epochs=1, cache=cache)) == keys
+    assert keys_of(ShardStream(urls, Order(batch_size=2, epochs=1), limits=Limits(cache=cache))) == keys
     left = {path.name for path in (tmp_path / "cache").iterdir()}
     copies = {name for name in left if name.endswith(".tar")}
     assert 1 <= len(copies) <= 2
@@ -188,7 +194,9 @@ def test_addresses_that_differ_in_a_slash_have_copies_of_their_own(server, tmp_p
     write_shard(server.folder / "a_train-000000.tar", [7])
     cache = ShardCache(tmp_path / "cache")
     for name, number in (("a/train-000000.tar", 0), ("a_train-000000.tar", 7)):
-        assert keys_of(ShardStream(f"{server.url}/{name}", batch_size=1, epochs=1, cache=cache)) == [make_key(number)]
+        assert keys_of(
+            ShardStream(f"{server.url}/{name}", Order(batch_size=1, epochs=1), limits=Limits(cache=cache))
+        ) == [make_key(number)]
 
 
 def open_and_leave(cache, url):
@@ -217,7 +225,9 @@ def test_what_a_killed_process_left_is_cleared(server, tmp_path):
     for url in (first, f"{server.url}/never-again.tar"):
         for suffix in (".part", ".lock"):
             (folder / f"{cache._path(url).name}{suffix}").write_bytes(b"half of it")
-    assert keys_of(ShardStream([first, second], batch_size=2, epochs=1, cache=cache)) == [make_key(n) for n in range(6)]
+    assert keys_of(ShardStream([first, second], Order(batch_size=2, epochs=1), limits=Limits(cache=cache))) == [
+        make_key(n) for n in range(6)
+    ]
     assert {path.suffix for path in folder.iterdir()} == {".tar", ".idx"}
 
 
@@ -241,7 +251,11 @@ def test_a_full_disk_is_named_at_once_and_nothing_stays(server, tmp_path):
 def test_a_missing_remote_shard_is_an_error_at_once(server, tmp_path):
     write_shards(server.folder, [1])
     with pytest.raises(ShardError, match=r"train-000001\.tar is missing"):
-        ShardStream(f"{server.url}/train-{{000000..000001}}.tar", batch_size=1, cache=ShardCache(tmp_path / "cache"))
+        ShardStream(
+            f"{server.url}/train-{{000000..000001}}.tar",
+            Order(batch_size=1),
+            limits=Limits(cache=ShardCache(tmp_path / "cache")),
+        )
     assert [name for name, _ in server.requests].count("train-000001.tar") == 1
 
 
@@ -262,7 +276,9 @@ def test_a_remote_shard_that_is_not_the_indexed_one_is_refused(server, tmp_path)
     load_index(server.folder / "train-000000.tar")
     shard = server.folder / "train-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-10240])
-    stream = ShardStream(f"{server.url}/train-000000.tar", batch_size=1, cache=ShardCache(tmp_path / "cache"))
+    stream = ShardStream(
+        f"{server.url}/train-000000.tar", Order(batch_size=1), limits=Limits(cache=ShardCache(tmp_path / "cache"))
+    )
     with pytest.raises(ShardError, match=r"train-000000\.tar has \d+ bytes, but its index says"):
         next(iter(stream))
 
@@ -276,9 +292,9 @@ def test_fsspec_opens_shards_folders_and_globs(tmp_path):
         memory.pipe_file(f"/stream/{path.name}", path.read_bytes())
     cache = ShardCache(tmp_path / "cache")
     for shards in ("memory://stream/", "memory://stream/*.tar", "memory://stream/train-{000000..000001}.tar"):
-        assert keys_of(ShardStream(shards, batch_size=2, epochs=1, cache=cache)) == keys
+        assert keys_of(ShardStream(shards, Order(batch_size=2, epochs=1), limits=Limits(cache=cache))) == keys
     with pytest.raises(ShardError, match="cannot be opened"):
-        ShardStream("nosuch://bucket/a.tar", batch_size=1, cache=cache)
+        ShardStream("nosuch://bucket/a.tar", Order(batch_size=1), limits=Limits(cache=cache))
 
 
 def test_a_missing_file_is_not_tried_again():

@@ -20,6 +20,8 @@ from distill.training.identity import identify_settings
 from distill.training.resuming import compare
 from distill.training.stopping import BadStepsError
 from shards.packing.pack import pack
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students.student import build_student, load_student, save_student
 from teachers.files.loading import load_salmonn, own_tensors
@@ -255,7 +257,7 @@ def test_a_cache_of_another_teacher_is_refused_with_what_differs(toys, tmp_path)
 def test_targets_of_another_answer_are_refused(toys):
     teacher = CachedTeacher(toys / "data" / "cache")
     model = load_salmonn(toys / "teacher")
-    stream = ShardStream(toys / "data" / "train", batch_size=2, targets=toys / "data" / "cache")
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=2), Selection(targets=toys / "data" / "cache"))
     samples = [dataclasses.replace(sample, text="nine nine") for sample in next(iter(stream))]
     with pytest.raises(ValueError, match=r"another answer; cache this sample again"):
         teacher.targets(model.collate(samples))

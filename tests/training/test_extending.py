@@ -20,6 +20,8 @@ from distill.config import load_config
 from distill.training.identity import identify_fit
 from distill.training.resuming import compare
 from shards.packing.items import pack_items
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students import build_student, load_student, save_student
 from teachers import CachedTeacher, Lora, load_salmonn
@@ -67,9 +69,9 @@ def test_a_model_a_folder_and_a_teacher_by_path_train_alike(toys, tmp_path):
 
 def test_a_cache_is_read_as_its_header_says_it_was_made(toys, tmp_path):
     run = fit(toys, tmp_path / "a", toys / "data" / "cache")
-    assert run.stream.labelled_share == CachedTeacher(toys / "data" / "cache").labelled_share == 0.5
+    assert run.stream.selection.labelled_share == CachedTeacher(toys / "data" / "cache").labelled_share == 0.5
     assert len(run.fit().losses) == 2
-    stream = ShardStream(toys / "data" / "train", batch_size=4, targets=toys / "data" / "cache")
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=4), Selection(targets=toys / "data" / "cache"))
     with pytest.raises(ValueError, match=r"labelled_share of the stream is 1, but .*cache was made with 0\.5"):
         fit(toys, tmp_path / "b", toys / "data" / "cache", train=stream)
     for loss, message in ((LossConfig(temperature=3), r"keeps \[1\.0, 2\.0\]"), (LossConfig(hidden=1), "no states of")):
@@ -145,7 +147,7 @@ def test_samples_of_python_and_of_hugging_face_become_the_same_shards_once(toys,
     assert pack_items(iter(dicts), tmp_path / "out", "train", max_seconds=2.0) == first
     assert "holds these 3 samples, used again" in capsys.readouterr().out
     second = pack_items(hub, tmp_path / "out", "train", max_seconds=2.0)
-    batches = [next(iter(ShardStream(folder, batch_size=3, epochs=1))) for folder in (first, second)]
+    batches = [next(iter(ShardStream(folder, Order(batch_size=3, epochs=1)))) for folder in (first, second)]
     read = [sorted(sample.sha256 for sample in batch) for batch in batches]
     assert read[0] == read[1] and not list((tmp_path / "out").glob(".*"))
     run = fit(toys, tmp_path / "run", train=dicts)

@@ -21,6 +21,8 @@ from distill.training.ranks import build_accelerator
 from shards.audio.augmentation import Augmentation
 from shards.audio.decode import encode_flac, hash_waveform
 from shards.sample import SAMPLE_RATE
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
@@ -99,9 +101,11 @@ def test_a_run_is_not_resumed_under_another_augmentation(toys):
         run_to(toys, "changed")
 
 
-def open_stream(toys: Path, augmentation: Augmentation | None, **options) -> ShardStream:
+def open_stream(toys: Path, augmentation: Augmentation | None, targets: Path | None = None) -> ShardStream:
     """The training shards as one batch an epoch."""
-    return ShardStream(toys / "data" / "train", batch_size=12, augmentation=augmentation, max_seconds=2.0, **options)
+    return ShardStream(
+        toys / "data" / "train", Order(12), Selection(targets=targets), augmentation=augmentation, max_seconds=2.0
+    )
 
 
 def test_the_student_hears_the_augmented_clip_and_cached_targets_are_those_of_the_clean_one(toys):
@@ -147,7 +151,7 @@ def test_validation_is_never_augmented(toys, tmp_path):
     clips = {
         split: {
             np.pad(s.waveform_N, (0, max(0, SAMPLE_RATE - len(s.waveform_N)))).tobytes()  # as ears hear a short clip
-            for s in next(iter(ShardStream(toys / "data" / split, batch_size=12, epochs=1)))
+            for s in next(iter(ShardStream(toys / "data" / split, Order(batch_size=12, epochs=1))))
         }
         for split in ("train", "valid")
     }
