@@ -56,6 +56,16 @@ class Catalog:
         """Samples of a task."""
         return np.flatnonzero(self.task_ids == self.tasks.index(task))
 
+    def chosen_rows(self, task: str, selection: Selection) -> np.ndarray:
+        """Samples of a task that take part."""
+        rows = self.task_rows(task)
+        left_out = [key.encode() for key, weight in selection.sample_weights.items() if weight == 0]
+        rows = rows[~np.isin(self.keys[rows], left_out)] if left_out else rows
+        if not selection.labelled_only:
+            return rows
+        rows = rows[self.has_text[rows]]
+        return rows[[selection.shows_text(self.key(row)) for row in rows]] if selection.labelled_share < 1 else rows
+
 
 def open_catalog(
     shards: str | Path | Sequence[str | Path], selection: Selection | None = None, limits: Limits | None = None

@@ -7,14 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from shards.sample import Sample
-
-if TYPE_CHECKING:
-    from shards.streaming.catalog import Catalog
 
 
 @dataclass(frozen=True)
@@ -47,35 +41,24 @@ class Selection:
         """`student_share` where there are answers of the student."""
         return self.student_share if self.student_answers is not None else 0.0
 
-    def rows(self, catalog: "Catalog", task: str) -> np.ndarray:
-        """The samples of a task that take part."""
-        rows = catalog.task_rows(task)
-        left_out = [key.encode() for key, weight in self.sample_weights.items() if weight == 0]
-        rows = rows[~np.isin(catalog.keys[rows], left_out)] if left_out else rows
-        if not self.labelled_only:
-            return rows
-        rows = rows[catalog.has_text[rows]]
-        return rows[[self._shows_text(catalog.key(row)) for row in rows]] if self.labelled_share < 1 else rows
-
     def dress(self, sample: Sample) -> Sample:
         """A sample with its weight, and without its text where that is not given out."""
         weight = self.sample_weights.get(sample.key)
         sample = sample if weight is None else replace(sample, weight=weight)
-        return sample if self._shows_text(sample.key) else replace(sample, text=None)
+        return sample if self.shows_text(sample.key) else replace(sample, text=None)
 
-    def describe(self, catalog: "Catalog") -> dict[str, str]:
-        """What a stream's state says of it; equal texts choose the same samples of the same data."""
-        tasks = catalog.tasks if self.tasks is None else sorted(set(self.tasks))
+    def describe(self, answers_digest: str) -> dict[str, str]:
+        """What a stream's state says of labels, weights and answers, given the hash of the student's answers."""
         weights = json.dumps(dict(sorted(self.sample_weights.items())))
-        answers = f"{self.answered_share:g} of {catalog.answers_digest[:16]}"
+        answers = f"{self.answered_share:g} of {answers_digest[:16]}"
         return {
-            "tasks": ",".join(tasks),
             "labels": f"{self.labelled_share:g} {'only' if self.labelled_only else 'and others'}",
             "sample_weights": hashlib.sha256(weights.encode()).hexdigest()[:16] if self.sample_weights else "none",
             "student_answers": answers if self.answered_share else "none",
         }
 
-    def _shows_text(self, key: str) -> bool:
+    def shows_text(self, key: str) -> bool:
+        """Whether a sample's text is given out, if it has one."""
         return self.labelled_share >= 1 or zlib.crc32(key.encode()) < self.labelled_share * 2**32
 
 

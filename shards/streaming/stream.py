@@ -82,7 +82,7 @@ class ShardStream(IterableDataset):
         check_tasks("tasks", self.selection.tasks or (), self.catalog.tasks)
         check_tasks("weights", order.weights, self.catalog.tasks)
         self.tasks = sorted(self.catalog.tasks if self.selection.tasks is None else set(self.selection.tasks))
-        groups = [(self.selection.rows(self.catalog, task), order.weights.get(task, 1.0)) for task in self.tasks]
+        groups = [(self.catalog.chosen_rows(task, self.selection), order.weights.get(task, 1.0)) for task in self.tasks]
         self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
         self._reader = Reader(
             self.catalog, self.limits.cache, self.augmentation, order.seed, max_seconds, decode,
@@ -143,7 +143,8 @@ class ShardStream(IterableDataset):
             "order": self.plan.order.options,
             "augment": "none" if self.augmentation is None else asdict(self.augmentation),
             "data": self.catalog.digest,
-            **self.selection.describe(self.catalog),
+            "tasks": ",".join(self.tasks),
+            **self.selection.describe(self.catalog.answers_digest),
         }
 
     def load_state_dict(self, state: dict) -> None:
