@@ -1,7 +1,11 @@
-"""What a package offers by name, each imported when it is asked for, so that `import distill` costs no torch."""
+"""What is imported when it is asked for: a package's names, so that `import distill` costs no torch, or a library.
+
+A library's seconds are then paid by who uses it, not by who asks for help or names a file that is not there.
+"""
 
 import importlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 
 def offer(package: str, faces: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
@@ -18,3 +22,19 @@ def offer(package: str, faces: Mapping[str, str]) -> tuple[Callable[[str], objec
         return getattr(importlib.import_module(faces[name]), name)
 
     return find, lambda: sorted(faces)
+
+
+def late(name: str) -> ModuleType:
+    """A library that is imported with the first thing that is asked of it, as in `np = late("numpy")`.
+
+    Annotations that name it need `from __future__ import annotations`.
+    """
+    library = ModuleType(name)
+
+    def find(attribute: str):
+        value = getattr(importlib.import_module(name), attribute)
+        setattr(library, attribute, value)  # the next time it is there
+        return value
+
+    library.__getattr__ = find
+    return library

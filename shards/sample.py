@@ -1,8 +1,12 @@
 """One record as the stream yields it, and the two numbers every part agrees on. Knows no file format and no model."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
-import numpy as np
+from shards.faces import late
+
+np = late("numpy")
 
 SAMPLE_RATE = 16_000  # Hz, of every waveform after it was decoded
 MAX_SECONDS = 30.0  # the most a sample holds: Whisper's encoder sees no more
@@ -36,7 +40,7 @@ class Sample:
     answer_ids: tuple[int, ...] | None = None  # the answer's ids with the end token, where `text` alone tells others
 
     @property
-    def as_the_teacher_hears_it(self) -> "Sample":
+    def as_the_teacher_hears_it(self) -> Sample:
         """The sample itself, or the clean clip where that is what the teacher hears."""
         return self if self.clean_N is None else replace(self, waveform_N=self.clean_N, clean_N=None, mel_mask=None)
 

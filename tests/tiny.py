@@ -11,7 +11,7 @@ import soundfile
 import torch
 from accelerate.state import AcceleratorState
 
-from distill.config import ScratchConfig
+from distill.config import ScratchConfig, load_config, to_yaml
 from distill.demo.tokenizer import train_tokenizer
 from distill.teach import build_llm, build_whisper
 from shards.files.write import open_atomically
@@ -118,10 +118,9 @@ def write_config(path: Path, data: Path, teacher: Path, parts: Path, **changes) 
         "train__micro_batch_size": 4, "train__learning_rate": 2e-3, "train__warmup_steps": 2, "train__save_every": 2,
         "corpus__valid_share": 0.0, **changes,
     }  # fmt: skip
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in values.items()])
-    path.write_text(OmegaConf.to_yaml(config))
+    words = [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
+    path.write_text("")
+    path.write_text(to_yaml(load_config(path, words)))
     return path
 
 

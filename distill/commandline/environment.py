@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("distill-audio", "torch", "torchaudio", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes",
-            "numpy", "soundfile", "soxr", "webdataset", "omegaconf")  # fmt: skip
+            "numpy", "soundfile", "soxr", "webdataset", "pyyaml")  # fmt: skip
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 # Whose values are switches or numbers; of others a report says no more than that they are set
 SHOWN = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE",

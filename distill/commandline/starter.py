@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -78,6 +79,7 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+@cache
 def read_comments(section: type) -> dict[str, str]:
     """What the comment beside each field of a dataclass says."""
     comments: dict[str, str] = {}

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+import yaml
 
-from distill.config.files import read_files, read_words
+from distill.config.files import lay_over_, read_files, read_words
 from distill.config.recipes import find_config
 from distill.config.rules import check_config, check_section, refuse_secrets
 from distill.config.suggestions import did_you_mean, nearest_fields
 from shards.audio.augmentation import Augmentation
+from shards.kinds import is_null
 from shards.tars.source import is_remote, join_place
 from teachers.lora import Lora
 
@@ -317,59 +317,71 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: a key is unknown, of the wrong type or out of range, or holds what looks like a secret.
     """
     path = find_config(path)
-    config = OmegaConf.structured(Config)
-    origin = str(path)
+    tree: dict = {}
+    for file, layer in [*read_files(path), (path, read_words(overrides, takes_text))]:
+        refuse_secrets(layer, str(file))
+        check_keys(layer, str(file))
+        lay_over_(tree, layer)
     try:
-        files = [(file, without_empty_sections(layer)) for file, layer in read_files(path)]
-        layers = [*files, (path, read_words(overrides))]
-        for file, layer in layers:
-            origin = str(file)
-            refuse_secrets(OmegaConf.to_container(layer), origin)
-            config = OmegaConf.merge(config, layer)
-        config = to_object(config, str(path))
-    except ConfigKeyError as error:
-        words = [word.partition("=")[0] for word in overrides]  # omegaconf names a wrong section alone
-        field = next((word for word in words if word.startswith(error.full_key)), error.full_key)
-        meant = did_you_mean(nearest_fields(field, list_fields()), "`distill new` writes all of them.")
-        raise ValueError(f"{origin}: field is {field}, but there is none of that name; {meant}") from error
-    except (OmegaConfBaseException, TypeError) as error:
-        key, problem = getattr(error, "full_key", None) or "?", str(error).splitlines()[0]
-        if problem.startswith("Incompatible value 'None'"):
-            problem = "is empty, but must have a value; give one, or '' for no text."
-            raise ValueError(f"{origin}: {key} {problem}") from error
-        raise ValueError(f"{origin}: {key}: {problem}; correct the file or the override.") from error
-    refuse_secrets(dataclasses.asdict(config), str(path))  # again: ${oc.env:…} is a value only now
-    return config
-
-
-def to_object(config: DictConfig, origin: str) -> Config:
-    """The dataclasses of a merged tree; what their rules refuse is said with the file's name."""
-    try:
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException:
-        raise
+        return Config(**{name: SECTIONS[name](**value) if name in SECTIONS else value for name, value in tree.items()})
     except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
-def without_empty_sections(layer: DictConfig) -> DictConfig:
-    """A file's tree without sections whose fields are all commented out: they change nothing."""
-    sections = {outer.name for outer in dataclasses.fields(Config) if dataclasses.is_dataclass(outer.type)}
-    return OmegaConf.masked_copy(layer, [name for name in layer if name not in sections or layer[name] is not None])
+SECTIONS = {outer.name: outer.type for outer in dataclasses.fields(Config) if dataclasses.is_dataclass(outer.type)}
+FIELDS = {  # the type of every field by its dotted name, in the order of the dataclasses
+    name: kind
+    for outer in dataclasses.fields(Config)
+    for name, kind in (
+        [(f"{outer.name}.{own.name}", own.type) for own in dataclasses.fields(outer.type)]
+        if outer.name in SECTIONS
+        else [(outer.name, outer.type)]
+    )
+}
 
 
 def list_fields() -> list[str]:
-    """The dotted name of every field, in the order of the dataclasses."""
-    names = []
-    for outer in dataclasses.fields(Config):
-        inner = dataclasses.fields(outer.type) if dataclasses.is_dataclass(outer.type) else ()
-        names += [f"{outer.name}.{own.name}" for own in inner] if inner else [outer.name]
-    return names
+    """The dotted name of every field."""
+    return list(FIELDS)
+
+
+def takes_text(key: str) -> bool:
+    """Whether a field takes text, or an entry of one that takes texts by name, such as `loss.schedules.kl`."""
+    return FIELDS.get(key) is str or FIELDS.get(key.rpartition(".")[0]) == dict[str, str]
+
+
+def check_keys(layer: dict, origin: str) -> None:
+    """Refuse what no field can take, and leave out sections whose fields are all commented out, in place.
+
+    Args:
+        layer: what a file or the words say.
+        origin: the file's name.
+
+    Raises:
+        ValueError: naming the key, and those that it may mean.
+    """
+    for name in [name for name, value in layer.items() if name in SECTIONS and is_null(value)]:
+        del layer[name]
+    for name, value in layer.items():
+        inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) and value else {}
+        for key, one in (inner or {name: value}).items():
+            if key not in FIELDS and key not in SECTIONS:
+                meant = did_you_mean(nearest_fields(key, list_fields()), "`distill new` writes all of them.")
+                raise ValueError(f"{origin}: field is {key}, but there is none of that name; {meant}")
+            if "${" in str(one):
+                raise ValueError(
+                    f"{origin}: {key} is {one}, but nothing stands in for ${{…}} here; write the value itself, or let "
+                    f"the shell put it behind the command, as {key}=$NAME."
+                )
+        if name in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f"{origin}: {name} is {value!r}, but is a section with fields; write {name}.FIELD=value.")
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists, which is how YAML has them
+    tree["loss"]["hidden_layers"] = config.loss.hidden_layers
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def fingerprint(value) -> str:

@@ -5,18 +5,14 @@ is refused in the same words whether a file, the command line or Python gave it.
 """
 
 import dataclasses
-import math
-import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Union, get_args, get_origin
+from collections.abc import Callable
 
 from distill.objective.divergences import DIVERGENCES
 from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
+from shards.kinds import convert_fields
 from teachers.ears.encoders import second_kinds
 
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
@@ -77,9 +73,6 @@ TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive
 HEAD_INPUT = -1  # among hidden layers
 
 
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
 def check_section(name: str, section) -> None:
     """The gate of one section, called when it is made; numbers and lists take the field's own type, in place.
 
@@ -91,51 +84,11 @@ def check_section(name: str, section) -> None:
         ValueError: naming the field, its value and the rule.
     """
     prefix = f"{name}." if name else ""
+    convert_fields(section, prefix)
     for field in dataclasses.fields(section):
-        key, value = f"{prefix}{field.name}", getattr(section, field.name)
-        try:
-            object.__setattr__(section, field.name, expand_home(convert(value, field.type)))
-        except TypeError as error:
-            raise ValueError(f"{key} is {value!r}, but must be {error}; correct it.") from None
-        check_value(key, getattr(section, field.name))
+        check_value(f"{prefix}{field.name}", getattr(section, field.name))
     if name in RULES:
         RULES[name](section)
-
-
-def expand_home(value):
-    """A path with the home folder that `~/` stands for; anything else as it is."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
-
-
-def convert(value, kind):
-    """A value as its field's type: 1 where 1.0 is meant, a list for a tuple, numpy's numbers as Python's.
-
-    Raises:
-        TypeError: it is of another type; the text says of which it must be.
-    """
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else convert(value, next(k for k in inner if k is not NoneType))
-    if origin is dict and isinstance(value, Mapping):
-        return {convert(key, inner[0]): convert(one, inner[1]) for key, one in value.items()}
-    if origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(convert(one, inner[0]) for one in value)
-    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if kind is float and isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if (kind in (str, bool) or dataclasses.is_dataclass(kind)) and isinstance(value, kind):
-        return value
-    raise TypeError(describe_kind(kind))
-
-
-def describe_kind(kind) -> str:
-    """A type in words."""
-    if get_origin(kind) in (list, tuple):
-        return f"a list, of {describe_kind(get_args(kind)[0]).removeprefix('a ')} each"
-    if get_origin(kind) is dict:
-        return " to ".join(describe_kind(inner) for inner in get_args(kind)) + ", by name"
-    return f"a {kind.__name__}" if dataclasses.is_dataclass(kind) else KINDS[kind]
 
 
 def choices_of(key: str) -> tuple | None:

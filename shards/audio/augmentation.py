@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
+from shards.kinds import convert_fields
+
 TEACHER_HEARS = ("clean", "same")
 
 
@@ -27,6 +29,7 @@ class Augmentation:
     teacher_hears: str = "clean"  # the clip as it was, or "same": the very one that the student hears
 
     def __post_init__(self):
+        convert_fields(self, "augment.")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_share") and not 0 <= value <= 1:

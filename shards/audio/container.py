@@ -8,6 +8,8 @@ What cannot be trusted raises `AudioError` with a `reason` to count by.
 Shape letters: N audio samples, C channels.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import io
@@ -19,15 +21,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-import soundfile
-
 from shards.audio.chunks import walk_chunks
 from shards.audio.flac import walk_flac
 from shards.audio.mpeg import tag_size, walk_mpeg
 from shards.audio.ogg import walk_ogg
 from shards.audio.parts import DamageError, Data, Joined, Part
+from shards.faces import late
 from shards.sample import MAX_SECONDS
+
+np = late("numpy")
+soundfile = late("soundfile")
 
 MIN_RATE, MAX_RATE = 8_000, 192_000  # Hz
 MAX_PEAK = 2.0  # a lossy decoder overshoots 1.0 a little; integers stored as floats by much

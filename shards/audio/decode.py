@@ -6,14 +6,12 @@ joined and padded. What cannot be trusted raises `AudioError`; nothing is ever r
 Shape letters: N audio samples, C channels.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import soundfile
-import soxr
 
 from shards.audio.container import (
     DEFAULT_LIMITS,
@@ -24,7 +22,12 @@ from shards.audio.container import (
     read_segment,
     too_long_error,
 )
+from shards.faces import late
 from shards.sample import SAMPLE_RATE
+
+np = late("numpy")
+soundfile = late("soundfile")
+soxr = late("soxr")
 
 __all__ = ["AudioError", "AudioLimits", "decode_audio", "encode_flac", "hash_waveform", "load_audio"]
 

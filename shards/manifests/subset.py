@@ -3,6 +3,8 @@
 Always the same rows, and clips whole: rows that share recording, task and question (five captions) come together.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import os
@@ -10,11 +12,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from shards.faces import late
 from shards.manifests.manifest import Entry, read_manifest, to_path, write_manifest
 from shards.packing.stats import measure_seconds
 from shards.pool import count_cpus
+
+np = late("numpy")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """From an entry of a manifest to the members of its sample, or to the reason why there are none. Knows no tar."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections import Counter
@@ -8,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from shards.audio.container import AudioError, AudioLimits, read_header
 from shards.audio.decode import CHANNELS, LEFT, SILENT_PEAK, encode_flac, hash_waveform, load_audio
+from shards.faces import late
 from shards.manifests.manifest import Entry
 from shards.manifests.records import RowError
 from shards.sample import SAMPLE_RATE
+
+np = late("numpy")
 
 TOO_LONG = ("auto", "cut", "skip", "chunk", "error")
 # Their answer covers the whole clip: cut the clip, and the answer says what cannot be heard.

@@ -1,13 +1,13 @@
 """What can be wrong with a row of a manifest, how it is found, and what is done about it. Writes nothing."""
 
+from __future__ import annotations
+
 import difflib
 import hashlib
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
 
 from shards.audio.container import DEFAULT_LIMITS, AudioError, AudioLimits, read_file, read_samples, read_segment
 from shards.audio.decode import (
@@ -18,10 +18,13 @@ from shards.audio.decode import (
     choose_channel,
     hash_waveform,
 )
+from shards.faces import late
 from shards.manifests.manifest import Entry
 from shards.manifests.records import RowError
 from shards.packing.encode import choose_too_long, covers_whole_clip, says_silence
 from shards.sample import SAMPLE_RATE
+
+np = late("numpy")
 
 FULL_SCALE = 0.999  # of 1.0: a sample there is taken for clipped
 CLIPPED_SHARE = 0.01  # of a file's samples

@@ -1,5 +1,7 @@
 """`distill stats`: samples and hours of each task and data set, and how long the clips are. Decodes nothing."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import tarfile
@@ -7,15 +9,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import soundfile
-
 from shards.audio.container import UNKNOWN_FRAMES, AudioError, read_header
 from shards.audio.decode import GAP_SECONDS
+from shards.faces import late
 from shards.manifests.manifest import Entry, missing_file_error, read_manifest, to_path
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.streaming.catalog import read_listing
 from shards.telling import print_json
+
+np = late("numpy")
+soundfile = late("soundfile")
 
 ROWS_A_PIECE = 256
 BIN_SECONDS, NUM_BINS = 2.0, 15  # of the histogram; the last bin takes all that is longer

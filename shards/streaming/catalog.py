@@ -3,6 +3,8 @@
 About 100 bytes a sample, so that a million samples open in seconds and forked workers share them. Knows no order.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -10,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
+from shards.faces import late
 from shards.jsonfile import ShapeError, parse_object
 from shards.streaming.limits import Limits
 from shards.streaming.selection import Selection
 from shards.tars.archive import ShardError
 from shards.tars.index import SIDECAR_SUFFIX, ShardIndex, load_index, unpack_sidecar
 from shards.tars.source import SHARD_SUFFIX, TARGETS_SUFFIX, expand_shards, is_folder, is_remote, read_small
+
+np = late("numpy")
 
 CATALOG = "index.json"  # written by `distill pack`: samples, bytes and sha256 of each shard
 LISTED_TYPES = {"name": str, "samples": int, "bytes": int, "sha256": str, "seconds": float, "rows": list}

@@ -4,6 +4,8 @@ Built once from the strict walk of `archive`, kept beside the tar in a small saf
 while the tar is the one it was built from. Serves audio shards and target shards alike. Knows no order and no decoder.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -12,13 +14,15 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
+from shards.faces import late
 from shards.files.hash import hash_file
 from shards.files.write import write_atomically
 from shards.tars.archive import MAX_MEMBER_BYTES, Member, ShardError, Walk
+
+np = late("numpy")
+tensors = late("safetensors.numpy")
 
 SIDECAR_SUFFIX = ".idx"
 AS_WRITTEN = 0
@@ -130,14 +134,14 @@ def pack_sidecar(index: ShardIndex) -> bytes:
     }
     facts = {"version": _VERSION, "name": index.name, "size": index.size, "sha256": index.sha256}
     facts |= {"mtime_ns": index.mtime_ns, "samples": len(index)}
-    return save(arrays, {"index": json.dumps(facts | {"crc32": _checksum(arrays, facts)})})
+    return tensors.save(arrays, {"index": json.dumps(facts | {"crc32": _checksum(arrays, facts)})})
 
 
 def unpack_sidecar(data: bytes) -> ShardIndex | None:
     """The index in a sidecar's bytes; None where they are damaged or of another version."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        facts, arrays = json.loads(header["__metadata__"]["index"]), load(data)
+        facts, arrays = json.loads(header["__metadata__"]["index"]), tensors.load(data)
         if facts.pop("crc32") != _checksum(arrays, facts) or facts["version"] != _VERSION:
             return None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
