@@ -15,7 +15,7 @@ from shards.faces import late
 from shards.manifests.manifest import Entry, missing_file_error, read_manifest, to_path
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.streaming.catalog import read_listing
-from shards.telling import print_json
+from shards.telling import print_json, tell
 
 np = late("numpy")
 soundfile = late("soundfile")
@@ -122,6 +122,8 @@ def measure(path: Path, *, root: Path | None = None, workers: int | None = None,
     counts: dict[tuple[str, str], Count] = {}
     samples = _packed_samples(path) if path.is_dir() else _listed_samples(path, root, workers)
     total = _num_rows(path, root) if show_progress else 0
+    if show_progress:
+        tell(f"counting {total} rows of {path}")
     with progress_bar("measuring", total, show=show_progress) as advance:
         for task, source, is_labelled, seconds in samples:
             counts.setdefault((task, source), Count()).add(seconds, is_labelled)
