@@ -30,6 +30,7 @@ from distill.evaluation.scorecard import (
 from shards.files.write import staged, write_atomically
 from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
+from teachers.ears.length import FULL
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -65,6 +66,11 @@ def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmo
     out = Path(os.path.abspath(out))  # so that names inside it differ from those below "."
     settings = read_config(run_folder / "student")["settings"]
     student = load_student(run_folder / "student")
+    if salmonn and student.config.ears_seconds != FULL:
+        raise ValueError(
+            f"ears_seconds of the student is {student.config.ears_seconds!r}, but SALMONN's code, which reads "
+            f"{SALMONN}, pads every clip to 30 s; export without --salmonn, or train with student.ears_seconds=30."
+        )
     names = student.config  # of the parts, for the card
     if merge:
         student, settings = merge_lora(student, out), {"lora": None, "quantization": "none"}

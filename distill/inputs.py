@@ -39,7 +39,8 @@ def as_teacher(teacher, loss: LossConfig, precision: str):
     if isinstance(teacher, TeacherConfig):
         teacher = load_teacher(Config(teacher=teacher, precision=precision))
     if isinstance(teacher, Student):
-        teacher = teacher.model
+        is_changed = teacher.model.only_answers and teacher.folder is not None
+        teacher = load_student(teacher.folder) if is_changed else teacher.model  # targets are of what was trained
     if isinstance(teacher, Salmonn):
         return ask(teacher, loss)
     if teacher is None or all(hasattr(teacher, name) for name in ("label", "targets", "vocab")):
@@ -73,6 +74,8 @@ def as_student(student, dtype: torch.dtype) -> Salmonn:
         FileNotFoundError: the folder holds no student.
         ValueError: it is none of these.
     """
+    if isinstance(student, Student) and student.model.only_answers and student.folder is not None:
+        student = student.folder  # whose weights are those that were trained
     if isinstance(student, Student):
         student = student.model
         return student if any(p.requires_grad for p in student.parameters()) else train_own_(student)

@@ -28,6 +28,7 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         connector=config.student.connector,
         qformer_dropout=config.student.qformer_dropout,
         windows=config.student.windows,
+        ears_seconds=config.student.ears_seconds,
         **ears_of(config),
         dtype=dtype,
         seed=config.seed,

@@ -12,7 +12,7 @@ import torch
 from shards.sample import Sample
 from students.asking import Listener
 from students.student import load_student
-from teachers.files.loading import CONFIG, read_config, save_salmonn
+from teachers.files.loading import CONFIG, WEIGHTS, read_config, save_salmonn
 from teachers.salmonn import Salmonn
 
 HUB_PARTS = ("llm", "whisper", "second")  # names in a student's config that another machine must find
@@ -24,33 +24,39 @@ class Student(Listener):
     Args:
         model: as `build_student` or `load_student` gives it.
         settings: what is needed to build it again, as its folder's `config.json` holds it.
+        folder: that it was loaded from; None: it was made here.
     """
 
-    def __init__(self, model: Salmonn, settings: dict):
-        self.model, self.settings = model, settings
+    def __init__(self, model: Salmonn, settings: dict, folder: Path | None = None):
+        self.model, self.settings, self.folder = model, settings, folder
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, device: str | torch.device | None = None,
-                        dtype: torch.dtype | None = None) -> "Student":  # fmt: skip
-        """Load a saved or exported student.
+                        dtype: torch.dtype | None = None, head: str = "auto") -> "Student":  # fmt: skip
+        """Load a saved or exported student, as fast as the device allows.
 
         Args:
             name: a folder, or the id of a hub repository.
             revision: of the repository.
             device: None: the GPU if there is one.
-            dtype: of the products; None: bfloat16 on a GPU, else float32.
+            dtype: of the products; None: bfloat16 on a GPU, and on a processor whatever is fastest there
+                (`students.answering`). torch.float32 is exact on every machine.
+            head: of a processor's LLM and its embeddings: "auto", "whole", "bf16", or "int8", which is the smallest.
 
         Raises:
             FileNotFoundError: there is no such folder, and the hub does not give it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = Path(name) if Path(name).is_dir() else fetch(str(name), revision)
+        is_fast = device.type == "cpu" and dtype is None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return cls(load_student(folder, dtype=dtype).to(device), read_config(folder)["settings"])
+        model = load_student(folder, dtype=dtype, for_inference=is_fast, head=head)
+        return cls(model.to(device), read_config(folder)["settings"], folder)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a folder that `from_pretrained` reads: the student's own tensors, and the names of the frozen parts."""
-        save_salmonn(self.model, folder, settings=self.settings)
+        weights = self.folder / WEIGHTS if self.folder and self.model.only_answers else None
+        save_salmonn(self.model, folder, settings=self.settings, weights=weights)
         return Path(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, message: str = "Upload a student") -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from students.answering import prepare_to_answer_
 from students.ears import (
     CONNECTOR,
     EARS,
@@ -40,6 +41,7 @@ def build_student(
     connector: str = "teacher",
     qformer_dropout: float = 0.0,
     windows: str = "audio",
+    ears_seconds: str = "",
     whisper: str = "",
     second: str = "",
     second_kind: str = "",
@@ -58,6 +60,7 @@ def build_student(
             "new" from random ones.
         qformer_dropout: in training.
         windows: "audio" or "all", see `SalmonnConfig`.
+        ears_seconds: what Whisper hears of a clip, "30", "clip" or "clip+P"; empty: as the teacher's does.
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
         dtype: of the LLM's products, of what is not quantised, and of ears of its own.
         seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
@@ -71,7 +74,8 @@ def build_student(
     torch.manual_seed(seed)
     heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
     tokens = {"end_token": choose_end_token(teacher, llm, say), "bos_token": choose_bos_token(teacher, llm)}
-    config = dataclasses.replace(heard, llm=llm, windows=windows, qformer_dropout=qformer_dropout, **tokens)
+    length = {"windows": windows, "ears_seconds": ears_seconds or teacher.config.ears_seconds}
+    config = dataclasses.replace(heard, llm=llm, qformer_dropout=qformer_dropout, **length, **tokens)
     student = build_salmonn(
         config,
         lora=lora,
@@ -119,7 +123,16 @@ def choose_bos_token(teacher: Salmonn, llm: str) -> str:
 
 
 def train_own_(student: Salmonn) -> Salmonn:
-    """Make exactly LoRA and the connector trainable, in float32, in place."""
+    """Make exactly LoRA and the connector trainable, in float32, in place.
+
+    Raises:
+        ValueError: it was loaded to answer alone.
+    """
+    if student.only_answers:
+        raise ValueError(
+            f"student was loaded to answer alone ({student.only_answers}), but training needs its weights as they were "
+            f"trained; load it with load_student(folder), without for_inference."
+        )
     for name, parameter in student.named_parameters():
         is_own = name.split(".", 1)[0] in CONNECTOR or "lora_" in name
         parameter.requires_grad_(is_own)
@@ -144,7 +157,17 @@ def save_student(student: Salmonn, folder: str | Path, *, lora: Lora, quantizati
     save_salmonn(student, folder, settings={"lora": dataclasses.asdict(lora), "quantization": quantization})
 
 
-def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Salmonn:
-    """Load what `save_student` wrote, quantised as it was trained, in evaluation mode."""
+def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, for_inference: bool = False,
+                 head: str = "auto") -> Salmonn:  # fmt: skip
+    """Load what `save_student` wrote, quantized as it was trained, in evaluation mode.
+
+    Args:
+        folder: of the student.
+        dtype: of the products, and of what is not quantized.
+        for_inference: it is to answer on a processor, as fast as that can: see `students.answering`. It is then neither
+            trained nor saved.
+        head: what becomes of head and embeddings then: "auto", "whole", "bf16" or "int8".
+    """
     settings = read_config(folder)["settings"]
-    return load_salmonn(folder, dtype=dtype, transform_llm_=quantizer(settings["quantization"], dtype))
+    student = load_salmonn(folder, dtype=dtype, transform_llm_=quantizer(settings["quantization"], dtype))
+    return prepare_to_answer_(student, head) if for_inference else student

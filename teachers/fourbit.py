@@ -1,19 +1,28 @@
-"""bitsandbytes' 4-bit layers made safe to train: imported here and nowhere else, and never packed for answers.
+"""bitsandbytes' 4-bit layers made safe to train, and fast to ask: imported here and nowhere else.
 
 What bitsandbytes 0.50 does by itself is undone here. Its import fetches compiled code from a hub and runs it where the
 package `kernels` is installed, on a processor with AVX512-BF16. And on such a processor a layer in evaluation packs its
 weight anew, in place, when it first answers; from then on it has no gradient, other weights, and dies where it is
-narrower than 64. Knows no LLM: `students.quantize` makes 4-bit layers and reads them back.
+narrower than 64.
+
+A packed layer answers some ten times as fast, in bfloat16 products: 0.3 % from the plain one's. So what a user reads is
+answered packed (`evaluate`, `transcribe`, `Student`), through `packed_for_answers`; what weights come from is not: the
+teacher's answers, a student's of an on-policy round, and the validation that chooses the best step are the same on
+every processor. Knows no LLM: `students.quantize` makes 4-bit layers and reads them back.
 """
 
+import copy
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from torch import Tensor, nn
 
 FLAG = "support_avx512bf16_for_cpu"  # of a layer: whether its first answer packs it
+PACKED_OUTPUTS = 32  # a packed weight has whole blocks of so many rows
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -58,6 +67,56 @@ def keep_unpacked_(llm: nn.Module) -> None:
             )
         check_unpacked(layer.weight, f"{name}.weight")
         setattr(layer, FLAG, False)
+
+
+@contextmanager
+def packed_for_answers(llm: nn.Module) -> Iterator[int]:
+    """While it is open, 4-bit layers on a processor with AVX512-BF16 are packed when they first answer.
+
+    Afterwards each has the weight and the state that it had before, the very tensors, however it ended. Layers that
+    cannot be packed answer as ever; where the processor cannot, and inside another of these, nothing changes.
+
+    Yields:
+        How many layers may pack themselves.
+    """
+    kept = []
+    try:
+        for layer in find_packable(llm):
+            weight = layer.weight
+            kept.append((layer, weight.data, weight.quant_state))
+            weight.quant_state = copy.copy(weight.quant_state)  # bitsandbytes changes it in place
+            setattr(layer, FLAG, True)
+        yield len(kept)
+    finally:
+        for layer, data, state in kept:
+            setattr(layer, FLAG, False)
+            layer.weight.data, layer.weight.quant_state = data, state
+
+
+def pack_for_good_(llm: nn.Module) -> int:
+    """Let 4-bit layers be packed when they first answer and stay so, in place, without a copy: for answers alone.
+
+    Returns:
+        How many layers there are that may; 0 where the processor has no AVX512-BF16.
+    """
+    layers = find_packable(llm)
+    for layer in layers:
+        setattr(layer, FLAG, True)
+    return len(layers)
+
+
+def find_packable(llm: nn.Module) -> list[nn.Module]:
+    """The 4-bit layers that this processor multiplies faster packed, and that are not to be packed already."""
+    if not bnb.nn.modules.has_avx512bf16():
+        return []
+    layers = [layer for layer in llm.modules() if isinstance(layer, bnb.nn.Linear4bit) and not getattr(layer, FLAG)]
+    return [layer for layer in layers if layer.weight.device.type == "cpu" and fits_blocks(layer.weight.quant_state)]
+
+
+def fits_blocks(state) -> bool:
+    """Whether a weight of this quantisation state has whole blocks, as the packed layout needs them."""
+    num_outputs, num_inputs = state.shape
+    return num_outputs % PACKED_OUTPUTS == 0 and num_inputs % state.blocksize == 0
 
 
 def check_unpacked(weight: Tensor, name: str = "weight") -> None:

@@ -18,6 +18,7 @@ from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from teachers.ears.encoders import find_encoder, second_kinds, shares_spectrum
 from teachers.ears.frontend import HOP_SAMPLES
 from teachers.ears.hearing import products_of
+from teachers.ears.length import FULL, parse_ears_seconds
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
 from teachers.fourbit import keep_unpacked_
 from teachers.logits import head_logits
@@ -43,6 +44,7 @@ class SalmonnConfig:
     window_seconds: float = 0.333333  # span of audio that one Q-Former call sees; 0: all of it
     stride_seconds: float = 0.333333  # step from one window to the next
     windows: str = "all"  # "all": also those of pure padding, as SALMONN; "audio": only those that hold audio
+    ears_seconds: str = FULL  # what Whisper hears: "30": all it can take; "clip", "clip+P": the clip and P s of silence
     num_queries: int = 1  # vectors a window gives
     qformer_width: int = 768
     qformer_layers: int = 2
@@ -68,6 +70,11 @@ class SalmonnConfig:
             )
         if self.windows not in ("all", "audio"):
             raise ValueError(f"windows is {self.windows!r}, but must be 'all' or 'audio'; correct the config.")
+        if parse_ears_seconds(self.ears_seconds) is not None and self.windows == "all":
+            raise ValueError(
+                f"ears_seconds is {self.ears_seconds!r}, but windows is 'all' and those of pure padding are not heard "
+                f"then; set windows to audio, or ears_seconds to 30."
+            )
         if bool(self.second) != bool(self.second_kind):
             raise ValueError(
                 f"second is {self.second!r} and second_kind {self.second_kind!r}, but they go together; "
@@ -104,6 +111,7 @@ class Salmonn(nn.Module):
         self.config, self.llm, self.tokenizer, self.whisper, self.second = config, llm, tokenizer, whisper, second
         self.own_names: frozenset[str] | None = None  # tensors it was loaded with; None: those that are trainable
         self.inherited_names: frozenset[str] = frozenset()  # frozen tensors that are in no part's own checkpoint
+        self.only_answers = ""  # what was changed so that it only answers; such a one is neither trained nor saved
         self.front_end = None  # of both encoders, where they share one
         if shares_spectrum(config.second_kind):
             self.front_end = OneFrontEnd(whisper.log_mel, approximate=config.front_end == "shared")
@@ -158,10 +166,33 @@ class Salmonn(nn.Module):
         """Audio samples that the ears hear of a clip of so many: one under 1 s counts everywhere as one of 1 s."""
         return max(num_samples, min(LEAST_SAMPLES, self.max_samples))
 
-    def num_frames(self, num_samples: int) -> int:
-        """Frames of a clip of so many audio samples, those of the encoder that gives more."""
+    def num_frames(self, num_samples: int, ears_seconds: str = "") -> int:
+        """Frames of a clip of so many audio samples, those of the encoder that gives more.
+
+        Args:
+            num_samples: of the clip.
+            ears_seconds: what Whisper hears; empty: as the config says.
+        """
         own = 0 if self.second is None else self.second.num_frames(self.num_heard(num_samples))
-        return max(self.whisper.max_samples // FRAME_SAMPLES, own)
+        return max(self.num_speech_frames(num_samples, ears_seconds), own)
+
+    def num_speech_frames(self, num_samples: int, ears_seconds: str = "") -> int:
+        """Whisper's frames of a clip: all it has, or up to the end of what is heard and of the last window with audio.
+
+        Arguments as `num_frames` takes them.
+        """
+        full = self.whisper.max_samples // FRAME_SAMPLES
+        padding_seconds = parse_ears_seconds(ears_seconds or self.config.ears_seconds)
+        if padding_seconds is None:
+            return full
+        num_heard = self.num_heard(num_samples) + round(padding_seconds * SAMPLE_RATE)
+        return min(full, max(-(-num_heard // FRAME_SAMPLES), self.end_of_windows(num_samples)))
+
+    def end_of_windows(self, num_samples: int) -> int:
+        """The frame at which the last window that holds audio ends; 0 where one window has all frames."""
+        if not self.qformer.window_frames:
+            return 0
+        return (self.num_windows_with_audio(num_samples) - 1) * self.qformer.stride_frames + self.qformer.window_frames
 
     def num_windows(self, num_samples: int) -> int:
         """Q-Former windows of a clip of so many audio samples."""
@@ -172,7 +203,7 @@ class Salmonn(nn.Module):
     def num_windows_with_audio(self, num_samples: int) -> int:
         """Those windows of a clip that hold audio; of one under 1 s, those of its second (3 of a third each)."""
         audio_frames = -(-self.num_heard(num_samples) // FRAME_SAMPLES)
-        return self.qformer.windows_with_audio(audio_frames, self.num_frames(num_samples))
+        return self.qformer.windows_with_audio(audio_frames, self.num_frames(num_samples, FULL))
 
     def num_audio_tokens(self, num_samples: int) -> int:
         return self.num_windows(num_samples) * self.config.num_queries
@@ -204,17 +235,31 @@ class Salmonn(nn.Module):
 
     # Hearing
 
-    def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
-        """Each encoder's frames [B, R, E], float32, before LayerNorm: what a student with shared ears takes over."""
+    def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None, ears_seconds: str = "") -> list[Tensor]:
+        """Each encoder's frames [B, R, E], float32, before LayerNorm: what a student with shared ears takes over.
+
+        Args:
+            waveforms_BN, num_samples_B: clips and their lengths.
+            masks_B: what SpecAugment hides of each.
+            ears_seconds: what Whisper hears of them, where that is another's than this model's own.
+        """
+        heard_B = self._heard_frames(num_samples_B, ears_seconds or self.config.ears_seconds)
         waveforms_BN, num_samples_B = self.pad_short(waveforms_BN, num_samples_B)
         if self.front_end is not None:
-            return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B)
-        ears = [ear for ear in (self.whisper, self.second) if ear is not None]
-        heard = []
-        for ear in ears:
-            with products_of(ear):
-                heard.append(ear(waveforms_BN, num_samples_B, masks_B)[0].float())
+            return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B, heard_B)
+        cut = () if heard_B is None else (heard_B,)
+        with products_of(self.whisper):
+            heard = [self.whisper(waveforms_BN, num_samples_B, masks_B, *cut)[0].float()]
+        if self.second is not None:
+            with products_of(self.second):
+                heard.append(self.second(waveforms_BN, num_samples_B, masks_B)[0].float())
         return heard
+
+    def _heard_frames(self, num_samples_B: Tensor, ears_seconds: str) -> list[int] | None:
+        """Whisper's frames of each clip where it is cut; None where it hears all it can."""
+        if ears_seconds == FULL:
+            return None
+        return [self.num_speech_frames(num_samples, ears_seconds) for num_samples in num_samples_B.tolist()]
 
     def pad_short(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Clips under 1 s with silence behind them up to it, and the lengths that are heard."""
@@ -222,7 +267,8 @@ class Salmonn(nn.Module):
         padded_BN = nn.functional.pad(waveforms_BN, (0, max(0, least - waveforms_BN.shape[1])))
         return padded_BN, num_samples_B.clamp(min=least)
 
-    def _frames_of_one_front_end(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
+    def _frames_of_one_front_end(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B,
+                                 heard_B: list[int] | None) -> list[Tensor]:  # fmt: skip
         for ear in (self.whisper, self.second):
             ear.check(num_samples_B)
         if not self.is_error_known:
@@ -233,7 +279,7 @@ class Salmonn(nn.Module):
             mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
             mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
         with products_of(self.whisper):
-            speech_BRE = self.whisper.encode(mel_BMX).float()
+            speech_BRE = self.whisper.encode(mel_BMX, heard_B).float()
         with products_of(self.second):
             return [speech_BRE, self.second.encode(mel_BXM, num_mel_frames_B)[0].float()]
 
@@ -244,6 +290,8 @@ class Salmonn(nn.Module):
         # a second encoder's frame of zeros is one after the row's end: it stays zero, as when the row is alone
         is_heard = (frames[1] != 0).any(-1, keepdim=True)
         speech, audio = self.ln_speech(frames[0]), self.ln_audio(frames[1]) * is_heard
+        if self.config.ears_seconds != FULL:
+            speech = speech * (frames[0] != 0).any(-1, keepdim=True)
         length = max(speech.shape[1], audio.shape[1])
         padded = [nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (speech, audio)]
         return torch.cat(padded, dim=-1)

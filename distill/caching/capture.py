@@ -68,7 +68,7 @@ class Capturer:
             batch = self.model.collate(primary).to(self.model.device)
             frames = self.model.frames(batch.waveforms_BN, batch.num_samples_B)
             sources = ["teacher" if learns_own_answer(s, cache.answers) else "label" for s in samples]
-            records = self._capture(batch, frames, sources)
+            records = self._capture(batch, frames, sources, self._frames_to_keep(batch, frames))
             others = self._capture_others(samples, frames, own) if cache.answers == "both" else {}
         for sample in samples:
             notes = self._note_transcript(sample, own[sample.key]) if cache.transcripts else {}
@@ -99,8 +99,16 @@ class Capturer:
             for key, record in records.items()
         }
 
-    def _capture(self, batch: Batch, frames: list[Tensor], sources: list[str]) -> dict[str, TargetRecord]:
-        """One pass of the LLM; each sample's record by key."""
+    def _frames_to_keep(self, batch: Batch, frames: list[Tensor]) -> list[Tensor]:
+        """The frames that a student is to hear: the teacher's own, or those of the ears cut as the student's are."""
+        seconds = frames_seconds(self.config, self.model)
+        if self.config.cache.frames == "none" or seconds == self.model.config.ears_seconds:
+            return frames
+        return self.model.frames(batch.waveforms_BN, batch.num_samples_B, ears_seconds=seconds)
+
+    def _capture(self, batch: Batch, frames: list[Tensor], sources: list[str],
+                 kept: list[Tensor] | None = None) -> dict[str, TargetRecord]:  # fmt: skip
+        """One pass of the LLM; each sample's record by key. `kept` are frames that go to the disk, if others."""
         heard = self.model.hear(batch, frames)
         with record_blocks(self.model, self.layers) as outputs:
             hidden_SD = self.model.answer_states(batch, heard)
@@ -116,7 +124,9 @@ class Capturer:
         payloads = self._encode(logits_SV, hidden_SD, parts, identities)
         records = {}
         for b, (sample, row, part) in enumerate(zip(batch.samples, batch.rows, parts)):
-            features = {name: x_SD[part] for name, x_SD in states.items()} | self._hear(b, sample, heard, frames)
+            features = {name: x_SD[part] for name, x_SD in states.items()} | self._hear(
+                b, sample, heard, kept or frames
+            )
             records[sample.key] = TargetRecord(
                 payload=payloads[b],
                 answer_ids_S=np.asarray(row.answer, np.int32),
@@ -149,7 +159,8 @@ class Capturer:
         if self.config.cache.features != "none" and self.model.has_queries:
             kept[QUERIES] = heard.queries_BWQE[b, : heard.num_windows_B[b]].float().cpu().numpy()
         if self.config.cache.frames != "none":
-            size = num_frames_read(self.model, len(sample.waveform_N), self.config.student.windows)
+            seconds = frames_seconds(self.config, self.model)
+            size = num_frames_read(self.model, len(sample.waveform_N), self.config.student.windows, seconds)
             for number, x_BRE in enumerate(frames):
                 kept[f"{FRAMES}{number}_RE"] = x_BRE[b, :size].float().cpu().numpy()
         return kept
@@ -203,12 +214,16 @@ def captured_mass(payload: bytes) -> float:
     return float(decoded.logprobs_SK.exp().sum())
 
 
-def num_frames_read(model: Salmonn, num_samples: int, windows: str) -> int:
+def num_frames_read(model: Salmonn, num_samples: int, windows: str, ears_seconds: str = "") -> int:
     """Encoder frames of a clip that a student's windows, "audio" or "all", read: up to the end of the last one."""
-    qformer, total = model.qformer, model.num_frames(num_samples)
-    if windows == "all" or not qformer.window_frames:
-        return total
-    return (model.num_windows_with_audio(num_samples) - 1) * qformer.stride_frames + qformer.window_frames
+    if windows == "all" or not model.qformer.window_frames:
+        return model.num_frames(num_samples, ears_seconds)
+    return model.end_of_windows(num_samples)
+
+
+def frames_seconds(config: Config, teacher: Salmonn) -> str:
+    """What Whisper hears for the frames that a cache keeps: they are the student's."""
+    return config.student.ears_seconds or teacher.config.ears_seconds
 
 
 def seeded_generator(identity: str) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from distill.caching.capture import build_codec
+from distill.caching.capture import build_codec, frames_seconds
 from distill.config import Config
 from distill.teacher import describe_wording, resolve_ears
 from distill.training.ranks import resolve_precision
@@ -50,6 +50,7 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
                 "hidden_layers": list(cache.hidden_layers),
                 "frames": cache.frames,
                 "windows": config.student.windows if cache.frames != "none" else None,
+                "ears_seconds": frames_seconds(config, teacher) if cache.frames != "none" else None,
             },
             "answers": {
                 "of": cache.answers,

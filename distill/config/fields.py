@@ -98,6 +98,8 @@ class StudentConfig:
     connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
     qformer_dropout: float = 0.0  # in training
     windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
+    ears_seconds: str = ""  # that Whisper hears: "30", padded to all it takes; "clip"; "clip+P": and P s of silence;
+    # empty: as the teacher's. A student is trained so, and cached frames are made so
 
     def __post_init__(self):
         check_section("student", self)

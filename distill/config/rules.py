@@ -14,6 +14,7 @@ from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
 from shards.kinds import convert_fields
 from teachers.ears.encoders import second_kinds
+from teachers.ears.length import parse_ears_seconds
 
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 NO_CREDENTIALS = ("end_token", "bos_token")  # though they are named like one
@@ -151,7 +152,19 @@ def check_temperatures(cache) -> None:
         )
 
 
-RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures}
+def check_ears(student) -> None:
+    """Refuse a length of the ears that is none, or one that leaves nothing for windows of padding to see."""
+    if not student.ears_seconds:
+        return
+    is_cut = parse_ears_seconds(student.ears_seconds, "student.ears_seconds") is not None
+    if is_cut and student.windows == "all":
+        raise ValueError(
+            f"student.ears_seconds is {student.ears_seconds!r}, but student.windows is 'all' and windows of pure "
+            f"padding are not heard then; set student.windows=audio, or student.ears_seconds=30."
+        )
+
+
+RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures, "student": check_ears}
 
 
 def uses(config, term: str) -> bool:

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.student import load_student
 from teachers.files.loading import CONFIG
+from teachers.fourbit import packed_for_answers
 from teachers.salmonn import Salmonn
 
 
@@ -51,7 +53,7 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization})"
     answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's
     answers["teacher"], costs["teacher"] = examine_teacher(config)
-    loader = partial(load_student, folder, dtype=resolve_precision(config.precision))
+    loader = partial(load_student, folder, dtype=resolve_precision(config.precision), for_inference=is_fast(config))
     answers["student"], costs["student"] = examine(loader, "student", config)
     write_answers(answers, config.run_folder / "answers.jsonl")
     card = Scorecard(
@@ -86,7 +88,20 @@ def examine_teacher(config: Config) -> tuple[list[Prediction], Cost]:
 def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
     """Load a model, let it answer the test split, measure what it costs, and let it go."""
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
+    if model.only_answers:
+        print(f"{name} answers with {model.only_answers}; precision=float32 has it as it was trained", file=sys.stderr)
     model.ask_with(config.eval.prompts)
+    with packed_for_answers(model.llm) if is_fast(config) else nullcontext():
+        return answer_and_cost(model, name, config)
+
+
+def is_fast(config: Config) -> bool:
+    """Whether models answer as fast as this processor can, as a user's do, and less exactly (`students.answering`)."""
+    return config.precision != "float32" and not torch.cuda.is_available()
+
+
+def answer_and_cost(model: Salmonn, name: str, config: Config) -> tuple[list[Prediction], Cost]:
+    """A model's answers to the test split, and what one costs."""
     answers = answer(model, config.shards("test"), config.eval, title=name)
     stream = ShardStream(config.shards("test"), Order(batch_size=1, shuffle=False, epochs=1))
     readable = next((samples[0] for samples in stream if samples), None)  # one that cannot be read is left out

@@ -27,6 +27,7 @@ from shards.sample import SAMPLE_RATE
 from students.ears import choose_ears
 from students.quantize import is_fused, nf4_bytes, weight_names
 from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
+from teachers.ears.length import FULL
 from teachers.ears.whisper import whisper_fields
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
@@ -84,7 +85,9 @@ def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedCon
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
     heard = choose_ears(teacher.config, **ears_of(config))
-    salmonn = dataclasses.replace(heard, llm=student_llm(config), windows=config.student.windows)
+    length = {"windows": config.student.windows,
+              "ears_seconds": config.student.ears_seconds or teacher.config.ears_seconds}  # fmt: skip
+    salmonn = dataclasses.replace(heard, llm=student_llm(config), **length)
     return Blueprint(salmonn, lora_of(config), frozen_dtype(config), config.student.quantization == "nf4")
 
 
@@ -214,7 +217,10 @@ def count_flops(forward: Callable) -> int:
 
 def _count_ears(model: Salmonn, num_samples: int) -> dict[str, int]:
     ears = [ear for ear in (model.whisper, model.second) if ear is not None]
-    return {ear.title: count_flops(partial(ear.encode, *ear.features_on_meta(num_samples))) for ear in ears}
+    features = {ear: ear.features_on_meta(num_samples) for ear in ears}
+    if model.config.ears_seconds != FULL:
+        features[model.whisper] = (*features[model.whisper], [model.num_speech_frames(num_samples)])
+    return {ear.title: count_flops(partial(ear.encode, *features[ear])) for ear in ears}
 
 
 def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:

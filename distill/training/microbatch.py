@@ -57,8 +57,10 @@ class Collator:
         self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
         self.task_weights = task_weights
         model = getattr(teacher, "model", None)
-        self.shares_ears = model is not None and all(
-            own is theirs for own, theirs in ((student.whisper, model.whisper), (student.second, model.second))
+        self.shares_ears = (
+            model is not None
+            and student.config.ears_seconds == model.config.ears_seconds
+            and all(own is theirs for own, theirs in ((student.whisper, model.whisper), (student.second, model.second)))
         )
 
     def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
@@ -98,13 +100,19 @@ class Collator:
 
 
 def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
-    """Refuse cached frames that another encoder made than the student hears with.
+    """Refuse cached frames that another encoder made than the student hears with, or of another length of the clips.
 
     Raises:
-        ValueError: naming the encoders.
+        ValueError: naming the encoders, or both lengths.
     """
     if header is None or header.identity["features"]["frames"] == "none":
         return
+    cached, heard = header.identity["features"]["ears_seconds"], student.config.ears_seconds
+    if cached != heard:
+        raise ValueError(
+            f"ears_seconds of the student is {heard!r}, but the cache keeps frames of {cached!r}; cache again with "
+            f"student.ears_seconds={heard}, or build the student with ears_seconds={cached!r}."
+        )
     theirs, own = header.identity["teacher_weights"], hash_frozen_parts(student, EARS)
     other = [name for name in EARS if own.get(name) != theirs.get(name)]
     if other:

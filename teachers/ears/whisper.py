@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -78,24 +79,29 @@ class WhisperEar(nn.Module):
         return super().train(False)
 
     def forward(
-        self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None = None
+        self,
+        waveforms_BN: Tensor,
+        num_samples_B: Tensor,
+        masks_B: Sequence[MelMask | None] | None = None,
+        heard_B: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode waveforms, padded to the encoder's full length as Whisper was trained.
+        """Encode waveforms, padded to the encoder's full length as Whisper was trained, or cut.
 
         Args:
             waveforms_BN: float, 16 kHz in [-1, 1], padded with zeros.
             num_samples_B: length of each row.
             masks_B: what SpecAugment hides of each row; None: nothing.
+            heard_B: frames that each row is cut to; None: none is, and R = max_source_positions.
 
         Returns:
-            frames_BRE with R = max_source_positions, and num_frames_B: how many of them hold audio.
+            frames_BRE, and num_frames_B: how many of them hold audio.
 
         Raises:
             ValueError: a row is empty or longer than the encoder hears.
         """
         self.check(num_samples_B)
         num_frames_B = (num_samples_B.to(waveforms_BN.device) + FRAME_SAMPLES - 1) // FRAME_SAMPLES
-        return self.encode(self.mel(waveforms_BN, num_samples_B, masks_B)), num_frames_B
+        return self.encode(self.mel(waveforms_BN, num_samples_B, masks_B), heard_B), num_frames_B
 
     def mel(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B: Sequence[MelMask | None] | None) -> Tensor:
         """Log-mel features of the full length with parts hidden, mel_BMX."""
@@ -108,9 +114,33 @@ class WhisperEar(nn.Module):
         """Refuse rows that this ear cannot hear, with `ValueError`."""
         check_lengths(num_samples_B, 1, self.max_samples, "this Whisper")
 
-    def encode(self, mel_BMX: Tensor) -> Tensor:
-        """Encode log-mel features of the full length, frames_BRE."""
-        return self.encoder(mel_BMX.to(self.encoder.conv1.weight.dtype)).last_hidden_state
+    def encode(self, mel_BMX: Tensor, heard_B: Sequence[int] | None = None) -> Tensor:
+        """Encode log-mel features of the full length, frames_BRE; of each row as many frames as `heard_B` says."""
+        mel_BMX = mel_BMX.to(self.encoder.conv1.weight.dtype)
+        if heard_B is None:
+            return self.encoder(mel_BMX).last_hidden_state
+        return self._encode_cut(mel_BMX, heard_B)
+
+    def _encode_cut(self, mel_BMX: Tensor, heard_B: Sequence[int]) -> Tensor:
+        """As the encoder, on each row's first frames alone: zero behind them, and none looks at what is there.
+
+        A row is encoded as it is alone: the convolutions see zeros behind it, and attention does not see what is.
+        """
+        encoder, length = self.encoder, max(heard_B)
+        places_R = torch.arange(length, device=mel_BMX.device)
+        is_heard_BR = places_R < torch.tensor(heard_B, device=mel_BMX.device)[:, None]
+        mel_BMX = mel_BMX[..., : 2 * length] * is_heard_BR.repeat_interleave(2, 1)[:, None]
+        frames_BER = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel_BMX))))
+        frames_BRE = frames_BER.transpose(1, 2) + encoder.embed_positions.weight[:length]
+        mask = None
+        if min(heard_B) < length:
+            mask = torch.zeros(is_heard_BR.shape, dtype=frames_BRE.dtype, device=frames_BRE.device)
+            mask = mask.masked_fill(~is_heard_BR, torch.finfo(mask.dtype).min)[:, None, None]
+            mask = mask.expand(-1, 1, length, -1)
+        for layer in encoder.layers:
+            states = layer(frames_BRE, mask)
+            frames_BRE = states[0] if isinstance(states, tuple) else states
+        return encoder.layer_norm(frames_BRE) * is_heard_BR[..., None]
 
 
 def _load_config(path: str | Path, num_mels: int | None) -> WhisperConfig:

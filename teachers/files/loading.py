@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -133,17 +134,25 @@ def refuse_adapter(folder: str) -> None:
         )
 
 
-def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = None) -> None:
+def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = None,
+                 weights: Path | None = None) -> None:  # fmt: skip
     """Write the model's own (trainable) tensors, its config and its tokenizer, all of them or none.
 
     Args:
         model: the model.
         folder: is made if it is not there.
         settings: what is needed to build the model again beside its config, such as `{"lora": …}`.
+        weights: the file it was loaded from, which is copied: of a model that only answers, whose own are changed.
 
     Raises:
         OSError: they cannot be written; the folder stays as it was.
+        ValueError: it only answers, and there is no file of what was trained.
     """
+    if model.only_answers and weights is None:
+        raise ValueError(
+            f"model was loaded to answer alone ({model.only_answers}), but what is saved must be what was trained; "
+            f"load it without for_inference."
+        )
     names = {name: getattr(model.config, name) for name in PARTS}
     places = {name: os.path.normpath(place) for name, place in names.items() if place.startswith("./")}
     config = {
@@ -152,7 +161,10 @@ def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = 
         "frozen": hash_frozen_parts(model),
     }
     with staged(Path(folder), last=CONFIG) as stage:
-        save_file(own_tensors(model), stage / WEIGHTS)
+        if weights is None:
+            save_file(own_tensors(model), stage / WEIGHTS)
+        else:
+            shutil.copyfile(weights, stage / WEIGHTS)
         model.tokenizer.save_pretrained(stage / TOKENIZER)
         (stage / CONFIG).write_text(json.dumps(config, indent=1))
 
