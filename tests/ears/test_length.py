@@ -21,6 +21,9 @@ from distill.sizes.costs import describe_student, measure
 from distill.sizes.costs import describe_teacher as describe_teachers_sizes
 from distill.teacher import load_teacher
 from distill.training.microbatch import Collator, check_frames
+from shards.streaming.order import Order
+from shards.streaming.selection import Selection
+from shards.streaming.stream import ShardStream
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader
 from students.start import start_from_
@@ -184,9 +187,8 @@ def test_a_cache_keeps_the_frames_that_the_student_hears_and_the_targets_of_what
 
 
 def tiny_stream(config):
-    from shards.streaming.stream import ShardStream
-
-    stream = ShardStream(config.shards("train"), batch_size=1, shuffle=False, epochs=1, targets=config.cache_folder)
+    order = Order(batch_size=1, shuffle=False, epochs=1)
+    stream = ShardStream(config.shards("train"), order, Selection(targets=config.cache_folder))
     return (samples[0] for samples in stream)
 
 
