@@ -12,9 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from distill.config.credentials import refuse_secrets
 from distill.config.files import lay_over_, read_files, read_words
 from distill.config.recipes import find_config
-from distill.config.rules import check_config, check_section, refuse_secrets
+from distill.config.rules import check_config, check_section
 from distill.config.suggestions import did_you_mean, nearest_fields
 from shards.audio.augmentation import Augmentation
 from shards.kinds import is_null

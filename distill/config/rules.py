@@ -12,13 +12,10 @@ from collections.abc import Callable
 from distill.objective.divergences import DIVERGENCES
 from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
+from distill.training.monitoring.trackers import TRACKERS
 from shards.kinds import convert_fields
 from teachers.ears.encoders import second_kinds
 from teachers.ears.length import parse_ears_seconds
-
-SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
-NO_CREDENTIALS = ("end_token", "bos_token")  # though they are named like one
-SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}")
 
 CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what it holds when it is asked
     "precision": ("auto", "float32", "bf16"),
@@ -68,9 +65,6 @@ SHARES = (
 )
 BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
 LONG = sys.maxsize  # steps of a run whose length is not known yet
-# accelerate's trackers, and the packages that they need
-TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
-            "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
 HEAD_INPUT = -1  # among hidden layers
 
 
@@ -379,15 +373,3 @@ def value_at(config, key: str):
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def refuse_secrets(tree, origin: str, prefix: str = "") -> None:
-    """Refuse keys named like a credential and values shaped like one; a config is copied into every run folder."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict):
-            refuse_secrets(value, origin, f"{prefix}{key}.")
-        elif (SECRET.search(str(key)) and key not in NO_CREDENTIALS) or SECRET_VALUE.search(str(value)):
-            raise ValueError(
-                f"{origin}: {prefix}{key} looks like a credential, but configs are copied into run folders; "
-                f"log in with `hf auth login` or set HF_TOKEN instead."
-            )

@@ -6,9 +6,8 @@ import pytest
 from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.config.rules import TRACKERS
 from distill.training.monitoring.runlog import METRICS, VALIDATION, RunLog, read_table
-from distill.training.monitoring.trackers import TENSORBOARD, Trackers, check_trackers
+from distill.training.monitoring.trackers import TENSORBOARD, TRACKERS, Trackers, check_trackers
 
 
 def read_events(folder, tag):

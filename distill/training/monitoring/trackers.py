@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill.config.rules import SECRET_VALUE, TRACKERS
-
+# accelerate's trackers, and the packages that they need
+TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
+            "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
 TENSORBOARD = "tensorboard"  # the tracker, and the folder of its events
 LOGIN = ("WANDB_API_KEY", "WANDB_MODE")  # what says that somebody wants Weights & Biases online
 
@@ -100,6 +101,8 @@ class Trackers:
         try:
             work()
         except Exception as error:
+            from distill.config.credentials import SECRET_VALUE  # a config is checked against the trackers of this file
+
             self.trackers = [tracker for tracker in self.trackers if tracker.name != name]
             reason = SECRET_VALUE.sub("…", " ".join(str(error).split()))[:200]
             self.say(f"tracker {name} failed ({type(error).__name__}: {reason}); the run goes on without it")
