@@ -438,8 +438,9 @@ def test_the_defaults_of_python_are_those_of_the_command_line():
 
 @pytest.mark.parametrize("field", ["llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts"])
 def test_what_a_config_says_of_a_teacher_that_is_made_here_is_refused(tmp_path, field):
+    value = "eat" if field == "second_kind" else "x"
     (tmp_path / "c.yaml").write_text("scratch: {steps: 9}\n")
     value = "eat" if field == "second_kind" else "x"
     with pytest.raises(ValueError, match=rf"teacher\.{field} is '{value}', but scratch\.steps is 9 and makes a teach"):
         load_config(tmp_path / "c.yaml", [f"teacher.{field}={value}"])
-    load_config(tmp_path / "c.yaml", [f"teacher.{field}=x", "teacher.path=saved"])
+    load_config(tmp_path / "c.yaml", [f"teacher.{field}={value}", "teacher.path=saved"])
