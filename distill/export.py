@@ -1,5 +1,7 @@
 """A finished student as a folder to hand on: `distill export RUN_FOLDER OUT [--merge] [--whole] [--salmonn]`.
 
+With `--device openvino` it is another folder, for processors without torch: see `distill.exporting.device`.
+
 What only training needs stays behind: checkpoints, moments, projectors. With `--merge` LoRA becomes part of the LLM's
 weights, which then lie in the folder, in the type of the base model's: those that the student was trained on, its 4-bit
 weights read back, plus LoRA. Without, the folder holds LoRA and names its base model. With `--whole` ears, LLM and
@@ -187,9 +189,33 @@ def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict,
     return "\n".join([*lines, "", count_clips(card), *explain_scores(card), ""])
 
 
+def export_for_device(args: argparse.Namespace) -> Path:
+    """Run `distill export --device`.
+
+    Raises:
+        RuntimeError: OpenVINO is not installed.
+        ValueError: an option is given that a device's folder has not.
+    """
+    if args.merge or args.whole or args.salmonn:
+        raise ValueError(
+            "--device is given with --merge, --whole or --salmonn, but a device's folder is whole with LoRA apart; "
+            "leave them out."
+        )
+    try:
+        from distill.exporting.device import Precision, export_device
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"{error.name} is not installed, but --device openvino needs it; pip install 'distill-audio[device]'."
+        ) from error
+    return export_device(args.run, args.out, Precision(args.head, args.ears, args.products))
+
+
 def main(args: argparse.Namespace) -> int:
     """Run `distill export`."""
-    out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn)
+    if args.device:
+        out = export_for_device(args)
+    else:
+        out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"student: {out} ({size / 1e6:,.1f} MB)", file=sys.stderr)
     return 0

@@ -26,7 +26,8 @@ from shards.manifests.manifest import read_manifest
 from teachers.files.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = {"extending.md"}  # tests/training/test_extending.py runs its blocks
+# whose blocks tests/training/test_extending.py and tests/device/test_device.py run
+ELSEWHERE = {"extending.md", "device.md"}
 PAGES = ["CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if p.name not in ELSEWHERE)]
 SMALL = {
     "data": {"workers": 0},

@@ -39,6 +39,8 @@ def find_student(name: str | Path) -> Path:
         FileNotFoundError: there is neither.
     """
     path = Path(name).expanduser()
+    if (path / "device.json").is_file():  # exported for devices
+        return path
     if not (path / "config.json").is_file():
         path = find_run(path)
     for folder in (path, path / "student"):

@@ -18,7 +18,6 @@ from shards.audio.container import AudioError
 from shards.files.write import open_atomically
 from shards.sample import SAMPLE_RATE
 from students.asking import Answer, Listener, Segment, load_waveform
-from students.pretrained import Student
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,20 @@ def write(transcripts: Iterable[Transcript], kind: str, out: Path | None, *, sev
     return num_failed
 
 
+def load_listener(name: str | Path) -> Listener:
+    """A saved student, or one that was exported for devices, which needs no torch."""
+    if (Path(name) / "device.json").is_file():
+        from students.device.student import DeviceStudent
+
+        return DeviceStudent(name)
+    from students.pretrained import Student
+
+    return Student.from_pretrained(name)
+
+
 def main(args: argparse.Namespace) -> int:
     """Run `distill transcribe`."""
-    student = Student.from_pretrained(args.student)
+    student = load_listener(args.student)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     transcripts = transcribe(

@@ -179,7 +179,7 @@ class EatEar(nn.Module):
         num_frames_B = (num_mel_frames_B + PATCH - 1) // PATCH * BANDS
         is_heard_BR = torch.arange(frames_BRE.shape[1] + 1, device=mel_BXM.device) <= num_frames_B[:, None]
         frames_BRE = frames_BRE + self.positions[: frames_BRE.shape[1]]
-        tokens_BRE = torch.cat([self.extra_tokens.expand(len(frames_BRE), -1, -1), frames_BRE], 1)
+        tokens_BRE = torch.cat([self.extra_tokens.expand(frames_BRE.shape[0], -1, -1), frames_BRE], 1)
         tokens_BRE = self.pre_norm(tokens_BRE)
         for block in self.blocks:
             tokens_BRE = block(tokens_BRE, is_heard_BR)

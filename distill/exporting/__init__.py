@@ -1,0 +1,1 @@
+"""A finished student in the forms that others run: a folder for devices, and what other programs read."""

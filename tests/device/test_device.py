@@ -1,0 +1,195 @@
+"""A folder exported for devices is the trained student, without torch and without the machine it is from."""
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+from distill.cli import main
+from distill.config import load_config
+from distill.run import run
+from distill.teach import build_llm
+from students.device.__main__ import main as run_device
+from students.device.export import MAX_ERROR, WHOLE, choose, describe, write_graphs
+from students.device.student import DeviceStudent
+from students.student import load_student
+from teachers.ears.beats import BeatsConfig, BeatsEar
+from teachers.ears.eat import EatConfig, EatEar
+from teachers.salmonn import Salmonn
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = [tiny.make_sample(1), tiny.make_sample(2, seconds=1.3), tiny.make_sample(3, seconds=0.4)]
+WITHOUT_TORCH = """
+import sys
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "bitsandbytes", "peft", "accelerate"):
+            raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, Forbidden())
+from students.device.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run whose 4-bit student's LLM is 64 wide, and the student's answers."""
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_parts(folder / "parts")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "parts" / "student-llm")
+    build_llm(len(tokenizer), 64, 1, tokenizer).save_pretrained(folder / "parts" / "wide")
+    tokenizer.save_pretrained(folder / "parts" / "wide")
+    tiny.save_teacher(folder / "parts", folder / "teacher")
+    tiny.make_shards(folder / "data", num_samples=6)
+    path = tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
+                             student__llm=folder / "parts" / "wide", teacher__online=True,
+                             train__learning_rate=0.02, eval__max_new_tokens=8)  # fmt: skip
+    config = load_config(path)
+    assert run(config) == 0
+    return config.run_folder
+
+
+class Exported(type(Path())):
+    """The exported folder, and what the student's held before."""
+
+    before: dict[str, bytes]
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exported(finished):
+    out = Exported(finished.parent / "device")
+    out.before = read_files(finished / "student")
+    assert main(["export", str(finished), str(out), "--device", "openvino"]) == 0
+    return out
+
+
+def test_it_answers_as_the_student_greedy_and_by_beams_in_batches_of_any_size(finished, exported):
+    student, device = load_student(finished / "student"), DeviceStudent(exported)
+    for options in ({}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.0}, {"repetition_penalty": 1.3}):
+        expected = student.generate(SAMPLES, max_new_tokens=8, **options)
+        assert device.generate(SAMPLES, max_new_tokens=8, **options) == expected
+        assert [device.generate([s], max_new_tokens=8, **options)[0] for s in SAMPLES] == expected
+
+
+def test_the_manifest_says_how_far_each_precision_is_from_the_student(exported):
+    device = json.loads((exported / "device.json").read_text())
+    whole = device["measured"]["head f32, ears f32, products exact"]
+    assert whole["logit_error"] < 1e-4 < MAX_ERROR == device["measured"]["max_error"]
+    assert len(device["measured"]) == 7 and whole["texts_equal"] == whole["clips"] == 6
+    card = (exported / "README.md").read_text()
+    assert card.count("| head ") == 6 and "6 of 6" in card
+    assert set(device["files"]) == {file.name for file in exported.iterdir()} - {"device.json", "README.md"}
+
+
+def test_it_answers_where_torch_cannot_be_imported_under_another_home(finished, exported, tmp_path):
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    soundfile.write(tmp_path / "a.wav", tiny.tone(1), 16_000)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, moved, tmp_path / "a.wav", "--max-new-tokens", "8"],
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    expected = load_student(finished / "student").generate(SAMPLES[:1], max_new_tokens=8)
+    assert (done.stdout, done.returncode) == (expected[0] + "\n", 0), done.stderr
+
+
+def test_transcribe_takes_it_and_cuts_what_is_longer_than_its_ears(exported, tmp_path, capsys):
+    long_N = np.concatenate([tiny.tone(1, 1.5), np.zeros(8000, np.float32), tiny.tone(2, 1.5)])
+    soundfile.write(tmp_path / "a.wav", long_N, 16_000)
+    assert main(["transcribe", str(exported), str(tmp_path / "a.wav"), "--json", "--max-new-tokens", "4"]) == 0
+    segments = json.loads(capsys.readouterr().out)["segments"]
+    assert len(segments) == 2 and segments[0]["end"] == segments[1]["start"] == pytest.approx(1.75, abs=0.3)
+
+
+def test_pieces_of_a_stream_are_the_answer(exported):
+    device = DeviceStudent(exported)
+    device.ends = []  # so that it says more than a word
+    answer = device.generate(SAMPLES[1:2], max_new_tokens=8)[0]
+    pieces = list(device.stream(SAMPLES[1].waveform_N, max_new_tokens=8))
+    assert "".join(pieces) == answer and len(pieces) > 1
+
+
+def test_an_export_changed_no_byte_of_the_student(finished, exported):
+    assert read_files(finished / "student") == exported.before
+
+
+def test_a_folder_that_was_changed_or_is_of_another_version_is_refused(exported, tmp_path):
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    (moved / "llm.bin").write_bytes((moved / "llm.bin").read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"llm\.bin has sha256 .*, but device\.json says"):
+        DeviceStudent(moved)
+    text = (moved / "device.json").read_text()
+    (moved / "device.json").write_text(text.replace('"version": 1', '"version": 7'))
+    with pytest.raises(ValueError, match="is of version 7, but this runner reads 1"):
+        DeviceStudent(moved)
+    (moved / "banks.npz").unlink()
+    (moved / "device.json").write_text(text)
+    with pytest.raises(FileNotFoundError, match=r"banks\.npz is missing"):
+        DeviceStudent(moved)
+
+
+def test_what_a_device_does_not_take_is_said(finished, exported, capsys):
+    assert main(["export", str(finished), str(exported), "--device", "openvino"]) == 1
+    assert "an export starts empty" in capsys.readouterr().err
+    assert main(["export", str(finished), "elsewhere", "--device", "openvino", "--merge"]) == 1
+    assert "a device's folder is whole" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"lasts 3\.00 s, but these ears take"):
+        DeviceStudent(exported).generate([tiny.make_sample(1, seconds=3.0)])
+    with pytest.raises(ValueError, match="max_new_tokens is 5000, but the prompt has"):
+        DeviceStudent(exported).generate(SAMPLES[:1], max_new_tokens=5000)
+
+
+def test_the_page_about_devices_says_what_works(exported, tmp_path, monkeypatch, capsys):
+    """The page's commands but the export, which the other tests make, and its Python."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-device").symlink_to(exported)
+    (tmp_path / "recordings").mkdir()
+    soundfile.write("recordings/0.wav", tiny.tone(1), 16_000)
+    blocks = dict(re.findall(r"(?m)^```(bash|python)\n([^`]*)^```", (ROOT / "docs/device.md").read_text()))
+    _, transcribe, runner = (shlex.split(line, comments=True) for line in blocks["bash"].splitlines())
+    assert main(transcribe[1:]) == 0
+    assert runner[:3] == ["python", "-m", "students.device"] and run_device(runner[3:]) == 0
+    exec(blocks["python"], {})
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+
+
+SECONDS = {
+    "beats": lambda: BeatsEar(BeatsConfig(32, 64, 64, 2, 4, conv_pos=16, conv_pos_groups=4)),
+    "eat": lambda: EatEar(EatConfig(embed_dim=64, depth=2, num_heads=4, ffn_dim=64)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "window_seconds", "ears_seconds"),
+    [("beats", 0.34, "30"), ("eat", 0.0, "30"), ("eat", 0.34, "clip+0.1"), ("beats", 0.0, "clip")],
+)
+def test_a_second_ear_is_heard_in_a_batch_as_in_torch(finished, tmp_path, kind, window_seconds, ears_seconds):
+    trained = load_student(finished / "student")
+    torch.manual_seed(1)
+    config = dataclasses.replace(trained.config, second="it", second_kind=kind, window_seconds=window_seconds,
+                                 ears_seconds=ears_seconds, windows="audio")  # fmt: skip
+    student = Salmonn(config, trained.llm, trained.tokenizer, trained.whisper, SECONDS[kind]()).eval()
+    write_graphs(student, tmp_path)
+    choose(tmp_path, WHOLE)
+    describe(student, "toy", WHOLE).write(tmp_path)
+    found = DeviceStudent(tmp_path, check_files=False).hear([sample.waveform_N for sample in SAMPLES])
+    batch = student.collate(SAMPLES, with_answer=False)
+    with torch.no_grad():
+        heard = student.hear(batch)
+        expected = student.project(heard.queries_BWQE)
+    for tokens_LD, row_WQD, num_windows in zip(found, expected, heard.num_windows_B):
+        np.testing.assert_allclose(tokens_LD, row_WQD[:num_windows].flatten(0, 1), atol=2e-3)
