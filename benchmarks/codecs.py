@@ -27,7 +27,13 @@ from record import write_result
 from torch import Tensor
 
 from distill.caching.fidelity import kl_gradient, make_student
-from shards.targets.codecs import Adaptive, Codec, Dense, Hidden, Sampled, TopK, decode
+from shards.targets.codecs.adaptive import Adaptive
+from shards.targets.codecs.codec import Codec
+from shards.targets.codecs.dense import Dense
+from shards.targets.codecs.hidden import Hidden
+from shards.targets.codecs.sampled import Sampled
+from shards.targets.codecs.table import decode
+from shards.targets.codecs.topk import TopK
 from shards.targets.distributions import Distribution
 
 VOCABS = {"Llama 3": 128_256, "Qwen 2.5": 151_936}
@@ -210,7 +216,7 @@ def measure_dense(logprobs_SV: Tensor, student_SV: Tensor) -> dict:
 def measure_hidden(vocab_size: int) -> dict:
     """The hidden-state codec, against the logits its own head makes of the exact hidden state."""
     codec, (hidden_SD, head_VD) = Hidden(), make_hidden(vocab_size, NUM_DENSE)
-    arrays = fetch(codec.capture(hidden_SD, vocab_size))
+    arrays = fetch(codec.capture(torch.empty(len(hidden_SD), vocab_size, device="meta"), hidden_SD))
     payload, encode_seconds = time_call(lambda: codec.encode(arrays))
     decoded, decode_seconds = time_call(lambda: decode(payload))
     logprobs_SV = torch.log_softmax(hidden_SD @ head_VD.T, -1)

@@ -26,6 +26,7 @@ from shards.sample import Sample
 from shards.streaming.catalog import hash_shards
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
+from shards.targets.codecs.table import find_codec
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetShard, TargetWriter, read_done
 from shards.tars.source import expand_shards
@@ -41,7 +42,7 @@ def cache(config: Config) -> int:
     accelerator, shards = build_accelerator(), expand_shards(config.shards("train"))
     teacher = load_to_keep(config, accelerator.device)
     writer = TargetWriter(config.cache_folder, describe_teacher(teacher.model, config), hash_shards(shards), FIGURES)
-    save_parts(writer.folder, teacher.model, with_head=config.cache.codec == "hidden")
+    save_parts(writer.folder, teacher.model, with_head=find_codec(config.cache.codec).needs_head)
     if accelerator.is_main_process:
         writer.publish()
     is_new = write_missing(config, Capturer(teacher, config), writer, shards, accelerator)

@@ -15,6 +15,7 @@ from shards.packing.items import pack_items
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
 from shards.streaming.stream import ShardStream
+from shards.targets.codecs.table import codec_of
 from shards.targets.header import HEADER
 from students.pretrained import Student
 from students.student import load_student, train_own_
@@ -141,15 +142,16 @@ def check_cached(
         ValueError: naming both values.
     """
     identity, folder = teacher.header.identity, teacher.cache_folder
-    temperatures = identity["codec"].get("temperatures")  # those that keep every logit have none
-    if "kl" in active and temperatures is not None and loss.temperature not in temperatures:
+    codec = codec_of(identity)
+    if "kl" in active and not codec.serves(loss.temperature):
+        kept = identity["codec"].get("temperatures", [1.0])
         raise ValueError(
-            f"loss.temperature is {loss.temperature:g}, but {folder} keeps {list(temperatures)}; use one of those, or "
-            f"cache again."
+            f"loss.temperature is {loss.temperature:g}, but {folder} keeps {list(kept)}; use one of those, or cache "
+            f"again."
         )
     if "feature" in active and identity["features"]["queries"] == "none":
         raise missing("feature", "Q-Former queries", "cache.features=int8")
-    kept = {*identity["features"]["hidden_layers"], *([HEAD_INPUT] if identity["codec"]["name"] == "hidden" else [])}
+    kept = {*identity["features"]["hidden_layers"], *([HEAD_INPUT] if codec.needs_head else [])}
     for layer in loss.layer_pairs if "hidden" in active else ():
         if layer not in kept:
             raise missing("hidden", f"states of layer {layer}", f"cache.hidden_layers=[{layer}]")

@@ -27,6 +27,7 @@ from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from shards.targets.codecs.table import find_codec
 from shards.tars.source import expand_shards
 from students.student import save_student
 from teachers.salmonn import Salmonn
@@ -44,7 +45,8 @@ def distil(config: Config) -> int:
     check_channels(config.shards(split) for split in SPLITS)
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
-    needs_llm = config.teacher.online or config.cache.codec == "hidden"  # whose cache is known by the teacher's head
+    # a cache of what enters the head is known by the head
+    needs_llm = config.teacher.online or find_codec(config.cache.codec).needs_head
     ears = "" if config.teacher.online else precision_name(config)  # the student's alone, once targets are cached
     model = load_teacher(config, llm_weights=needs_llm, ears=ears)
     if config.teacher.online:

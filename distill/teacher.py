@@ -8,6 +8,7 @@ import torch
 from distill.config import Config
 from distill.training.ranks import resolve_precision
 from shards.sample import SAMPLE_RATE
+from shards.targets.codecs.table import find_codec
 from shards.telling import tell
 from teachers.ears.hearing import WEIGHTS
 from teachers.kinds import KINDS, find_kind
@@ -134,7 +135,7 @@ def teach_online(config: Config, model: Salmonn) -> OnlineTeacher:
     cache = config.cache
     return OnlineTeacher(
         model,
-        k=None if cache.codec in ("hidden", "dense") else cache.k,
+        k=None if find_codec(cache.codec).keeps_all else cache.k,
         temperatures=tuple(cache.temperatures),
         answers=cache.answers,
         max_new_tokens=cache.max_new_tokens,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from shards.sample import Sample
-from shards.targets.codecs import HiddenStates, decode
-from shards.targets.distributions import Distribution
+from shards.targets.codecs.table import decode
+from shards.targets.distributions import Distribution, HiddenStates
 from shards.targets.header import CacheHeader
 from shards.targets.record import TargetRecord, identify_sample
 from shards.targets.store import TargetReader

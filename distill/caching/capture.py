@@ -10,7 +10,7 @@ Shapes: S supervised positions, V vocabulary, W windows, Q queries a window, E w
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,7 +22,8 @@ from distill.evaluation.metrics.scores import error_rate
 from distill.objective.alignment import answer_ends, token_bytes
 from distill.training.ranks import resolve_precision
 from shards.sample import Sample
-from shards.targets.codecs import CODECS, Codec, Hidden, HiddenStates, Sampled, decode
+from shards.targets.codecs.table import decode, find_codec
+from shards.targets.distributions import HiddenStates
 from shards.targets.record import TargetRecord
 from teachers.logits import head_logits
 from teachers.salmonn import Heard, Salmonn
@@ -51,7 +52,7 @@ class Capturer:
 
     def __init__(self, teacher: OnlineTeacher, config: Config):
         self.teacher, self.model, self.config = teacher, teacher.model, config
-        self.codec = build_codec(config.cache)
+        self.codec = find_codec(config.cache.codec).of(config.cache)
         self.dtype = resolve_precision(config.precision)
         self.layers = [layer for layer in config.cache.hidden_layers if layer != HEAD_INPUT]
         self.pieces = read_pieces(self.model)
@@ -142,15 +143,11 @@ class Capturer:
 
     def _encode(self, logits_SV: Tensor, hidden_SD: Tensor, parts: list[slice], identities: list[str]) -> list[bytes]:
         """Each sample's payload; draws are seeded by what the sample is."""
-        if isinstance(self.codec, Sampled):
-            return [
-                self.codec.encode(fetch(self.codec.capture(logits_SV[part], seeded_generator(identity))))
-                for part, identity in zip(parts, identities)
-            ]
-        if isinstance(self.codec, Hidden):
-            captured = fetch(self.codec.capture(hidden_SD, logits_SV.shape[1]))
-        else:
-            captured = fetch(self.codec.capture(logits_SV))
+        if self.codec.is_random:
+            draw = self.codec.capture
+            captured = [draw(logits_SV[p], hidden_SD[p], seeded_generator(i)) for p, i in zip(parts, identities)]
+            return [self.codec.encode(fetch(one)) for one in captured]
+        captured = fetch(self.codec.capture(logits_SV, hidden_SD))
         return [self.codec.encode({n: x[part] if x.ndim else x for n, x in captured.items()}) for part in parts]
 
     def _hear(self, b: int, sample: Sample, heard: Heard, frames: list[Tensor]) -> dict[str, np.ndarray]:
@@ -189,14 +186,6 @@ def judge(logits_SV: Tensor, labels_S: Tensor) -> tuple[np.ndarray, np.ndarray]:
     logprobs_SV = torch.log_softmax(logits_SV.float(), -1)
     entropy_S = -(logprobs_SV.exp() * logprobs_SV).nan_to_num(0.0).sum(-1)
     return logprobs_SV.gather(1, labels_S[:, None])[:, 0].cpu().numpy(), entropy_S.cpu().numpy()
-
-
-def build_codec(cache: CacheConfig) -> Codec:
-    """The codec that the config names, with those of its settings that it has."""
-    kind = CODECS[cache.codec]
-    settings = {name: getattr(cache, name) for name in ("k", "threshold", "draws", "exponent")}
-    settings |= {"temperatures": tuple(cache.temperatures), "max_k": cache.k, "min_k": min(cache.k, 9)}
-    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
 
 
 def feature_dtypes(cache: CacheConfig, record: TargetRecord) -> dict[str, str]:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shards.targets.codecs import HiddenStates
-from shards.targets.distributions import Distribution
+from shards.targets.distributions import Distribution, HiddenStates
 
 
 def make_student(logprobs_SV: Tensor, seed: int = 1, temperature: float = 1.0) -> Tensor:

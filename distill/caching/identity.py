@@ -2,11 +2,11 @@
 
 from dataclasses import asdict
 
-from distill.caching.capture import build_codec, frames_seconds
+from distill.caching.capture import frames_seconds
 from distill.config import Config
 from distill.teacher import describe_wording, resolve_ears
 from distill.training.ranks import resolve_precision
-from shards.targets.codecs import Hidden, describe_codec
+from shards.targets.codecs.table import describe_codec, find_codec
 from shards.targets.header import CacheHeader
 from teachers.files.cacheparts import hash_head, hash_prompts, head_tensor
 from teachers.files.loading import hash_frozen_parts, hash_tensors, own_tensors
@@ -29,9 +29,9 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
     own = {name: x.to(dtype) if name.startswith(EARS) else x for name, x in own_tensors(teacher).items()}
     for name in ("llm", "whisper", "second", "prompts", "eval_prompts"):  # places; hashes of their contents are below
         settings.pop(name)
-    codec = build_codec(cache)
+    codec = find_codec(cache.codec).of(cache)
     head = {}
-    if isinstance(codec, Hidden):
+    if codec.needs_head:
         head = {"head": hash_head(head_tensor(teacher)), **logit_transform(teacher.llm.config.get_text_config())}
     return CacheHeader(
         {

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from distill.caching.capture import Capturer, build_codec, feature_dtypes, fetch
+from distill.caching.capture import Capturer, feature_dtypes, fetch
 from distill.caching.fidelity import Fidelity
 from distill.config import CacheConfig, Config
 from distill.teacher import load_to_keep
@@ -25,20 +25,13 @@ from shards.sample import Sample
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
-from shards.targets.codecs import Hidden, HiddenStates, Sampled, decode
+from shards.targets.codecs.table import CODECS, decode, find_codec
+from shards.targets.distributions import HiddenStates
 from shards.tars.archive import BLOCK
 from shards.telling import print_json
 from teachers.logits import head_logits, logit_transform
 
 GOOD_COSINE = 0.9998  # of the gradient: what is above it trains like the dense teacher
-CANDIDATES = (
-    *({"codec": "topk", "k": k} for k in (8, 16, 32, 64, 128)),
-    *({"codec": "adaptive", "k": 64, "threshold": threshold} for threshold in (1e-3, 3e-4, 1e-4)),
-    *({"codec": "sampled", "draws": draws} for draws in (12, 50)),
-    {"codec": "hidden"},
-    {"codec": "dense"},
-)
-NEVER_ADVISED = ("sampled", "dense")  # noisy in short answers; as large as can be
 
 
 @dataclass
@@ -59,19 +52,15 @@ class Candidate:
 
     def add(self, pass_: "Pass", others: Sequence[int], temperature: float) -> None:
         """Encode a batch's answers one by one, as the job does; `others` is what else a record of each takes, bytes."""
-        codec = build_codec(self.cache)
+        codec = find_codec(self.cache.codec).of(self.cache)
         for part, size in zip(pass_.parts, others):
-            if isinstance(codec, Hidden):
-                captured = codec.capture(pass_.hidden_SD[part], pass_.logits_SV.shape[1])
-            else:
-                captured = codec.capture(pass_.logits_SV[part])
-            payload = codec.encode(fetch(captured))
+            payload = codec.encode(fetch(codec.capture(pass_.logits_SV[part], pass_.hidden_SD[part])))
             decoded = decode(payload)
             if isinstance(decoded, HiddenStates):
                 decoded = decoded.with_head(pass_.head_weight_VD, **pass_.transform)
             self.payload_bytes += len(payload)
             self.total_bytes += BLOCK + -(-(size + len(payload)) // BLOCK) * BLOCK  # a member of a tar
-            own = 1.0 if isinstance(codec, Sampled) else temperature  # the only one that draws hold for
+            own = temperature if codec.serves(temperature) else 1.0  # which all serve
             self.fidelity.add(decoded, torch.log_softmax(pass_.logits_SV[part], -1), own)
 
 
@@ -107,7 +96,7 @@ class Measured:
 
     def advise(self, max_gb: float | None) -> Candidate | None:
         """Of those within the budget the smallest that trains like the dense teacher, or else the most exact."""
-        fit = [c for c in self.candidates if c.settings["codec"] not in NEVER_ADVISED]
+        fit = [c for c in self.candidates if find_codec(c.settings["codec"]).is_advised]
         fit = [c for c in fit if max_gb is None or self.gigabytes(c) <= max_gb]
         good = [c for c in fit if c.fidelity.gradient_cosine >= GOOD_COSINE]
         if good:
@@ -124,9 +113,8 @@ def plan(config: Config, num_clips: int) -> Measured:
     teacher = load_to_keep(config, build_accelerator().device)
     capture, temperature = Capturer(teacher, config), config.loss.temperature
     temperatures = tuple(sorted({1.0, *config.cache.temperatures, temperature}))
-    candidates = [
-        Candidate(settings, replace(config.cache, temperatures=temperatures, **settings)) for settings in CANDIDATES
-    ]
+    tried = [{"codec": name, **settings} for name in CODECS for settings in find_codec(name).tried]
+    candidates = [Candidate(words, replace(config.cache, temperatures=temperatures, **words)) for words in tried]
     batches, num_samples = open_clips(config, num_clips)
     done, timed, seconds = 0, 0, 0.0
     with Progress("plan", min(num_clips, num_samples), unit="clips") as progress:

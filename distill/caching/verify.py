@@ -24,7 +24,8 @@ from distill.teacher import load_to_keep
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, resolve_precision
 from shards.sample import Sample
-from shards.targets.codecs import HiddenStates, decode
+from shards.targets.codecs.table import decode, find_codec
+from shards.targets.distributions import HiddenStates
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader
 from shards.tars.source import expand_shards
@@ -32,8 +33,7 @@ from teachers.logits import logit_transform
 from teachers.targets import identify_row
 
 # Largest difference allowed, at float32 and at 16 bits, where the other kernels of another batch or device round too.
-# Distributions: total variation of a position, in steps of the codec's own rounding; features: of a row's largest.
-CODEC_ERRORS = {"topk": 0.02, "adaptive": 0.01, "sampled": 0.02, "hidden": 0.01, "dense": 0.002}
+# Distributions: total variation of a position, at float32 the codec's own `error`; features: of a row's largest.
 FEATURE_ERRORS = {"int8": 1.5 / 127, "float16": 2e-3}
 LOGPROB_ERROR, ENTROPY_ERROR = 1e-2, 2e-2  # nats
 HALF_PRECISION = {"distribution": 0.05, "label_logprobs": 0.2, "entropy": 0.2, "features": 0.05}
@@ -194,7 +194,7 @@ def allowed_differences(config: Config) -> dict[str, float]:
     limits = {"queries": states, "hidden": states, "frames": FEATURE_ERRORS.get(cache.frames, 0.0)}
     if is_half:
         limits = {name: max(limit, HALF_PRECISION["features"]) for name, limit in limits.items()}
-    exact = {"distribution": CODEC_ERRORS[cache.codec], "label_logprobs": LOGPROB_ERROR, "entropy": ENTROPY_ERROR}
+    exact = {"distribution": find_codec(cache.codec).error, "label_logprobs": LOGPROB_ERROR, "entropy": ENTROPY_ERROR}
     own = {name: max(limit, HALF_PRECISION[name]) if is_half else limit for name, limit in exact.items()}
     return {"answers": 0.0} | own | limits
 

@@ -14,6 +14,8 @@ from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
 from distill.training.monitoring.trackers import TRACKERS
 from shards.kinds import convert_fields
+from shards.targets.codecs.codec import Codec
+from shards.targets.codecs.table import CODECS, find_codec
 from teachers.ears.encoders import second_kinds
 from teachers.ears.length import parse_ears_seconds
 
@@ -28,7 +30,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "student.second_kind": lambda: ("", "none", *second_kinds()),
     "teacher.ears": ("auto", "float32", "fp16", "bf16"),
     "teacher.front_end": ("exact", "shared"),
-    "cache.codec": ("topk", "adaptive", "sampled", "hidden", "dense"),
+    "cache.codec": CODECS,
     "cache.features": ("int8", "float16", "none"),
     "cache.frames": ("int8", "float16", "none"),
     "cache.answers": ("label", "teacher", "both"),
@@ -175,8 +177,8 @@ READ_WHERE = (
     (("corpus.valid_share",), lambda c: not (c.corpus.valid and c.corpus.valid_share), "an empty corpus.valid"),
     (("train.min_learning_rate",), lambda c: c.train.schedule != "constant", "a train.schedule that falls"),
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
-    (("cache.threshold",), lambda c: c.cache.codec == "adaptive", "cache.codec=adaptive"),
-    (("cache.draws", "cache.exponent"), lambda c: c.cache.codec == "sampled", "cache.codec=sampled"),
+    (("cache.threshold",), lambda c: "threshold" in find_codec(c.cache.codec).settings, "cache.codec=adaptive"),
+    (("cache.draws", "cache.exponent"), lambda c: "draws" in find_codec(c.cache.codec).settings, "cache.codec=sampled"),
     (("loss.pseudo_ce",), lambda c: uses(c, "ce"), "loss.ce above 0"),
     (("loss.kl_kind",), lambda c: uses(c, "kl"), "loss.kl above 0"),
     (("loss.temperature",), lambda c: uses(c, "kl") or c.loss.cross_tokenizer == "chunk", "loss.kl above 0"),
@@ -284,23 +286,35 @@ def check_targets(config) -> None:
     """Refuse an objective that the teacher's targets, as this config has them made, cannot serve."""
     loss, cache, is_online = config.loss, config.cache, config.teacher.online
     uses_kl = bool(loss.kl or "kl" in loss.schedules)
-    if uses_kl and cache.codec == "sampled" and not is_online and (loss.kl_kind, loss.temperature) != ("forward_kl", 1):
-        raise ValueError(
-            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but draws of the "
-            f"teacher (cache.codec=sampled) give forward_kl at temperature 1 alone; use that, or cache.codec=topk."
-        )
-    is_kept = cache.codec in ("hidden", "dense") or loss.temperature in cache.temperatures
+    codec = find_codec(cache.codec)
+    if uses_kl and not is_online and codec.kl_kinds is not None:
+        check_divergence(codec.of(cache), loss)
+    is_kept = codec.keeps_all or loss.temperature in cache.temperatures
     if (uses_kl or loss.cross_tokenizer == "chunk") and not is_kept:
         raise ValueError(
             f"loss.temperature is {loss.temperature:g}, but cache.temperatures is "
             f"{list(cache.temperatures)} and {cache.codec} keeps no other; add it there, or change it."
         )
-    kept = {*cache.hidden_layers, *([HEAD_INPUT] if is_online or cache.codec == "hidden" else [])}
+    kept = {*cache.hidden_layers, *([HEAD_INPUT] if is_online or codec.needs_head else [])}
     lost = sorted(set(loss.layer_pairs) - kept)
     if (loss.hidden or "hidden" in loss.schedules) and lost:
         raise ValueError(
             f"loss.hidden_layers names the teacher's {lost[0]}, but cache.hidden_layers is "
             f"{list(cache.hidden_layers)}; add it there, or set loss.hidden=0."
+        )
+
+
+def check_divergence(codec: Codec, loss) -> None:
+    """Refuse a divergence that a codec's targets cannot tell, such as any but one of the teacher's draws.
+
+    Raises:
+        ValueError: naming the divergence and what the codec gives.
+    """
+    if codec.kl_kinds is not None and not codec.tells(loss.kl_kind, loss.temperature):
+        raise ValueError(
+            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but targets of "
+            f"cache.codec={codec.name} give {' and '.join(codec.kl_kinds)} at temperature 1 alone; use that, or "
+            f"cache.codec=topk."
         )
 
 

@@ -21,6 +21,7 @@ from distill.objective.module import Objective
 from distill.objective.weighing import TERMS, Counts, weigh
 from distill.training.microbatch import Collator, MicroBatch, split
 from shards.sample import Sample
+from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
 from students.student import CONNECTOR
 from teachers.salmonn import Salmonn
@@ -55,7 +56,7 @@ class Case:
     def is_sampled(self) -> bool:
         """Whether the targets are draws, which are right on average only."""
         header = getattr(self.source, "header", None)
-        return header is not None and header.identity["codec"]["name"] == "sampled"
+        return header is not None and codec_of(header.identity).is_random
 
     def sparse(self) -> Sparse:
         """What the teacher says where it says something of the student's tokens, at the temperature of the loss."""

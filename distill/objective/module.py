@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import LossConfig
+from distill.config.rules import check_divergence
 from distill.objective.crossteacher import CrossedTargets
 from distill.objective.crosstokenizer import fused_cross_loss
 from distill.objective.divergences import build_divergence
@@ -19,6 +20,7 @@ from distill.objective.head import head_weight
 from distill.objective.losses import check_temperature
 from distill.objective.terms.term import OwnTerm, Seen
 from distill.objective.weighing import TERMS, Weights, shared_windows, window_rows
+from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
 from shards.targets.header import CacheHeader
 from teachers.logits import logit_transform
@@ -142,12 +144,8 @@ def check_codec(header: CacheHeader | None, loss: LossConfig) -> None:
     Raises:
         ValueError: the targets are draws, which hold for the forward KL at temperature 1 alone.
     """
-    is_sampled = header is not None and header.identity["codec"]["name"] == "sampled"
-    if is_sampled and loss.kl and (loss.kl_kind, loss.temperature) != ("forward_kl", 1.0):
-        raise ValueError(
-            f"loss.kl_kind is {loss.kl_kind} at temperature {loss.temperature:g}, but draws of the teacher "
-            f"(cache.codec=sampled) give the forward KL at temperature 1 alone; use that, or cache with topk."
-        )
+    if header is not None and loss.kl:
+        check_divergence(codec_of(header.identity), loss)
 
 
 def build_projectors(

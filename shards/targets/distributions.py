@@ -1,10 +1,10 @@
 """What a teacher says about supervised positions, as the losses read it. Knows no file, no codec and no teacher.
 
-S supervised positions, K kept ids, V vocabulary.
+S supervised positions, K kept ids, V vocabulary, D LLM width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -143,3 +143,67 @@ def _concatenate_shared(by_temperature: list[dict[float, Tensor]]) -> dict[float
     """Join the values of the temperatures that every dict holds."""
     shared = set(by_temperature[0]).intersection(*by_temperature[1:])
     return {t: torch.cat([values[t] for values in by_temperature]) for t in sorted(shared)}
+
+
+@dataclass
+class HiddenStates:
+    """What the `hidden` codec decodes to: the input of the teacher's head. With the head it reads as a `Distribution`.
+
+    Attributes:
+        hidden_SD: float32, after the last norm; each value off by at most `max / 254` of its group of 128 dimensions.
+        vocab_size: rows of the head.
+        head_weight_VD: the teacher's head, in any float type; None until `with_head`.
+        softcap: c of `c * tanh(logits / c)`, applied last; None: none.
+        logit_scale: multiplies the head's product.
+    """
+
+    hidden_SD: Tensor
+    vocab_size: int
+    head_weight_VD: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["HiddenStates"]) -> "HiddenStates":
+        """Several samples' positions as one batch's."""
+        return replace(parts[0], hidden_SD=torch.cat([part.hidden_SD for part in parts]))
+
+    def to(self, device: torch.device | str) -> "HiddenStates":
+        """The same on another device."""
+        head_VD = self.head_weight_VD
+        head_VD = head_VD if head_VD is None else head_VD.to(device, non_blocking=True)
+        return replace(self, hidden_SD=self.hidden_SD.to(device, non_blocking=True), head_weight_VD=head_VD)
+
+    def with_head(self, head_weight_VD: Tensor, *, softcap: float | None = None,
+                  logit_scale: float = 1.0) -> "HiddenStates":  # fmt: skip
+        """The same with the teacher's head, and what its LLM does to the product.
+
+        Raises:
+            ValueError: the head is of another vocabulary.
+        """
+        if len(head_weight_VD) != self.vocab_size:
+            raise ValueError(
+                f"head has {len(head_weight_VD)} rows, but the cached teacher's {self.vocab_size}; load the head of "
+                f"the teacher that made the cache."
+            )
+        return replace(self, head_weight_VD=head_weight_VD, softcap=softcap, logit_scale=logit_scale)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is outside the kept ids: always, all V are there."""
+        return True
+
+    @property
+    def ids_SK(self) -> Tensor:
+        """All V ids, at every position."""
+        return torch.arange(self.vocab_size, device=self.hidden_SD.device).expand(len(self.hidden_SD), -1)
+
+    def logits(self) -> Tensor:
+        """The teacher's logits at temperature 1, S by V, float32."""
+        logits_SV = (self.hidden_SD.to(self.head_weight_VD) @ self.head_weight_VD.T).float() * self.logit_scale
+        return logits_SV if self.softcap is None else self.softcap * torch.tanh(logits_SV / self.softcap)
+
+    def at(self, temperature: float) -> Sparse:
+        """As `Distribution.at`: log-probabilities of all V ids at any temperature, and no mass outside."""
+        logprobs_SV = torch.log_softmax(self.logits() / temperature, -1)
+        return Sparse(self.ids_SK, logprobs_SV, logprobs_SV.new_full((len(logprobs_SV),), -torch.inf))

@@ -29,7 +29,7 @@ from shards.packing.pack import pack
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
-from shards.targets.codecs import decode
+from shards.targets.codecs.table import decode
 from shards.targets.store import TargetReader
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter

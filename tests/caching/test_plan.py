@@ -10,7 +10,9 @@ from distill.caching.plan import Measured, format_plan, plan
 from distill.cli import main
 from distill.config import load_config
 from distill.objective import losses
-from shards.targets.codecs import Dense, TopK, decode
+from shards.targets.codecs.dense import Dense
+from shards.targets.codecs.table import decode
+from shards.targets.codecs.topk import TopK
 from shards.targets.distributions import Distribution
 from shards.targets.store import read_done
 from shards.tars.index import load_index

@@ -1,5 +1,6 @@
 """Codecs: what goes in comes out, to the precision each one states, and what is damaged does not."""
 
+import json
 import math
 
 import numpy as np
@@ -7,18 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shards.targets.bitpack import Reader, pack_bits, pack_sets, unpack_bits, unpack_sets
-from shards.targets.codecs import (
-    CODECS,
-    Adaptive,
-    Codec,
-    Dense,
-    Hidden,
-    Sampled,
-    TopK,
-    decode,
-    describe_codec,
-)
+from shards.targets.codecs.adaptive import Adaptive
+from shards.targets.codecs.bitpack import Reader, pack_bits, pack_sets, unpack_bits, unpack_sets
+from shards.targets.codecs.codec import Codec
+from shards.targets.codecs.dense import Dense
+from shards.targets.codecs.hidden import Hidden
+from shards.targets.codecs.sampled import Sampled
+from shards.targets.codecs.table import CODECS, codec_of, decode, describe_codec, find_codec
+from shards.targets.codecs.topk import TopK
 from shards.targets.distributions import Distribution, log1mexp
 
 
@@ -30,12 +27,12 @@ def make_logits(num_positions: int, vocab_size: int, seed: int = 0) -> Tensor:
     return logits_SV
 
 
-def capture(codec: Codec, *arguments) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in codec.capture(*arguments).items()}
+def capture(codec: Codec, *said: Tensor, generator: torch.Generator | None = None) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in codec.capture(*said, generator=generator).items()}
 
 
-def encode(codec: Codec, *arguments) -> bytes:
-    return codec.encode(capture(codec, *arguments))
+def encode(codec: Codec, *said: Tensor, generator: torch.Generator | None = None) -> bytes:
+    return codec.encode(capture(codec, *said, generator=generator))
 
 
 def to_dense(distribution: Distribution, temperature: float = 1.0) -> Tensor:
@@ -216,7 +213,7 @@ def test_sampled_probabilities_are_right_on_average(exponent):
     repeats = 20_000
     codec = Sampled(draws=8, exponent=exponent)
     generator = torch.Generator().manual_seed(0)
-    distribution = decode(encode(codec, logits_V.expand(repeats, -1), generator))
+    distribution = decode(encode(codec, logits_V.expand(repeats, -1), generator=generator))
     weights_SV = to_dense(distribution)[:, :-1]
     error_of_mean_V = weights_SV.std(0) / repeats**0.5
     deviations_V = (weights_SV.mean(0) - torch.softmax(logits_V, -1)) / error_of_mean_V
@@ -233,7 +230,7 @@ def test_sampled_weights_are_the_counts_of_the_draws():
 
 
 def test_the_same_seed_draws_the_same_bytes():
-    payloads = {encode(Sampled(), make_logits(5, 100), torch.Generator().manual_seed(7)) for _ in range(2)}
+    payloads = {encode(Sampled(), make_logits(5, 100), generator=torch.Generator().manual_seed(7)) for _ in range(2)}
     assert len(payloads) == 1
 
 
@@ -242,7 +239,7 @@ def test_hidden_states_are_off_by_half_a_step_at_most_and_rebuild_the_logits():
     hidden_SD, head_VD = torch.randn(20, 256, generator=generator), torch.randn(300, 256, generator=generator)
     hidden_SD[3] = 0
     hidden_SD[:, 200] *= 50  # coarsens the steps of its own half only
-    decoded = decode(encode(Hidden(), hidden_SD, 300))
+    decoded = decode(encode(Hidden(), hidden_SD @ head_VD.T, hidden_SD))
     bound_SD = (hidden_SD.abs().view(20, 2, 128).amax(-1) / 254).repeat_interleave(128, 1)
     assert ((decoded.hidden_SD - hidden_SD).abs() <= bound_SD * (1 + 1e-5)).all()
     logits_SV, decoded = hidden_SD @ head_VD.T, decoded.with_head(head_VD)
@@ -256,10 +253,9 @@ def test_hidden_states_are_off_by_half_a_step_at_most_and_rebuild_the_logits():
         decoded.with_head(head_VD[:299])
 
 
-@pytest.mark.parametrize("name", ["topk", "adaptive", "sampled", "dense", "hidden"])
+@pytest.mark.parametrize("name", CODECS)
 def test_every_cut_of_a_payload_is_refused(name):
-    codec = CODECS[name]()
-    payload = encode(codec, torch.randn(3, 8), 30) if name == "hidden" else encode(codec, make_logits(3, 200))
+    payload = encode(find_codec(name)(), make_logits(3, 200), torch.randn(3, 8))
     for size in range(len(payload)):
         with pytest.raises(ValueError):
             decode(payload[:size])
@@ -271,7 +267,7 @@ def test_a_payload_of_an_unknown_codec_or_version_is_refused():
     payload = encode(TopK(k=2), make_logits(2, 50))
     with pytest.raises(ValueError, match=r"codec is 'topq', but this program knows topk, adaptive"):
         decode(payload.replace(b"topk", b"topq"))
-    with pytest.raises(ValueError, match="payload version is 9, but this program reads 2"):
+    with pytest.raises(ValueError, match="payload version of topk is 9, but this program reads 2"):
         decode(payload[:2] + b"\x09" + payload[3:])
     with pytest.raises(ValueError, match="payload starts with"):
         decode(b"PK" + payload[2:])
@@ -310,7 +306,7 @@ def test_payloads_read_together_are_the_payloads_read_apart(codec):
 
 
 def test_hidden_states_read_together_are_those_read_apart():
-    payloads = [encode(Hidden(), make_logits(size, 256, size), 1000) for size in (2, 5)]
+    payloads = [encode(Hidden(), torch.zeros(size, 1000), make_logits(size, 256, size)) for size in (2, 5)]
     apart = torch.cat([decode(payload).hidden_SD for payload in payloads])
     assert torch.equal(decode(*payloads).hidden_SD, apart)
 
@@ -344,10 +340,35 @@ def test_concatenated_samples_are_the_samples():
 )
 def test_bad_parameters_are_refused(name, parameters, message):
     with pytest.raises(ValueError, match=message):
-        CODECS[name](**parameters)
+        find_codec(name)(**parameters)
 
 
 def test_a_codec_is_described_by_name_version_and_every_parameter():
     codec = TopK(k=32, temperatures=(1.0, 4.0))
     expected = {"name": "topk", "version": 2, "k": 32, "head": 4, "tail_bits": 5, "temperatures": (1.0, 4.0)}
     assert describe_codec(codec) == expected
+    assert codec_of({"codec": json.loads(json.dumps(describe_codec(codec)))}) == codec
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_keeps_what_its_definition_says_and_is_off_by_no_more_than_its_error(name):
+    codec, generator = find_codec(name)(), torch.Generator().manual_seed(0)
+    hidden_SD, head_VD = torch.randn(16, 64, generator=generator), torch.randn(800, 64, generator=generator)
+    logits_SV = hidden_SD @ head_VD.T / 4
+    decoded = decode(encode(codec, logits_SV, hidden_SD, generator=generator))
+    decoded = decoded.with_head(head_VD / 4) if codec.needs_head else decoded
+    probs_SV = torch.softmax(logits_SV.double(), -1)
+    plain_SV = torch.tensor(np.stack([codec.plain(probs_V.numpy()) for probs_V in probs_SV]))
+    dense_SV = to_dense(decoded)
+    is_kept_SV = dense_SV[:, :-1] > 0
+    assert not (is_kept_SV & ~plain_SV).any()
+    if not codec.is_random:
+        assert torch.equal(is_kept_SV, plain_SV)
+        exact_SV = torch.cat([probs_SV * plain_SV, (probs_SV * ~plain_SV).sum(1, keepdim=True)], 1)
+        assert 0.5 * (dense_SV - exact_SV).abs().sum(1).max() <= codec.error
+    for temperature in (1.0, 2.0, 3.0):
+        if codec.serves(temperature):
+            decoded.at(temperature)
+        else:
+            with pytest.raises(ValueError, match="temperature is"):
+                decoded.at(temperature)

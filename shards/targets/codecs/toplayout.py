@@ -1,103 +1,32 @@
-"""The codecs that keep a teacher's most probable ids, and the layout they share: counts, residuals, head, tail.
+"""The layout of the codecs that keep a teacher's most probable ids: counts, residuals, head, tail.
 
 S supervised positions, K kept ids, H head ids, V vocabulary, T stored temperatures.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from shards.targets.bitpack import Reader, pack_bits, pack_sets, unpack_bits, unpack_sets
-from shards.targets.distributions import Distribution
-from shards.targets.payload import pack_header
+from shards.targets.codecs.bitpack import Reader, pack_bits, pack_sets, unpack_bits, unpack_sets
+from shards.targets.codecs.codec import Codec
+from shards.targets.codecs.payload import pack_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shards.targets.distributions import Distribution
 
 SPANS = 2.0 ** ((np.arange(256, dtype=np.float32) - 64) / 16)  # nats from the head to the least kept: 1/16 to 3,900
 
 
-@dataclass(frozen=True)
-class TopK:
-    """The k most probable ids: the first few in order and to float16, the rest as a set with coarse log-probabilities.
-
-    The order of the tail is not stored, only its log-probabilities: an ascending set of ids is 37 bytes smaller than 64
-    ids in order, and needs no compressor, so an answer of 20 tokens costs as much a token as a million of them.
-    """
-
-    k: int = 64
-    head: int = 4  # ids stored in order, exact to float16
-    tail_bits: int = 5  # of a tail log-probability, on a log scale from the head's last to the least kept
-    temperatures: tuple[float, ...] = (1.0, 2.0)  # at which the mass outside the k is known
-
-    name: ClassVar[str] = "topk"
-    reads: ClassVar[str] = "logits"
-
-    def __post_init__(self):
-        _check_top(self.k, self.head, self.tail_bits, self.temperatures)
-
-    def capture(self, logits_SV: Tensor) -> dict[str, Tensor]:
-        """What `encode` needs, computed where the logits are."""
-        return capture_top(logits_SV, self.k, self.temperatures)
-
-    def encode(self, captured: dict[str, np.ndarray]) -> bytes:
-        """Bytes of what `capture` returned, as numpy arrays."""
-        counts_S = np.count_nonzero(captured["logprobs_SK"] > -np.inf, axis=1)
-        return pack_top(self.name, captured, counts_S, self.head, self.tail_bits, self.temperatures)
-
-    @staticmethod
-    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
-        """What `decode` calls after the headers."""
-        return read_top(reader, sizes, vocab_size, parameters)
-
-
-@dataclass(frozen=True)
-class Adaptive:
-    """As `topk`, with as many ids as are likelier than a threshold: few where the teacher is sure."""
-
-    threshold: float = 3e-4  # least probability that is kept
-    min_k: int = 9
-    max_k: int = 64
-    head: int = 4  # as TopK
-    tail_bits: int = 8  # as TopK
-    temperatures: tuple[float, ...] = (1.0, 2.0)  # as TopK
-
-    name: ClassVar[str] = "adaptive"
-    reads: ClassVar[str] = "logits"
-
-    def __post_init__(self):
-        _check_top(self.min_k, self.head, self.tail_bits, self.temperatures)
-        if not (self.max_k >= self.min_k and 0 <= self.threshold < 1):
-            raise ValueError(
-                f"(threshold, min_k, max_k) is {(self.threshold, self.min_k, self.max_k)}, but threshold must be in "
-                f"[0, 1) and max_k at least min_k; change them in the config's cache section."
-            )
-
-    def capture(self, logits_SV: Tensor) -> dict[str, Tensor]:
-        """What `encode` needs, computed where the logits are."""
-        return capture_top(logits_SV, self.max_k, self.temperatures)
-
-    def encode(self, captured: dict[str, np.ndarray]) -> bytes:
-        """Bytes of what `capture` returned, as numpy arrays."""
-        logprobs_SK = captured["logprobs_SK"]
-        with np.errstate(divide="ignore"):
-            is_likely_SK = logprobs_SK >= np.log(np.float32(self.threshold))
-        counts_S = np.maximum(is_likely_SK.sum(1), min(self.min_k, logprobs_SK.shape[1]))
-        counts_S = np.minimum(counts_S, np.count_nonzero(logprobs_SK > -np.inf, axis=1))
-        logodds_ST = _move_outside(captured, counts_S, self.temperatures)
-        captured = captured | {"residual_logodds_ST": logodds_ST}
-        return pack_top(self.name, captured, counts_S, self.head, self.tail_bits, self.temperatures)
-
-    @staticmethod
-    def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
-        """What `decode` calls after the headers."""
-        return read_top(reader, sizes, vocab_size, parameters)
-
-
 def capture_top(logits_SV: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
     """The k best ids in order, and the log-odds of the mass outside at each temperature, summed over the outside."""
+    import torch
+
     logprobs_SV = torch.log_softmax(logits_SV.float(), -1)
     logprobs_SK, ids_SK = logprobs_SV.topk(min(k, logits_SV.shape[-1]), -1)
     rest_SV = logprobs_SV.scatter_(-1, ids_SK, -torch.inf)
@@ -110,24 +39,7 @@ def capture_top(logits_SV: Tensor, k: int, temperatures: tuple[float, ...]) -> d
     }
 
 
-def _move_outside(captured: dict[str, np.ndarray], counts_S: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
-    """The log-odds of the mass outside when only the first `counts_S` ids of each position are kept."""
-    logprobs_SK = captured["logprobs_SK"]
-    is_dropped_SK = np.arange(logprobs_SK.shape[1]) >= counts_S[:, None]
-    below_SK = logprobs_SK - logprobs_SK[:, :1]
-    columns = []
-    for i, t in enumerate(temperatures):
-        mass_SK = np.exp(below_SK * np.float32(1 / t))
-        total_S = mass_SK.sum(1)
-        mass_SK *= is_dropped_SK
-        dropped_S = mass_SK.sum(1)
-        outside_S = np.exp(captured["residual_logodds_ST"][:, i]) * total_S + dropped_S
-        with np.errstate(divide="ignore"):
-            columns.append(np.log(outside_S) - np.log(total_S - dropped_S))
-    return np.stack(columns, -1)
-
-
-def _check_top(k: int, head: int, tail_bits: int, temperatures: tuple[float, ...]) -> None:
+def check_top(k: int, head: int, tail_bits: int, temperatures: tuple[float, ...]) -> None:
     """Refuse parameters that the layout cannot hold."""
     if not (k >= 1 and head >= 1 and 1 <= tail_bits <= 8):
         raise ValueError(
@@ -141,9 +53,9 @@ def _check_top(k: int, head: int, tail_bits: int, temperatures: tuple[float, ...
 
 
 def pack_top(
-    name: str, captured: dict[str, np.ndarray], counts_S: np.ndarray, head: int, tail_bits: int, temperatures: tuple
+    codec: Codec, captured: dict[str, np.ndarray], counts_S: np.ndarray, head: int, tail_bits: int, temperatures: tuple
 ) -> bytes:
-    """The layout of `topk` and `adaptive`: counts, residuals, head, tail."""
+    """The payload of the first `counts_S` ids of each position: counts, residuals, head, tail."""
     ids_SK, logprobs_SK = captured["ids_SK"], captured["logprobs_SK"]
     vocab_size = int(captured["vocab_size"])
     num_positions, k = ids_SK.shape
@@ -160,7 +72,7 @@ def pack_top(
     span_codes_S = np.searchsorted(SPANS[:-1], anchor_S - least_S).astype(np.uint8)
     return b"".join(
         [
-            pack_header(name, num_positions, vocab_size, k, head, tail_bits, *temperatures),
+            pack_header(codec, num_positions, vocab_size, k, head, tail_bits, *temperatures),
             bytes([is_uniform]),
             counts,
             captured["residual_logodds_ST"].astype("<f2").tobytes(),
@@ -245,6 +157,10 @@ def _read_rows(reader: Reader, dtype: str, sizes: Sequence[int], width: int) -> 
 
 def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: Sequence[float], vocab_size: int) -> Distribution:
     """Normalise rounded log-probabilities so that at every temperature they and the stored residual sum to one."""
+    import torch
+
+    from shards.targets.distributions import Distribution
+
     log_kept_ST = -np.logaddexp(0, logodds_ST)
     log_residual_ST = -np.logaddexp(0, -logodds_ST)
     log_sum_ST = _logsumexp(logprobs_SK, temperatures)
