@@ -311,9 +311,10 @@ def check_divergence(codec: Codec, loss) -> None:
         ValueError: naming the divergence and what the codec gives.
     """
     if codec.kl_kinds is not None and not codec.tells(loss.kl_kind, loss.temperature):
+        said = "draws" if codec.is_random else "targets"
         raise ValueError(
-            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but targets of "
-            f"cache.codec={codec.name} give {' and '.join(codec.kl_kinds)} at temperature 1 alone; use that, or "
+            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but {said} of the teacher "
+            f"(cache.codec={codec.name}) give {' and '.join(codec.kl_kinds)} at temperature 1 alone; use that, or "
             f"cache.codec=topk."
         )
 

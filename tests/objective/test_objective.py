@@ -108,7 +108,7 @@ def test_draws_of_the_teacher_train_with_the_forward_kl_and_are_refused_with_ano
     stream = ShardStream(toys / "data" / "train", Order(batch_size=4), Selection(targets=tmp_path / "cache"))
     losses = make_run(toys, tmp_path / "run", LossConfig(ce=0.0, feature=0.0), teacher, stream).fit().losses
     assert all(math.isfinite(loss) for loss in losses)
-    with pytest.raises(ValueError, match=r"draws of the teacher .* give the forward KL at temperature 1 alone"):
+    with pytest.raises(ValueError, match=r"draws of the teacher .* give forward_kl at temperature 1 alone"):
         make_run(toys, tmp_path / "other", LossConfig(kl_kind="jsd", kl_parameter=0.5), teacher, stream)
 
 
