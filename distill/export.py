@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from distill.config import load_config
 from distill.evaluation.scorecard import (
     SCORECARD,
     Scorecard,
@@ -29,10 +30,15 @@ from distill.evaluation.scorecard import (
     read_scorecard,
     score_rows,
 )
+from distill.student import NUM_CLIPS
 from shards.files.write import staged, write_atomically
+from shards.streaming.catalog import is_packed
+from shards.streaming.order import Order
+from shards.streaming.stream import ShardStream
+from shards.telling import tell
+from students.ears import describe_ears_error, narrow_ears_
 from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
-from teachers.ears.length import FULL
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -41,7 +47,8 @@ LLM, CARD, SALMONN = "llm", "README.md", "salmonn.pth"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")  # of a model's folder, beside its weights
 
 
-def export(run_folder: Path, out: Path, *, merge: bool = False, whole: bool = False, salmonn: bool = False) -> Path:
+def export(run_folder: Path, out: Path, *, merge: bool = False, whole: bool = False, salmonn: bool = False,
+           ears: str = "none") -> Path:  # fmt: skip
     """Write the student of a run to `out`, which `load_student` reads; returns `out`.
 
     Args:
@@ -49,6 +56,7 @@ def export(run_folder: Path, out: Path, *, merge: bool = False, whole: bool = Fa
         merge: write the LLM with LoRA inside, and no LoRA.
         whole: copy ears, LLM and prompts into the folder.
         salmonn: write `salmonn.pth` beside, with SALMONN's own names.
+        ears: bits that the ears' linear layers are put in, "bf16" or "int8"; "none": they stay as they are.
 
     Raises:
         FileNotFoundError: the run has no student yet.
@@ -57,22 +65,21 @@ def export(run_folder: Path, out: Path, *, merge: bool = False, whole: bool = Fa
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files already, but an export starts empty; choose another folder.")
     try:
-        return write_export(run_folder, out, merge=merge, whole=whole, salmonn=salmonn)
+        return write_export(run_folder, out, merge=merge, whole=whole, salmonn=salmonn, ears=ears)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # so that the same command can be given again
         raise
 
 
-def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmonn: bool) -> Path:
+def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmonn: bool, ears: str) -> Path:
     """Write into an empty folder; arguments as `export`."""
     out = Path(os.path.abspath(out))  # so that names inside it differ from those below "."
     settings = read_config(run_folder / "student")["settings"]
     student = load_student(run_folder / "student")
-    if salmonn and student.config.ears_seconds != FULL:
-        raise ValueError(
-            f"ears_seconds of the student is {student.config.ears_seconds!r}, but SALMONN's code, which reads "
-            f"{SALMONN}, pads every clip to 30 s; export without --salmonn, or train with student.ears_seconds=30."
-        )
+    if ears != "none":
+        tell(describe_narrow_ears(narrow_ears_(student, ears), student, run_folder))
+    if salmonn:
+        check_salmonn(student)
     names = student.config  # of the parts, for the card
     if merge:
         student, settings = merge_lora(student, out), {"lora": None, "quantization": "none"}
@@ -85,6 +92,41 @@ def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmo
     text = make_card(run_folder.name, names, student, settings, card)
     write_atomically(out / CARD, text)
     return out
+
+
+def describe_form(config: SalmonnConfig) -> str:
+    """What of its ears is not as in their checkpoint, for the card."""
+    layers = f", {config.whisper_layers} of Whisper's layers" if config.whisper_layers else ""
+    bits = f", in {config.ears_quantization}" if config.ears_quantization != "none" else ""
+    length = f", hears {config.ears_seconds}" if config.ears_seconds != SalmonnConfig("", "").ears_seconds else ""
+    return layers + bits + length
+
+
+def check_salmonn(student: Salmonn) -> None:
+    """Refuse a student that SALMONN's own code would hear otherwise than it was trained.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    default = SalmonnConfig("", "")
+    for name in ("ears_seconds", "whisper_layers", "ears_quantization"):
+        own, theirs = getattr(student.config, name), getattr(default, name)
+        if own != theirs:
+            raise ValueError(
+                f"{name} of the student is {own!r}, but SALMONN's code, which reads {SALMONN}, hears as with "
+                f"{theirs!r}; export without --salmonn, or train with student.{name}={theirs}."
+            )
+
+
+def describe_narrow_ears(before: Salmonn, student: Salmonn, run_folder: Path) -> str:
+    """One line on what the ears' fewer bits cost on the run's own clips, where those are still there."""
+    path = run_folder / "config.yaml"
+    folders = [load_config(path).shards(split) for split in ("test", "valid", "train")] if path.is_file() else []
+    folder = next((folder for folder in folders if is_packed(folder)), None)
+    if folder is None:
+        return f"ears in {student.config.ears_quantization}: their error is not measured, as the run's clips are gone"
+    stream = ShardStream(folder, Order(batch_size=NUM_CLIPS, shuffle=False, epochs=1))
+    return describe_ears_error(before, student, next(iter(stream)))
 
 
 def place_parts(config: SalmonnConfig, out: Path, *, whole: bool) -> SalmonnConfig:
@@ -168,7 +210,7 @@ def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict,
         "An audio language model of SALMONN's architecture, distilled from a larger one.",
         "",
         f"* LLM: {llm}",
-        f"* Ears: Whisper `{Path(parts.whisper).name}`{second}",
+        f"* Ears: Whisper `{Path(parts.whisper).name}`{second}{describe_form(student.config)}",
         f"* Ends its answers with: `{student.tokenizer.decode(student.rows.end_ids)}`",
         "",
         "```python",
@@ -196,10 +238,10 @@ def export_for_device(args: argparse.Namespace) -> Path:
         RuntimeError: OpenVINO is not installed.
         ValueError: an option is given that a device's folder has not.
     """
-    if args.merge or args.whole or args.salmonn:
+    if args.merge or args.whole or args.salmonn or args.ears_bits != "none":
         raise ValueError(
-            "--device is given with --merge, --whole or --salmonn, but a device's folder is whole with LoRA apart; "
-            "leave them out."
+            "--device is given with --merge, --whole, --salmonn or --ears-bits, but a device's folder is whole, with "
+            "LoRA apart and ears as --ears says; leave them out."
         )
     try:
         from distill.exporting.device import Precision, export_device
@@ -215,7 +257,7 @@ def main(args: argparse.Namespace) -> int:
     if args.device:
         out = export_for_device(args)
     else:
-        out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn)
+        out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn, ears=args.ears_bits)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"student: {out} ({size / 1e6:,.1f} MB)", file=sys.stderr)
     return 0

@@ -13,7 +13,7 @@ from distill.command import run_stage
 from distill.config import SPLITS, Config, to_yaml
 from distill.distiller import Distiller
 from distill.inputs import check_clips
-from distill.student import lora_of, make_student, student_llm
+from distill.student import lora_of, make_student, student_llm, tell_ears_error
 from distill.teacher import load_teacher, precision_name, teach_online
 from distill.training.identity import identify_settings
 from distill.training.ranks import build_accelerator, resolve_precision, say
@@ -53,6 +53,7 @@ def distil(config: Config) -> int:
         model.to(accelerator.device)
     student = make_student(config, model, resolve_precision(config.precision), lambda text: say(accelerator, text))
     student.to(accelerator.device)
+    tell_ears_error(config, model, student, lambda text: say(accelerator, text))
     teacher = wrap_teacher(config, model)
     del model  # of a cached teacher only the ears live on, in the student
     distiller = Distiller(

@@ -1,14 +1,21 @@
 """The student a config names, at its start: its LLM, its ears, its LoRA. Knows no training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from distill.config import Config
+from distill.training.ranks import resolve_precision
+from shards.streaming.order import Order
+from shards.streaming.stream import ShardStream
+from students.ears import describe_ears_error, share_or_load_ears, with_ears
 from students.start import start_from_
 from students.student import build_student
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
+
+NUM_CLIPS = 4  # on which the error of ears in fewer bits is measured
 
 
 def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callable[[str], None]) -> Salmonn:
@@ -29,6 +36,9 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         qformer_dropout=config.student.qformer_dropout,
         windows=config.student.windows,
         ears_seconds=config.student.ears_seconds,
+        ears_quantization=config.student.ears_quantization,
+        whisper_layers=config.student.whisper_layers,
+        train_ears=config.student.train_ears,
         **ears_of(config),
         dtype=dtype,
         seed=config.seed,
@@ -37,6 +47,17 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
     if config.student.start:
         start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
     return student
+
+
+def tell_ears_error(config: Config, teacher: Salmonn, student: Salmonn, say: Callable[[str], None]) -> None:
+    """Say what ears in fewer bits cost on the first clips of the training split; of whole ears nothing is said."""
+    if student.config.ears_quantization in ("none", teacher.config.ears_quantization):
+        return
+    whole = replace(student.config, ears_quantization="none")
+    exact = share_or_load_ears(teacher, whole, resolve_precision(config.precision))
+    stream = ShardStream(config.shards("train"), Order(batch_size=NUM_CLIPS, shuffle=False, epochs=1))
+    samples = next(iter(stream))
+    say(describe_ears_error(with_ears(student, *exact).to(student.device), student, samples))
 
 
 def student_llm(config: Config) -> str:

@@ -8,9 +8,9 @@ is in bfloat16. What it costs in accuracy is in docs/ears.md. Knows no file.
 import torch
 from torch import nn
 
-from students.int8 import BITS, narrow_head_
 from teachers.ears.hearing import has_amx_bf16, hear_in_
 from teachers.fourbit import pack_for_good_
+from teachers.int8 import BITS, narrow_head_
 from teachers.salmonn import Salmonn
 
 HEADS = ("auto", "whole", *BITS)  # "auto": bf16 with AMX, else whole

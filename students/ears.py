@@ -5,18 +5,22 @@ the cross-attention's keys and values, which stand over both encoders' frames si
 whose frames are as wide as the teacher's. Knows no LLM.
 """
 
+import copy
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from shards.sample import Sample
 from shards.telling import tell
 from teachers.ears.encoders import WHISPER, second_kinds, shares_spectrum
+from teachers.ears.shape import reshape_ears_
 from teachers.files.loading import load_ear
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.batch import pad_waveforms
 
 EARS = ("whisper", "second")
 CONNECTOR = ("ln_speech", "ln_audio", "qformer", "project")
@@ -55,8 +59,15 @@ def choose_ears(teacher: SalmonnConfig, *, whisper: str = "", second: str = "", 
     return dataclasses.replace(teacher, whisper=whisper or teacher.whisper, front_end=front_end, **kept)
 
 
-def find_shared(teacher: SalmonnConfig, student: SalmonnConfig) -> frozenset[str]:
-    """Which of `EARS` are the teacher's own: they have one name or are one file."""
+def find_shared(teacher: SalmonnConfig, student: SalmonnConfig, *, train_ears: bool = False) -> frozenset[str]:
+    """Which of `EARS` are the teacher's own modules: of one checkpoint, in one form, and not trained by the student."""
+    same, has_form = find_same(teacher, student), teacher.ears_quantization == student.ears_quantization
+    is_whole = teacher.whisper_layers == student.whisper_layers and not train_ears
+    return frozenset(name for name in same if has_form and (name != "whisper" or is_whole))
+
+
+def find_same(teacher: SalmonnConfig, student: SalmonnConfig) -> frozenset[str]:
+    """Which of `EARS` come from the teacher's checkpoint: they have one name or are one file."""
     has_whisper = is_same_place(student.whisper, teacher.whisper)
     has_second = student.second_kind == teacher.second_kind and is_same_place(student.second, teacher.second)
     return frozenset(name for name, is_shared in zip(EARS, (has_whisper, has_second)) if is_shared)
@@ -68,14 +79,110 @@ def is_same_place(own: str, theirs: str) -> bool:
 
 
 def share_or_load_ears(
-    teacher: Salmonn, config: SalmonnConfig, dtype: torch.dtype
+    teacher: Salmonn, config: SalmonnConfig, dtype: torch.dtype, *, train_ears: bool = False
 ) -> tuple[nn.Module, nn.Module | None]:
-    """The encoders of a student's config: the teacher's own modules where they are the same, others loaded, frozen."""
-    shared = find_shared(teacher.config, config)
-    whisper = teacher.whisper if "whisper" in shared else load_ear(WHISPER, config.whisper, dtype)
-    if "second" in shared:
-        return whisper, teacher.second
-    return whisper, load_ear(config.second_kind, config.second, dtype) if config.second else None
+    """The encoders of a student's config, frozen: the teacher's own modules, copies of them in another form, or loaded.
+
+    Args:
+        teacher: whose ears they may be.
+        config: of the student.
+        dtype: of those that are loaded.
+        train_ears: the student's Whisper is to be trained, so it is no module of the teacher's.
+
+    Raises:
+        ValueError: layers are to be taken out of a Whisper that lacks some already.
+    """
+    same = find_same(teacher.config, config)
+    shared = find_shared(teacher.config, config, train_ears=train_ears)
+    if "whisper" in same and teacher.config.whisper_layers not in (0, config.whisper_layers):
+        raise ValueError(
+            f"whisper_layers is {config.whisper_layers}, but the teacher's Whisper has only "
+            f"{teacher.config.whisper_layers} left; leave student.whisper_layers at 0, or at that."
+        )
+    places = {"whisper": (WHISPER, config.whisper), "second": (config.second_kind, config.second)}
+    ears, anew = {}, {}
+    for name, (kind, path) in places.items():
+        own = getattr(teacher, name)
+        if name in shared or not path:
+            ears[name] = own if name in shared else None
+        else:
+            ears[name] = anew[name] = copy.deepcopy(own) if name in same else load_ear(kind, path, dtype)
+    form = {"whisper_layers": config.whisper_layers, "quantization": config.ears_quantization}
+    reshape_ears_(anew.get("whisper"), anew.get("second"), **form)
+    if train_ears:
+        ears["whisper"].precision = None  # as the run's products are, not as a frozen teacher's
+    return ears["whisper"], ears["second"]
+
+
+def inherited_names(student: Salmonn, teacher: Salmonn, shared: Collection[str]) -> frozenset[str]:
+    """The student's tensors of ears that lie in no encoder's checkpoint, but in the teacher's own folder.
+
+    Args:
+        student, teacher: the models.
+        shared: the ears that are one module in both.
+    """
+    names = set()
+    for ear in find_same(teacher.config, student.config):
+        theirs = {name for name in teacher.own_names or () if name.split(".", 1)[0] == ear}
+        own = {name for name, _ in student.named_parameters() if name.split(".", 1)[0] == ear}
+        names |= theirs if ear in shared else own if theirs else set()
+    return frozenset(names)
+
+
+def with_ears(model: Salmonn, whisper: nn.Module, second: nn.Module | None) -> Salmonn:
+    """A model that hears with other encoders and shares all else with this one."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules) | {"whisper": whisper, "second": second}
+    return twin
+
+
+def narrow_ears_(student: Salmonn, bits: str) -> Salmonn:
+    """Put the ears of a trained student in fewer bits, in place; they are copied, as others may hear with them.
+
+    Returns:
+        The student as it heard before, for `measure_ears_error`.
+
+    Raises:
+        ValueError: they are in fewer bits already.
+    """
+    if student.config.ears_quantization != "none":
+        raise ValueError(
+            f"ears are to be in {bits}, but they are in {student.config.ears_quantization} since training; leave them."
+        )
+    before = with_ears(student, student.whisper, student.second)
+    student.whisper, student.second = copy.deepcopy(student.whisper), copy.deepcopy(student.second)
+    reshape_ears_(student.whisper, student.second, whisper_layers=0, quantization=bits)
+    student.config = dataclasses.replace(student.config, ears_quantization=bits)
+    named = [name for name, _ in student.named_parameters()]
+    own = {name.split(".", 1)[0] for name in student.own_names or ()} & set(EARS)
+    student.own_names = frozenset(student.own_names or ()) | {n for n in named if n.split(".", 1)[0] in own}
+    return before
+
+
+def describe_ears_error(exact: Salmonn, near: Salmonn, samples: Sequence[Sample]) -> str:
+    """One line on what ears in fewer bits cost: see `measure_ears_error`."""
+    errors = measure_ears_error(exact, near, samples)
+    found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+    return f"ears in {near.config.ears_quantization}: error of their frames on {len(samples)} clips {found}"
+
+
+@torch.no_grad()
+def measure_ears_error(exact: Salmonn, near: Salmonn, samples: Sequence[Sample]) -> dict[str, float]:
+    """How far one model's frames are from another's of the same ears: norm of the difference by that of the exact.
+
+    Args:
+        exact, near: the models; `near` has ears in fewer bits.
+        samples: clips.
+
+    Returns:
+        A share for each of `EARS` that there is.
+    """
+    waveforms_BN, num_samples_B = pad_waveforms([sample.waveform_N for sample in samples])
+    both = []
+    for model in (exact, near):
+        both.append(model.frames(waveforms_BN.to(model.device), num_samples_B, ears_seconds=near.config.ears_seconds))
+    pairs = zip(EARS, *both)  # a model without a second encoder has one
+    return {name: float((x_BRE.cpu() - y_BRE.cpu()).norm() / x_BRE.norm().cpu()) for name, x_BRE, y_BRE in pairs}
 
 
 def describe_ears(config: SalmonnConfig, names: Collection[str]) -> str:

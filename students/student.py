@@ -19,6 +19,7 @@ from students.ears import (
     describe_ears,
     find_shared,
     inherit_connector_,
+    inherited_names,
     print_to_stderr,
     share_or_load_ears,
 )
@@ -42,6 +43,9 @@ def build_student(
     qformer_dropout: float = 0.0,
     windows: str = "audio",
     ears_seconds: str = "",
+    ears_quantization: str = "none",
+    whisper_layers: int = 0,
+    train_ears: bool = False,
     whisper: str = "",
     second: str = "",
     second_kind: str = "",
@@ -49,7 +53,7 @@ def build_student(
     seed: int = 0,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Salmonn:
-    """A student that hears with the teacher's own (shared, frozen) encoders, or with frozen ones of its own.
+    """A student that hears with the teacher's own (shared, frozen) encoders, or with ones of its own.
 
     Args:
         teacher: whose ears, prompts and Q-Former sizes are inherited; its encoders are shared, not copied.
@@ -61,6 +65,9 @@ def build_student(
         qformer_dropout: in training.
         windows: "audio" or "all", see `SalmonnConfig`.
         ears_seconds: what Whisper hears of a clip, "30", "clip" or "clip+P"; empty: as the teacher's does.
+        ears_quantization: bits of the ears' linear layers: "none" (as they are), "bf16" or "int8".
+        whisper_layers: that are kept of Whisper's, evenly spread; 0: all.
+        train_ears: train all of Whisper too, from where it stands; it is then a copy of its own.
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
         dtype: of the LLM's products, of what is not quantised, and of ears of its own.
         seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
@@ -68,28 +75,36 @@ def build_student(
             end otherwise.
 
     Raises:
-        ValueError: the names of the ears contradict each other, or the LLM cannot be quantised so.
+        ValueError: the names of the ears contradict each other, the LLM cannot be quantized so, or ears in few bits
+            are to be trained.
         FileNotFoundError: there is no such encoder.
     """
     torch.manual_seed(seed)
     heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
     tokens = {"end_token": choose_end_token(teacher, llm, say), "bos_token": choose_bos_token(teacher, llm)}
     length = {"windows": windows, "ears_seconds": ears_seconds or teacher.config.ears_seconds}
-    config = dataclasses.replace(heard, llm=llm, qformer_dropout=qformer_dropout, **length, **tokens)
+    form = {"ears_quantization": ears_quantization if ears_quantization != "none" else heard.ears_quantization,
+            "whisper_layers": whisper_layers or heard.whisper_layers}  # fmt: skip
+    if train_ears and form["ears_quantization"] != "none":
+        raise ValueError(
+            f"ears_quantization is {form['ears_quantization']!r}, but weights in so few bits are not trained; train "
+            f"the ears first, and quantize them with `distill export --ears-bits {form['ears_quantization']}`."
+        )
+    config = dataclasses.replace(heard, llm=llm, qformer_dropout=qformer_dropout, **length, **form, **tokens)
     student = build_salmonn(
         config,
         lora=lora,
         dtype=dtype,
         transform_llm_=quantizer(quantization, dtype),
-        ears=share_or_load_ears(teacher, config, dtype),
+        ears=share_or_load_ears(teacher, config, dtype, train_ears=train_ears),
     )
-    shared = find_shared(teacher.config, config)
+    shared = find_shared(teacher.config, config, train_ears=train_ears)
     if own := set(EARS) - shared:
         say(f"ears of its own: {describe_ears(config, own)}")
     if connector == "teacher":
         say(inherit_connector_(student, teacher))
-    student.inherited_names = frozenset(n for n in teacher.own_names or () if n.split(".", 1)[0] in shared)
-    return train_own_(student)
+    student.inherited_names = inherited_names(student, teacher, shared)
+    return train_own_(student, train_ears=train_ears)
 
 
 def choose_end_token(teacher: Salmonn, llm: str, say: Callable[[str], None]) -> str:
@@ -122,8 +137,8 @@ def choose_bos_token(teacher: Salmonn, llm: str) -> str:
     return text if is_same else ""
 
 
-def train_own_(student: Salmonn) -> Salmonn:
-    """Make exactly LoRA and the connector trainable, in float32, in place.
+def train_own_(student: Salmonn, *, train_ears: bool = False) -> Salmonn:
+    """Make exactly LoRA and the connector trainable, in float32, in place; with `train_ears` Whisper too.
 
     Raises:
         ValueError: it was loaded to answer alone.
@@ -134,7 +149,8 @@ def train_own_(student: Salmonn) -> Salmonn:
             f"trained; load it with load_student(folder), without for_inference."
         )
     for name, parameter in student.named_parameters():
-        is_own = name.split(".", 1)[0] in CONNECTOR or "lora_" in name
+        part = name.split(".", 1)[0]
+        is_own = part in CONNECTOR or "lora_" in name or (train_ears and part == "whisper")
         parameter.requires_grad_(is_own)
         if is_own:
             parameter.data = parameter.data.float()

@@ -20,6 +20,7 @@ from teachers.ears.frontend import HOP_SAMPLES
 from teachers.ears.hearing import products_of
 from teachers.ears.length import FULL, parse_ears_seconds
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
+from teachers.ears.shape import QUANTIZATIONS
 from teachers.fourbit import keep_unpacked_
 from teachers.logits import head_logits
 from teachers.qformer import WindowQFormer
@@ -45,6 +46,8 @@ class SalmonnConfig:
     stride_seconds: float = 0.333333  # step from one window to the next
     windows: str = "all"  # "all": also those of pure padding, as SALMONN; "audio": only those that hold audio
     ears_seconds: str = FULL  # what Whisper hears: "30": all it can take; "clip", "clip+P": the clip and P s of silence
+    whisper_layers: int = 0  # that are kept of Whisper's, evenly spread; 0: all
+    ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
     num_queries: int = 1  # vectors a window gives
     qformer_width: int = 768
     qformer_layers: int = 2
@@ -67,6 +70,11 @@ class SalmonnConfig:
             raise ValueError(
                 f"front_end is 'shared', but second_kind is {self.second_kind!r} and only {able} shares Whisper's "
                 f"spectrum; use front_end 'exact'."
+            )
+        if self.ears_quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"ears_quantization is {self.ears_quantization!r}, but must be one of {', '.join(QUANTIZATIONS)}; "
+                f"correct the config."
             )
         if self.windows not in ("all", "audio"):
             raise ValueError(f"windows is {self.windows!r}, but must be 'all' or 'audio'; correct the config.")

@@ -110,6 +110,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="float32, or what is quick (%(default)s)",
     )
+    parser.add_argument("--ears-bits", choices=("none", "bf16", "int8"), default="none",
+                        help="bits of the ears' linear layers, whose error is printed; none: as trained")  # fmt: skip
 
 
 def read_export_arguments(args: argparse.Namespace) -> None:

@@ -101,6 +101,9 @@ class StudentConfig:
     windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
     ears_seconds: str = ""  # that Whisper hears: "30", padded to all it takes; "clip"; "clip+P": and P s of silence;
     # empty: as the teacher's. A student is trained so, and cached frames are made so
+    ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
+    whisper_layers: int = 0  # that are kept of its Whisper's, evenly spread; 0: all
+    train_ears: bool = False  # train its Whisper too, all of it
 
     def __post_init__(self):
         check_section("student", self)

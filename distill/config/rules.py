@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "corpus.kind": ("manifest", "synth"),
     "corpus.channels": ("left", "mean"),
     "student.quantization": ("nf4", "none"),
+    "student.ears_quantization": ("none", "bf16", "int8"),
     "student.connector": ("teacher", "new"),
     "student.windows": ("audio", "all"),
     "teacher.second_kind": lambda: ("", *second_kinds()),
@@ -55,7 +56,8 @@ POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.
 NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "cache.threshold", "train.warmup_steps",
                 "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.stop_after",
                 "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
-                "on_policy.temperature", "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
+                "student.whisper_layers", "on_policy.temperature",
+                 "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
 WEIGHTS = (*(f"loss.{term}" for term in TERMS), "loss.pseudo_ce")
 SHARES = (
     "train.decay_share",
@@ -149,7 +151,13 @@ def check_temperatures(cache) -> None:
 
 
 def check_ears(student) -> None:
-    """Refuse a length of the ears that is none, or one that leaves nothing for windows of padding to see."""
+    """Refuse ears in few bits that are to be trained, and a length that is none or leaves windows nothing to see."""
+    if student.train_ears and student.ears_quantization != "none":
+        raise ValueError(
+            f"student.train_ears is true, but student.ears_quantization is {student.ears_quantization!r} and weights "
+            f"in so few bits are not trained; set it to none, and quantize with `distill export --ears-bits "
+            f"{student.ears_quantization}` afterwards."
+        )
     if not student.ears_seconds:
         return
     is_cut = parse_ears_seconds(student.ears_seconds, "student.ears_seconds") is not None

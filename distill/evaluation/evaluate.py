@@ -50,7 +50,9 @@ def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
 
 def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     """As `evaluate_run`, in a folder that nobody else writes into, of the student saved in `folder`."""
-    student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization})"
+    ears = config.student.ears_quantization
+    narrow = f", ears {ears}" if ears != "none" else ""
+    student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization}{narrow})"
     answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's
     answers["teacher"], costs["teacher"] = examine_teacher(config)
     loader = partial(load_student, folder, dtype=resolve_precision(config.precision), for_inference=is_fast(config))

@@ -28,6 +28,7 @@ from students.ears import choose_ears
 from students.quantize import is_fused, nf4_bytes, weight_names
 from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
 from teachers.ears.length import FULL
+from teachers.ears.shape import reshape_ears_
 from teachers.ears.whisper import whisper_fields
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
@@ -86,7 +87,9 @@ def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
     heard = choose_ears(teacher.config, **ears_of(config))
     length = {"windows": config.student.windows,
-              "ears_seconds": config.student.ears_seconds or teacher.config.ears_seconds}  # fmt: skip
+              "ears_seconds": config.student.ears_seconds or teacher.config.ears_seconds,
+              "ears_quantization": config.student.ears_quantization,
+              "whisper_layers": config.student.whisper_layers or heard.whisper_layers}  # fmt: skip
     salmonn = dataclasses.replace(heard, llm=student_llm(config), **length)
     return Blueprint(salmonn, lora_of(config), frozen_dtype(config), config.student.quantization == "nf4")
 
@@ -143,6 +146,7 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
         if config.second:
             sizes = find_encoder(config.second_kind).sizes_of(config.second)
             second = build_encoder(config.second_kind, sizes).to(blueprint.dtype)
+        reshape_ears_(whisper, second, whisper_layers=config.whisper_layers, quantization=config.ears_quantization)
         return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
 
 

@@ -115,11 +115,20 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
         )
     theirs, own = header.identity["teacher_weights"], hash_frozen_parts(student, EARS)
     other = [name for name in EARS if own.get(name) != theirs.get(name)]
+    if has_other_form(header, student):
+        other = list(EARS)
     if other:
         raise ValueError(
             f"cache.frames is {header.identity['features']['frames']!r}, but this student's ears are not the teacher's "
             f"({describe_ears(student.config, other)}); cache again with cache.frames=none, or set teacher.online=true."
         )
+
+
+def has_other_form(header: CacheHeader, student: Salmonn) -> bool:
+    """Whether a student's ears are trained, or have fewer layers or bits than those whose frames are cached."""
+    teacher, is_trained = header.identity["teacher_config"], any(p.requires_grad for p in student.whisper.parameters())
+    form = ("ears_quantization", "whisper_layers")
+    return is_trained or any(teacher[name] != getattr(student.config, name) for name in form)
 
 
 def split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:

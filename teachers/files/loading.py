@@ -28,6 +28,7 @@ from shards.telling import is_quiet
 from teachers.ears.encoders import WHISPER, load_encoder
 from teachers.ears.hearing import WEIGHTS as WEIGHTS_OF_EARS
 from teachers.ears.hearing import hear_in_
+from teachers.ears.shape import reshape_ears_
 from teachers.files.weights import open_safetensors, put_, read_json
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -52,7 +53,7 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
         dtype: of the LLM's and the encoders' weights.
         transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
         tokenizer_path: where the tokenizer lies when not with the LLM.
-        ears: encoders to share instead of loading them by name.
+        ears: encoders to share instead of loading them by name, in the form that the config says.
         hearing: how encoders that are loaded hear, see `teachers.ears.hearing`; empty: as `dtype` says.
         llm_weights: False leaves the LLM on the meta device, for a teacher whose targets are cached.
     """
@@ -72,6 +73,7 @@ def load_ears(config: SalmonnConfig, dtype: torch.dtype, hearing: str = "") -> t
     dtype = WEIGHTS_OF_EARS[hearing] if hearing else dtype
     second = load_ear(config.second_kind, config.second, dtype) if config.second else None
     whisper = load_ear(WHISPER, config.whisper, dtype)
+    reshape_ears_(whisper, second, whisper_layers=config.whisper_layers, quantization=config.ears_quantization)
     for ear in (whisper, second):
         if hearing and ear is not None:
             hear_in_(ear, hearing)

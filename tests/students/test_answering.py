@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import students.answering
 from distill.distiller import Distiller
-from students.int8 import RowEmbedding, RowLinear, narrow_head_, narrow_linears_
 from students.pretrained import Student
 from students.quantize import dequantize, quantize_4bit_
 from students.student import build_student, load_student, save_student, train_own_
 from teachers.ears.hearing import has_amx_bf16
 from teachers.files.loading import save_salmonn
 from teachers.fourbit import FLAG, bnb, pack_for_good_, packed_for_answers
+from teachers.int8 import RowEmbedding, RowLinear, narrow_head_, narrow_linears_
 from teachers.lora import Lora, add_lora_
 
 LORA = Lora(rank=4, targets=("q_proj", "v_proj"))
