@@ -118,7 +118,7 @@ def given_to(stage, args: argparse.Namespace) -> dict:
     """What a stage asks for beside its arguments, by the names that its `main` takes.
 
     Args:
-        stage: takes `tasks` and `questions` where it checks a manifest's tasks: those of the file `args.prompts`; and
+        stage: takes `tasks` where it checks a manifest's tasks, which are those of the file `args.prompts`, and
             `parsers` where it knows every command.
         args: of the command line.
     """
@@ -126,8 +126,9 @@ def given_to(stage, args: argparse.Namespace) -> dict:
     if "parsers" in asked:
         given["parsers"] = {name: partial(build_command_parser, name) for name in COMMANDS}
     if "tasks" in asked:
+        from shards.manifests.manifest import KnownTasks
         from teachers.words.prompts import load_prompts
 
         prompts = load_prompts(args.prompts, "{}")
-        given |= {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
+        given["tasks"] = KnownTasks(prompts.by_task.keys(), prompts.asking)
     return given

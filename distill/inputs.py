@@ -10,7 +10,7 @@ from distill.config import CacheConfig, Config, LossConfig, TeacherConfig
 from distill.objective.module import missing
 from distill.teacher import load_teacher
 from shards.files.hash import remember_hash
-from shards.manifests.manifest import LINES_SUFFIXES
+from shards.manifests.manifest import LINES_SUFFIXES, KnownTasks
 from shards.packing.items import pack_items
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
@@ -106,7 +106,7 @@ def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: 
     if is_named and Path(samples).suffix not in MANIFEST_SUFFIXES:
         return samples
     prompts = student.rows.prompts
-    checks = {"tasks": prompts.by_task.keys(), "questions": prompts.asking}
+    checks = {"tasks": KnownTasks(prompts.by_task.keys(), prompts.asking)}
     if not is_named:
         return pack_items(samples, folder, name, max_seconds=max_seconds, say=say, **checks)
     path = Path(samples)

@@ -23,7 +23,7 @@ from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.files.hash import remember_hash
 from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, read_object
-from shards.manifests.manifest import missing_file_error
+from shards.manifests.manifest import KnownTasks, missing_file_error
 from shards.packing.encode import EncodeOptions
 from shards.packing.pack import pack
 from shards.tars.source import is_remote
@@ -116,7 +116,7 @@ def make_shards(config: Config) -> None:
         if config.manifest(name) is not None:
             asked = config.eval.prompts if name != "train" else ""
             prompts = load_prompts(config.teacher.prompts or None, "{}", asked or None)
-            known = {"tasks": prompts.asked.keys(), "questions": prompts.asking, "options": options}
+            known = {"tasks": KnownTasks(prompts.asked.keys(), prompts.asking), "options": options}
             report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
             tell(str(report))
 

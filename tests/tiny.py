@@ -15,6 +15,7 @@ from distill.config import ScratchConfig, load_config, to_yaml
 from distill.demo.tokenizer import train_tokenizer
 from distill.teach import build_llm, build_whisper
 from shards.files.write import open_atomically
+from shards.packing.folder import ShardSize
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE, Sample
 from teachers.files.loading import build_salmonn, save_salmonn
@@ -105,7 +106,7 @@ def make_shards(folder: Path, *, num_samples: int = 12, split: str = "train", sh
         rows.append({"path": str(path), "text": text, "task": "asr"})
     with open_atomically(folder / f"{split}.json") as file:
         json.dump({"annotation": rows}, file)
-    pack(folder / f"{split}.json", folder / split, name=split, shard_samples=shard_samples, workers=1)
+    pack(folder / f"{split}.json", folder / split, name=split, size=ShardSize(shard_samples), workers=1)
     return folder / split
 
 

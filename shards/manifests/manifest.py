@@ -70,6 +70,17 @@ def read_manifest(path: Path, *, root: Path | None = None) -> Iterator[Entry]:
         yield row
 
 
+@dataclass(frozen=True)
+class KnownTasks:
+    """The tasks that there are, as a file of prompts has them."""
+
+    names: Collection[str] | None = None  # None: any
+    questions: Collection[str] = ()  # those whose rows must bring a question
+
+
+ANY_TASK = KnownTasks()
+
+
 def scan_manifest(
     path: Path, *, root: Path | None = None, questions: Collection[str] = ()
 ) -> Iterator[Entry | RowError]:

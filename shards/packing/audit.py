@@ -16,7 +16,15 @@ from typing import TextIO
 from shards.audio.container import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
 from shards.audio.decode import CHANNELS, LEFT
 from shards.files.write import open_atomically
-from shards.manifests.manifest import Entry, describe_unknown_task, scan_manifest, to_path, write_rows
+from shards.manifests.manifest import (
+    ANY_TASK,
+    Entry,
+    KnownTasks,
+    describe_unknown_task,
+    scan_manifest,
+    to_path,
+    write_rows,
+)
 from shards.manifests.records import RowError
 from shards.packing.findings import REASONS, Finding, RowAudit, audit_rows, choose_verdict, make_policy
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
@@ -65,8 +73,7 @@ def audit(
     out: Path,
     *,
     root: Path | None = None,
-    tasks: Collection[str] | None = None,
-    questions: Collection[str] = (),
+    tasks: KnownTasks = ANY_TASK,
     policy: dict[str, str] | None = None,
     limits: AudioLimits = DEFAULT_LIMITS,
     channels: str = LEFT,
@@ -83,8 +90,7 @@ def audit(
         manifests: see `shards.manifests.manifest.read_manifest`.
         out: folder for audit.jsonl and the cleaned manifests.
         root: the folder that paths are relative to, if not the manifest's own.
-        tasks: those that exist; a row of another is dropped. None accepts all.
-        questions: those whose rows must bring a question.
+        tasks: those that exist; a row of another is dropped.
         policy: reason -> keep, fix or drop, over the defaults of `shards.packing.findings.REASONS`.
         limits: the shortest and longest clip; a pack must be made with the same.
         channels: what is heard of several; a pack must be made with the same.
@@ -114,8 +120,8 @@ def audit(
         progress_bar("auditing", sum(num_rows), show=show_progress) as advance,
     ):
         for path in reversed(manifests):
-            auditing = _Auditing(path, policy, tasks, later, report, log)
-            pieces = batched(scan_manifest(path, root=root, questions=questions), ROWS_A_PIECE)
+            auditing = _Auditing(path, policy, tasks.names, later, report, log)
+            pieces = batched(scan_manifest(path, root=root, questions=tasks.questions), ROWS_A_PIECE)
             found = map_in_order(partial(_audit_piece, limits=limits, channels=channels), pieces, workers=workers)
             try:
                 auditing.clean(out / _cleaned_name(path, manifests), found, stop_above, advance)
@@ -233,14 +239,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
 
 
-def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, questions: Collection[str] = ()) -> int:
-    """Run `distill audit`; `tasks` are those that exist (None: any), `questions` those that ask the row's own."""
+def main(args: argparse.Namespace, *, tasks: KnownTasks = ANY_TASK) -> int:
+    """Run `distill audit`."""
     report = audit(
         args.manifests,
         args.out,
         root=args.root,
         tasks=tasks,
-        questions=questions,
         policy={reason: verdict for verdict in ("keep", "fix", "drop") for reason in getattr(args, verdict)},
         limits=read_limits(args),
         channels=args.channels,

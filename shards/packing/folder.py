@@ -5,7 +5,7 @@ Knows no audio: samples come as the bytes of their members.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shards.files.hash import hash_file
@@ -20,20 +20,25 @@ SHARD_FIELDS = {"name": str, "samples": int, "seconds": float, "bytes": int, "sh
 VERSION = 1
 
 
+@dataclass(frozen=True)
+class ShardSize:
+    """The most that one shard holds."""
+
+    samples: int = 2_000
+    bytes: int = 256_000_000  # of a shard that holds more than one sample
+
+
 class PackFolder:
     """The folder that is being filled: its record, and the shard that is open."""
 
-    def __init__(
-        self, manifest: Path, out: Path, name: str, shard_samples: int, shard_bytes: int, options: EncodeOptions
-    ):
-        self.out, self.name = out, name
-        self.shard_samples, self.shard_bytes = shard_samples, shard_bytes
+    def __init__(self, manifest: Path, out: Path, name: str, size: ShardSize, options: EncodeOptions):
+        self.out, self.name, self.size = out, name, size
         self.identity = {
             "version": VERSION,
             "name": name,
             "manifest_sha256": hash_file(manifest),
-            "shard_samples": shard_samples,
-            "shard_bytes": shard_bytes,
+            "shard_samples": size.samples,
+            "shard_bytes": size.bytes,
             "options": asdict(options),
         }
         self.shards: list[dict] = []
@@ -110,7 +115,7 @@ class PackFolder:
 
     def _is_full(self, writer: TarWriter, count: int, samples: list[Encoded]) -> bool:
         size = sum(member_size(sample.flac) + member_size(sample.json) for sample in samples)
-        return count + len(samples) > self.shard_samples or writer.size + size > self.shard_bytes
+        return count + len(samples) > self.size.samples or writer.size + size > self.size.bytes
 
     def _finish(self, writer: TarWriter, count: int, seconds: float, first_row: int, end_row: int) -> None:
         sha256 = writer.close()

@@ -16,7 +16,7 @@ import soundfile
 
 from shards.audio.container import AudioLimits
 from shards.files.write import write_atomically
-from shards.manifests.manifest import ARRAY
+from shards.manifests.manifest import ANY_TASK, ARRAY, KnownTasks
 from shards.packing.encode import EncodeOptions
 from shards.packing.folder import INDEX
 from shards.packing.pack import pack
@@ -30,8 +30,7 @@ FEW = 256  # samples that are packed in this process
 
 
 def pack_items(items: Iterable, folder: Path, name: str, *, max_seconds: float = MAX_SECONDS,
-               tasks: Collection[str] | None = None, questions: Collection[str] = (),
-               say: Callable[[str], None] = print) -> Path:  # fmt: skip
+               tasks: KnownTasks = ANY_TASK, say: Callable[[str], None] = print) -> Path:  # fmt: skip
     """Pack samples into `folder/NAME-DIGEST` and return that; when they lie there already they are only read through.
 
     Args:
@@ -41,7 +40,7 @@ def pack_items(items: Iterable, folder: Path, name: str, *, max_seconds: float =
         folder: where the folder of the shards is made.
         name: of the split.
         max_seconds: of a clip; what becomes of longer ones is `shards.packing.encode`'s affair.
-        tasks, questions: as `pack` takes them.
+        tasks: as `pack` takes them.
         say: is told what lies where.
 
     Raises:
@@ -64,7 +63,7 @@ def pack_items(items: Iterable, folder: Path, name: str, *, max_seconds: float =
         write_atomically(manifest, json.dumps({ARRAY: [row for row, _ in rows]}, ensure_ascii=False))
         options = EncodeOptions(limits=AudioLimits(max_seconds=max_seconds))
         workers = 1 if len(rows) < FEW else None
-        report = pack(manifest, final, name=name, tasks=tasks, questions=questions, options=options, workers=workers)
+        report = pack(manifest, final, name=name, tasks=tasks, options=options, workers=workers)
         say(f"{name}: {report}")
         return final
     finally:

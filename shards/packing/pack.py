@@ -8,7 +8,7 @@ out; nothing takes its place.
 
 import argparse
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import dropwhile
@@ -17,16 +17,15 @@ from pathlib import Path
 from shards.audio.container import add_limit_arguments, read_limits
 from shards.audio.decode import CHANNELS, LEFT
 from shards.files.lock import hold
-from shards.manifests.manifest import Entry, check_paths, check_tasks, scan_manifest, to_path
+from shards.manifests.manifest import ANY_TASK, Entry, KnownTasks, check_paths, check_tasks, scan_manifest, to_path
 from shards.manifests.records import RowError
 from shards.packing.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
-from shards.packing.folder import PackFolder
+from shards.packing.folder import PackFolder, ShardSize
 from shards.packing.space import EvenChoice, check_space, estimate_bytes
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 
 ROWS_A_PIECE = 16
-SHARD_SAMPLES = 2000
-SHARD_BYTES = 256_000_000
+SIZE = ShardSize()
 MAX_BAD_SHARE, MIN_MAX_BAD = 0.001, 10
 LOCK = ".pack.lock"
 
@@ -57,10 +56,8 @@ def pack(
     *,
     name: str | None = None,
     root: Path | None = None,
-    tasks: Collection[str] | None = None,
-    questions: Collection[str] = (),
-    shard_samples: int = SHARD_SAMPLES,
-    shard_bytes: int = SHARD_BYTES,
+    tasks: KnownTasks = ANY_TASK,
+    size: ShardSize = SIZE,
     options: EncodeOptions | None = None,
     max_bad_share: float = MAX_BAD_SHARE,
     workers: int | None = None,
@@ -73,10 +70,8 @@ def pack(
         out: a folder of its own; made if need be.
         name: of the shards; by default the manifest's.
         root: the folder that the manifest's paths are relative to, if not its own.
-        tasks: those that exist; None accepts all.
-        questions: those whose rows must bring a question.
-        shard_samples: the most samples of a shard.
-        shard_bytes: the most bytes of a shard that holds more than one sample.
+        tasks: those that exist.
+        size: the most that a shard holds.
         options: what is accepted, and what is done with long clips; None: the defaults of `EncodeOptions`.
         max_bad_share: more bad samples than this share of all, and than 10, end the run.
         workers: processes; by default one a CPU.
@@ -90,17 +85,17 @@ def pack(
     manifest, out = Path(manifest).expanduser(), Path(out).expanduser()
     workers = count_cpus() if workers is None else workers
     options = options or EncodeOptions()
-    num_rows, some = _survey(manifest, root, tasks, questions)
+    num_rows, some = _survey(manifest, root, tasks)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out / LOCK, f"{out} is being packed by {{holder}}, but a folder takes one pack at a time; wait for it."):
-        packing = PackFolder(manifest, out, name or manifest.stem, shard_samples, shard_bytes, options)
+        packing = PackFolder(manifest, out, name or manifest.stem, size, options)
         resumed = packing.resume()
         if not packing.complete:
             longest = math.inf if options.too_long == "chunk" else options.limits.max_seconds
             needed = estimate_bytes(some, num_rows - packing.next_row, longest=longest)
             check_space(out, needed, "shards", remedy="free some space, or give a folder on another disk")
             max_bad = max(MIN_MAX_BAD, math.ceil(max_bad_share * num_rows))
-            rows = scan_manifest(manifest, root=root, questions=questions)
+            rows = scan_manifest(manifest, root=root, questions=tasks.questions)
             rows = dropwhile(lambda row: row.number < packing.next_row, rows)
             encoded = map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
             with progress_bar(f"packing {packing.name}", num_rows, show=show_progress) as advance:
@@ -124,10 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="of the shards (the manifest's)")
     parser.add_argument("--root", type=to_path, help="folder that its paths are relative to (the manifest's)")
     parser.add_argument("--prompts", type=to_path, help="JSON file of the prompts whose tasks exist (the library's)")
-    parser.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="most samples a shard (%(default)s)")
-    parser.add_argument(
-        "--shard-mb", type=float, default=SHARD_BYTES / 1e6, help="most megabytes a shard (%(default)g)"
-    )
+    parser.add_argument("--shard-samples", type=int, default=SIZE.samples, help="most samples a shard (%(default)s)")
+    parser.add_argument("--shard-mb", type=float, default=SIZE.bytes / 1e6, help="most megabytes a shard (%(default)g)")
     parser.add_argument("--too-long", choices=TOO_LONG, default="auto", help="over 30 s; auto skips asr, cuts the rest")
     add_limit_arguments(parser)
     parser.add_argument("--channels", choices=CHANNELS, default=LEFT, help="heard of several (%(default)s)")
@@ -143,8 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, questions: Collection[str] = ()) -> int:
-    """Run `distill pack`; `tasks` are those that exist (None: any), `questions` those that ask the row's own."""
+def main(args: argparse.Namespace, *, tasks: KnownTasks = ANY_TASK) -> int:
+    """Run `distill pack`."""
     if args.verify:
         from shards.packing.verify import verify
 
@@ -159,9 +152,7 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
         name=args.name,
         root=args.root,
         tasks=tasks,
-        questions=questions,
-        shard_samples=args.shard_samples,
-        shard_bytes=int(args.shard_mb * 1e6),
+        size=ShardSize(args.shard_samples, int(args.shard_mb * 1e6)),
         options=EncodeOptions(args.too_long, limits, args.channels),
         max_bad_share=args.max_bad,
         workers=args.workers,
@@ -171,22 +162,20 @@ def main(args: argparse.Namespace, *, tasks: Collection[str] | None = None, ques
     return 0
 
 
-def _survey(
-    manifest: Path, root: Path | None, tasks: Collection[str] | None, questions: Collection[str]
-) -> tuple[int, list[Entry]]:
+def _survey(manifest: Path, root: Path | None, tasks: KnownTasks) -> tuple[int, list[Entry]]:
     """Number of rows and some of them, once every task is known and every recording is there; nothing is decoded."""
     num_bad, some = 0, EvenChoice()
 
     def entries() -> Iterator[Entry]:
         nonlocal num_bad
-        for row in scan_manifest(manifest, root=root, questions=questions):
+        for row in scan_manifest(manifest, root=root, questions=tasks.questions):
             if isinstance(row, RowError):
                 num_bad += 1
             else:
                 yield row
 
     num_good = 0
-    for entry in check_paths(check_tasks(entries(), tasks)):
+    for entry in check_paths(check_tasks(entries(), tasks.names)):
         some.add(entry)
         num_good += 1
     return num_good + num_bad, some.chosen

@@ -25,6 +25,7 @@ from distill.distiller import Distiller
 from distill.run import run, wrap_teacher
 from distill.teacher import load_teacher
 from shards.audio.augmentation import Augmentation
+from shards.packing.folder import ShardSize
 from shards.packing.pack import pack
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
@@ -450,7 +451,7 @@ def test_shards_that_were_packed_anew_from_other_data_are_cached_again_and_no_ot
     rows = json.loads((toys / "data" / "train.json").read_text())["annotation"]
     rows[-1]["text"] = "nine nine nine"  # in the last of three shards
     (tmp_path / "data" / "train.json").write_text(json.dumps({"annotation": rows}))
-    pack(tmp_path / "data" / "train.json", tmp_path / "data" / "train", name="train", shard_samples=5, workers=1)
+    pack(tmp_path / "data" / "train.json", tmp_path / "data" / "train", name="train", size=ShardSize(5), workers=1)
     model = load_salmonn(toys / "teacher")
     with pytest.raises(ShardError, match=r"lacks the targets of 1 of 3 shards \(train-000002\).* distill/cache\.py"):
         wrap_teacher(config, model)

@@ -10,6 +10,7 @@ from distill.config import EvalConfig
 from distill.evaluation.answering import answer, evaluate
 from distill.evaluation.clips import find_clips
 from distill.evaluation.metrics.scores import score
+from shards.packing.folder import ShardSize
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
 from shards.streaming.order import Order
@@ -30,7 +31,7 @@ def split(tmp_path_factory):
     rows += [{"path": "0.wav", "text": text, "task": "QA", "Q": q} for text, q in (("low", "How?"), ("1", "How many?"))]
     rows += [{"path": "2.wav", "text": None, "task": "audiocaption"}]
     (folder / "split.json").write_text(json.dumps({"annotation": rows}))
-    pack(folder / "split.json", folder / "shards", name="split", shard_samples=4, workers=1)
+    pack(folder / "split.json", folder / "shards", name="split", size=ShardSize(4), workers=1)
     return folder / "shards"
 
 

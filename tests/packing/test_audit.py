@@ -9,7 +9,7 @@ import soundfile
 from clips import to_bytes, tone, write_annotation, write_clips
 
 from distill.cli import main
-from shards.manifests.manifest import read_manifest
+from shards.manifests.manifest import KnownTasks, read_manifest
 from shards.packing import audit as audit_module
 from shards.packing import pack as pack_module
 from shards.packing.audit import audit
@@ -105,7 +105,9 @@ def test_what_the_audit_keeps_packs_without_a_bad_sample(tmp_path):
 )
 def test_a_faulty_row_gets_its_reason(tmp_path, row, expected):
     write_clips(tmp_path, 1)
-    audit([write_annotation(tmp_path / "m.json", [row])], tmp_path / "out", questions={"QA"}, workers=1)
+    audit(
+        [write_annotation(tmp_path / "m.json", [row])], tmp_path / "out", tasks=KnownTasks(questions={"QA"}), workers=1
+    )
     assert read_findings(tmp_path / "out") == ({0: expected} if expected else {})
 
 
@@ -122,7 +124,7 @@ def test_a_line_that_is_not_json_is_dropped_and_the_rest_kept(tmp_path):
 def test_a_row_of_an_unknown_task_is_dropped_with_the_nearest_and_the_rest_kept(tmp_path):
     first, second = write_clips(tmp_path, 2)
     manifest = write_annotation(tmp_path / "m.json", [{**first, "task": "asrr"}, second])
-    report = audit([manifest], tmp_path / "out", tasks={"asr", "QA"}, workers=1)
+    report = audit([manifest], tmp_path / "out", tasks=KnownTasks({"asr", "QA"}), workers=1)
     assert read_findings(tmp_path / "out") == {0: {"unknown_task": "drop"}}
     assert "did you mean 'asr'?" in (tmp_path / "out/audit.jsonl").read_text()
     assert kept_rows(report) == ["tone 1"]
@@ -249,7 +251,7 @@ def test_the_command_prints_the_table(tmp_path, capsys):
     audit_module.add_arguments(parser)
     out = str(tmp_path / "out")
     args = parser.parse_args([str(manifest), "--out", out, "--drop", "duplicate", "--workers", "1"])
-    assert audit_module.main(args, tasks={"asr"}) == 0
+    assert audit_module.main(args, tasks=KnownTasks({"asr"})) == 0
     printed = capsys.readouterr().out
     assert "decode           drop             1   25.00%  no decoder reads it" in printed
     assert "duplicate        drop             1   25.00%" in printed

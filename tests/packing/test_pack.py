@@ -21,11 +21,12 @@ from distill.cli import main
 from shards.audio.container import AudioLimits
 from shards.audio.decode import decode_audio, hash_waveform, load_audio
 from shards.files.lock import FileLock
-from shards.manifests.manifest import read_manifest
+from shards.manifests.manifest import KnownTasks, read_manifest
 from shards.packing import pack as pack_module
 from shards.packing import space
 from shards.packing.audit import audit
 from shards.packing.encode import EncodeOptions, StopPacking
+from shards.packing.folder import ShardSize
 from shards.packing.pack import LOCK, pack
 from shards.packing.verify import verify
 from shards.pool import IN_FLIGHT, map_in_order
@@ -46,7 +47,9 @@ def test_a_second_pack_into_one_folder_is_refused_by_the_firsts_process_and_a_ki
     with pytest.raises(FileExistsError, match=told):
         pack(tmp_path / "train.json", tmp_path / "train", name="train", workers=1)
     lock.release()
-    assert pack(tmp_path / "train.json", tmp_path / "train", name="train", shard_samples=5, workers=1).num_samples == 2
+    assert (
+        pack(tmp_path / "train.json", tmp_path / "train", name="train", size=ShardSize(5), workers=1).num_samples == 2
+    )
 
 
 @pytest.mark.parametrize("limit", [100, 20_000])
@@ -77,7 +80,7 @@ def read_samples(folder: Path) -> list[tuple[str, dict, bytes]]:
 
 
 def test_every_row_becomes_a_sample_with_its_own_audio_and_text(manifest, tmp_path):
-    report = pack(manifest, tmp_path / "out", shard_samples=15, workers=1)
+    report = pack(manifest, tmp_path / "out", size=ShardSize(15), workers=1)
     entries = list(read_manifest(manifest))
     assert (report.num_shards, report.num_samples, report.bad) == (3, 40, ())
     for entry, (key, fields, flac) in zip(entries, read_samples(tmp_path / "out"), strict=True):
@@ -95,7 +98,7 @@ def test_every_row_becomes_a_sample_with_its_own_audio_and_text(manifest, tmp_pa
 
 
 def test_the_index_says_what_the_shards_are(manifest, tmp_path):
-    report = pack(manifest, tmp_path / "out", shard_samples=15, workers=1)
+    report = pack(manifest, tmp_path / "out", size=ShardSize(15), workers=1)
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert [shard["name"] for shard in index["shards"]] == [f"train-{number:06d}.tar" for number in range(3)]
     assert [shard["samples"] for shard in index["shards"]] == [15, 15, 10]
@@ -107,26 +110,26 @@ def test_the_index_says_what_the_shards_are(manifest, tmp_path):
 
 
 def test_packing_gives_the_same_bytes_whatever_the_workers(manifest, tmp_path):
-    pack(manifest, tmp_path / "one", shard_samples=9, workers=1)
-    pack(manifest, tmp_path / "two", shard_samples=9, workers=2)
+    pack(manifest, tmp_path / "one", size=ShardSize(9), workers=1)
+    pack(manifest, tmp_path / "two", size=ShardSize(9), workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_shard_holds_at_most_its_bytes(manifest, tmp_path):
-    pack(manifest, tmp_path / "out", shard_bytes=100_000, workers=1)
+    pack(manifest, tmp_path / "out", size=ShardSize(bytes=100_000), workers=1)
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.tar")]
     assert len(sizes) > 2
     assert max(sizes) <= 100_000 + 10_240  # the end of an archive is padded to a record
 
 
 def test_a_clip_larger_than_a_shard_has_one_of_its_own(manifest, tmp_path):
-    report = pack(manifest, tmp_path / "out", shard_bytes=1_000, workers=1)
+    report = pack(manifest, tmp_path / "out", size=ShardSize(bytes=1_000), workers=1)
     assert report.num_shards == report.num_samples == 40
 
 
 def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bytes(manifest, tmp_path):
-    pack(manifest, tmp_path / "whole", shard_samples=9, workers=1)
-    pack(manifest, tmp_path / "out", shard_samples=9, workers=1)
+    pack(manifest, tmp_path / "whole", size=ShardSize(9), workers=1)
+    pack(manifest, tmp_path / "out", size=ShardSize(9), workers=1)
     out = tmp_path / "out"
     record = json.loads((out / "index.json").read_text())
     record["shards"] = record["shards"][:2]
@@ -136,7 +139,7 @@ def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bytes(manifes
         (out / f"train-{number:06d}.tar").unlink()
     (out / ".train-000002.tar.tmp").write_bytes(b"half a shard")
     before = (out / "train-000001.tar").stat().st_mtime_ns
-    report = pack(manifest, out, shard_samples=9, workers=1)
+    report = pack(manifest, out, size=ShardSize(9), workers=1)
     assert report.num_resumed == 2
     assert (out / "train-000001.tar").stat().st_mtime_ns == before
     assert contents(out) == contents(tmp_path / "whole")
@@ -144,13 +147,13 @@ def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bytes(manifes
 
 def test_a_finished_pack_is_left_alone_and_a_damaged_shard_is_made_again(manifest, tmp_path):
     out = tmp_path / "out"
-    pack(manifest, out, shard_samples=9, workers=1)
+    pack(manifest, out, size=ShardSize(9), workers=1)
     before = contents(out)
-    assert pack(manifest, out, shard_samples=9, workers=1).num_resumed == 5
+    assert pack(manifest, out, size=ShardSize(9), workers=1).num_resumed == 5
     damaged = bytearray(before["train-000003.tar"])
     damaged[5_000] ^= 1
     (out / "train-000003.tar").write_bytes(damaged)
-    assert pack(manifest, out, shard_samples=9, workers=1).num_resumed == 3
+    assert pack(manifest, out, size=ShardSize(9), workers=1).num_resumed == 3
     assert contents(out) == before
 
 
@@ -158,9 +161,7 @@ def test_a_finished_pack_is_left_alone_and_a_damaged_shard_is_made_again(manifes
 def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tmp_path, kill):
     rows = write_clips(tmp_path, 8, seconds=5.0) * 40
     manifest, out = write_annotation(tmp_path / "train.json", rows), tmp_path / "out"
-    program = (
-        "import sys; from shards.packing.pack import pack; pack(sys.argv[1], sys.argv[2], shard_samples=8, workers=2)"
-    )
+    program = "import sys; from shards.packing.pack import ShardSize, pack; pack(sys.argv[1], sys.argv[2], size=ShardSize(8), workers=2)"
     script = tmp_path / "run.py"
     script.write_text(f"if __name__ == '__main__':\n    {program}\n")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -179,7 +180,7 @@ def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tm
             assert len(tar.getmembers()) == 16
     if kill == signal.SIGINT:
         assert not list(out.glob(".*"))
-    report = pack(manifest, out, shard_samples=8, workers=1)
+    report = pack(manifest, out, size=ShardSize(8), workers=1)
     assert report.num_resumed == len(record["shards"]) >= 1
     assert report.num_samples == 320
     assert not list(out.glob(".*"))
@@ -187,12 +188,12 @@ def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tm
 
 
 def test_a_folder_of_another_pack_is_refused_with_both_values(manifest, tmp_path):
-    pack(manifest, tmp_path / "out", shard_samples=9, workers=1)
+    pack(manifest, tmp_path / "out", size=ShardSize(9), workers=1)
     with pytest.raises(ValueError, match="shard_samples 9, but this run's is 10"):
-        pack(manifest, tmp_path / "out", shard_samples=10, workers=1)
+        pack(manifest, tmp_path / "out", size=ShardSize(10), workers=1)
     write_annotation(manifest, write_clips(tmp_path, 39))
     with pytest.raises(ValueError, match="has manifest_sha256"):
-        pack(manifest, tmp_path / "out", shard_samples=9, workers=1)
+        pack(manifest, tmp_path / "out", size=ShardSize(9), workers=1)
 
 
 def test_bad_samples_are_left_out_counted_and_written_down_with_their_reason(tmp_path):
@@ -205,7 +206,7 @@ def test_bad_samples_are_left_out_counted_and_written_down_with_their_reason(tmp
     (tmp_path / "clip008.wav").unlink()
     (tmp_path / "clip008.wav").mkdir()
     manifest = write_annotation(tmp_path / "train.json", rows)
-    report = pack(manifest, tmp_path / "out", shard_samples=4, workers=1)
+    report = pack(manifest, tmp_path / "out", size=ShardSize(4), workers=1)
     lines = [json.loads(line) for line in (tmp_path / "out/bad_samples.jsonl").read_text().splitlines()]
     reasons = {3: "decode", 4: "truncated", 5: "silent", 6: "too_long", 7: "empty_text", 8: "unreadable"}
     assert {line["number"]: line["reason"] for line in lines} == reasons
@@ -215,14 +216,14 @@ def test_bad_samples_are_left_out_counted_and_written_down_with_their_reason(tmp
     texts = [fields["text"] for _, fields, _ in read_samples(tmp_path / "out")]
     assert texts == [f"tone {number}" for number in (0, 1, 2, 9, 10, 11)]
     assert "6 bad" in str(report)
-    assert pack(manifest, tmp_path / "out", shard_samples=4, workers=1).bad == report.bad
+    assert pack(manifest, tmp_path / "out", size=ShardSize(4), workers=1).bad == report.bad
 
 
 def test_a_row_whose_task_asks_for_a_question_is_left_out_without_one(tmp_path):
     rows = [{**row, "task": "QA"} for row in write_clips(tmp_path, 3)]
     rows[0]["Q"], rows[2]["Q"] = "Which tone?", ""
     manifest = write_annotation(tmp_path / "m.json", rows)
-    report = pack(manifest, tmp_path / "out", questions={"QA"}, workers=1)
+    report = pack(manifest, tmp_path / "out", tasks=KnownTasks(questions={"QA"}), workers=1)
     assert [(bad.number, bad.reason) for bad in report.bad] == [(1, "missing_question"), (2, "missing_question")]
     assert "annotation[1].Q is missing, but the prompt of task 'QA' is the row's" in report.bad[0].message
     assert report.num_samples == 1 and pack(manifest, tmp_path / "any", workers=1).num_samples == 3
@@ -242,7 +243,7 @@ def test_too_many_bad_samples_end_the_run_with_the_reasons(tmp_path):
 
 def test_unknown_tasks_and_missing_files_are_refused_before_any_work(manifest, tmp_path):
     with pytest.raises(ValueError, match=r"is 'asr', but there are prompts for QA alone"):
-        pack(manifest, tmp_path / "out", tasks={"QA"}, workers=1)
+        pack(manifest, tmp_path / "out", tasks=KnownTasks({"QA"}), workers=1)
     (tmp_path / "clip010.wav").unlink()
     with pytest.raises(FileNotFoundError, match=r"annotation\[10\]\.path is .*; nearest in"):
         pack(manifest, tmp_path / "out", workers=1)
@@ -330,7 +331,7 @@ def test_unlabelled_rows_are_packed_with_a_null_text(tmp_path):
 @pytest.mark.parametrize("change", ["flip", "cut", "swap", "remove"])
 def test_verify_finds_what_changed_and_names_it(manifest, tmp_path, change):
     out = tmp_path / "out"
-    pack(manifest, out, shard_samples=20, workers=1)
+    pack(manifest, out, size=ShardSize(20), workers=1)
     assert verify(out, workers=1).num_samples == 40
     shard = out / "train-000001.tar"
     data = bytearray(shard.read_bytes())
@@ -370,7 +371,7 @@ def test_webdataset_and_tar_read_the_shards(manifest, tmp_path):
     import webdataset
 
     out = tmp_path / "out"
-    pack(manifest, out, shard_samples=40, workers=1)
+    pack(manifest, out, size=ShardSize(40), workers=1)
     expected = read_samples(out)
     url = str(out / "train-000000.tar")
     plain = list(webdataset.WebDataset(url, shardshuffle=False))
@@ -388,7 +389,7 @@ def test_the_command_packs_verifies_and_counts(manifest, tmp_path, capsys):
     def run(*arguments) -> int:
         parser = ArgumentParser()
         pack_module.add_arguments(parser)
-        return pack_module.main(parser.parse_args([str(argument) for argument in arguments]), tasks={"asr"})
+        return pack_module.main(parser.parse_args([str(argument) for argument in arguments]), tasks=KnownTasks({"asr"}))
 
     assert run(manifest, tmp_path / "out", "--workers", 1, "--shard-samples", 20, "--name", "digits") == 0
     assert "2 shards (0 were done), 40 samples" in capsys.readouterr().out
@@ -408,17 +409,17 @@ def test_a_full_disk_is_an_error_and_leaves_whole_shards_only(manifest, tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a write past it fails, as one to a full disk does
     try:
         with pytest.raises(OSError, match="File too large"):
-            pack(manifest, tmp_path / "out", shard_samples=20, workers=1)
+            pack(manifest, tmp_path / "out", size=ShardSize(20), workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "out").iterdir()) == []
-    assert pack(manifest, tmp_path / "out", shard_samples=20, workers=1).num_samples == 40
+    assert pack(manifest, tmp_path / "out", size=ShardSize(20), workers=1).num_samples == 40
 
 
 def test_a_disk_without_room_is_refused_before_any_work_with_both_numbers(tmp_path):
     rows = write_clips(tmp_path, 1, seconds=20.0) * 100
     manifest = write_annotation(tmp_path / "train.json", rows)
-    num_rows, some = pack_module._survey(manifest, None, None, ())
+    num_rows, some = pack_module._survey(manifest, None, KnownTasks())
     report = pack(manifest, tmp_path / "out", workers=1)
     estimate = space.estimate_bytes(some, num_rows, longest=30.0)
     assert report.num_bytes / 4 < estimate < 4 * report.num_bytes  # a tone packs better than speech
@@ -441,7 +442,7 @@ def test_entries_are_chosen_evenly_from_a_stream_of_any_length():
 
 def test_shards_come_with_the_index_that_the_stream_needs_and_it_is_verified(manifest, tmp_path):
     out = tmp_path / "out"
-    pack(manifest, out, shard_samples=20, workers=1)
+    pack(manifest, out, size=ShardSize(20), workers=1)
     before = contents(out)
     assert {name for name in before if name.endswith(".idx")} == {f"train-00000{n}.tar.idx" for n in (0, 1)}
     assert ShardStream(out, Order(batch_size=1)).num_samples == 40
@@ -450,7 +451,7 @@ def test_shards_come_with_the_index_that_the_stream_needs_and_it_is_verified(man
     with pytest.raises(ValueError, match=r"train-000001\.tar\.idx is missing or not of this shard"):
         verify(out, workers=1)
     (out / "train-000001.tar.idx").unlink()
-    assert pack(manifest, out, shard_samples=20, workers=1).num_resumed == 2
+    assert pack(manifest, out, size=ShardSize(20), workers=1).num_resumed == 2
     assert contents(out) == before
 
 
@@ -473,7 +474,7 @@ def test_work_is_taken_up_only_as_fast_as_it_is_done():
 )
 def test_real_data_goes_through_audit_pack_and_stream_with_its_counts(shared, tmp_path, name, count):
     audited = audit([shared / f"data/{name}.json"], tmp_path / "audited", workers=1)
-    report = pack(audited.cleaned[0], tmp_path / "out", shard_samples=64, workers=1)
+    report = pack(audited.cleaned[0], tmp_path / "out", size=ShardSize(64), workers=1)
     assert (audited.num_kept, report.num_samples, report.bad) == (count, count, ())
     stream = ShardStream(tmp_path / "out", Order(batch_size=16, epochs=1, shuffle=False))
     samples = [sample for batch in stream for sample in batch]
