@@ -25,7 +25,7 @@ from distill.caching.capture import Capturer, seeded_generator
 from distill.caching.identity import describe_teacher
 from distill.command import run_stage
 from distill.config import Config
-from distill.objective.crossteacher import CrossTeacher, meet
+from distill.objective.crossteacher import meet
 from distill.teacher import load_to_keep
 from distill.training.ranks import build_accelerator, resolve_precision
 from distill.training.runlock import RunLock
@@ -84,7 +84,7 @@ class Answerer:
         self.student, self.capture, self.config = student, capture, config
         teacher = capture.teacher
         met, self.num_shared = meet(teacher, student, config.loss.cross_tokenizer, config.loss.temperature)
-        self.is_crossed = isinstance(met, CrossTeacher)
+        self.is_crossed = met.is_crossed
         if not self.is_crossed and student.rows.prompts != teacher.rows.prompts:
             raise ValueError(
                 f"prompts of the student {config.run_folder / 'student'} are not those of the teacher, but both must "

@@ -22,8 +22,8 @@ from distill.config import Config, EvalConfig, LossConfig, TrainConfig
 from distill.config.rules import check_terms
 from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric
 from distill.evaluation.validation import Best, check_split, validate
-from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips
-from distill.objective.crossteacher import CrossTeacher, meet
+from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips, check_heard_alike
+from distill.objective.crossteacher import meet
 from distill.objective.module import Objective, check_codec
 from distill.objective.terms.term import OwnTerm, check_own
 from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
@@ -51,7 +51,6 @@ from distill.training.zero import (
     say_of_build,
 )
 from shards.sample import SAMPLE_RATE, Sample
-from shards.streaming.catalog import hash_shards
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
@@ -59,7 +58,6 @@ from shards.tars.source import expand_shards
 from students.pretrained import Student
 from teachers.files.loading import hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
-from teachers.targets import CachedTeacher
 
 DEFAULTS = Config()
 
@@ -107,8 +105,9 @@ class Distiller:
         metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
 
     Raises:
-        ValueError: no shard is where it should be, validation has nothing to score, teacher and student have other
-            vocabularies, nothing is trainable, or the run folder is of a run with other settings or data.
+        ValueError: no shard is where it should be, validation has nothing to score or was heard otherwise than the
+            training clips, teacher and student have other vocabularies, nothing is trainable, or the run folder is of
+            a run with other settings or data.
         FileNotFoundError, FileExistsError: `options.resume` forbids to start anew, or to go on.
     """
 
@@ -131,25 +130,25 @@ class Distiller:
         self.student = student
         check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
         self.schedules = build_schedules(self.loss, self.options.steps)
-        check_codec(getattr(teacher, "header", None), self.loss)
-        check_frames(getattr(teacher, "header", None), student)
+        check_codec(teacher.header, self.loss)
+        check_frames(teacher.header, student)
         self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder or DEFAULTS.run_folder), seed
         self.accelerator = accelerator or build_accelerator()
         check_optimizer(self.accelerator, self.options)
-        for model in (student, getattr(teacher, "model", None)):
+        for model in (student, teacher.model):
             if model is not None:
                 model.to(self.accelerator.device)
         self.lock = RunLock(self.run_folder).acquire()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
-        self.active = active_terms(self.loss, self.schedules, is_crossed=isinstance(self.teacher, CrossTeacher))
+        self.active = active_terms(self.loss, self.schedules, is_crossed=self.teacher.is_crossed)
         self.objective = Objective(
             student,
             self.loss,
             self.dtype,
             active=self.active,
             vocab_size=vocab_size,
-            widths=getattr(self.teacher, "widths", None),
+            widths=self.teacher.widths,
             seed=seed,
             own=self.terms,
         )
@@ -157,15 +156,15 @@ class Distiller:
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
-        if isinstance(teacher, CachedTeacher):
-            check_cached(teacher, self.loss, self.active, student, self.stream)
+        check_cached(teacher, self.loss, self.active, student, self.stream)
         if valid is not None:
             valid = self._shards(valid, "valid")
+            check_heard_alike(self.stream, valid)
             check_clips(ShardStream(valid, Order(batch_size=1, shuffle=False, epochs=1)), student)
             check_split(valid, metrics)  # a wrong one is an error now, not after the first steps
         self.valid, self.answers = valid, answers or EvalConfig()
         self.identity = {"seed": seed, **identify_training(self.options)}
-        self.identity |= identify_fit(student, teacher, self.loss, self.terms, identity or {})
+        self.identity |= identify_fit(student, teacher, self.loss, self.terms, identity or {}, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
@@ -199,25 +198,22 @@ class Distiller:
             return as_shards(samples, self.run_folder / "data", name, self.student, most, tell)
 
     def _open(self, samples) -> ShardStream:
-        teacher = self.teacher.teacher if isinstance(self.teacher, CrossTeacher) else self.teacher
-        shards, is_cached = self._shards(samples, "train"), isinstance(teacher, CachedTeacher)
-        if is_cached:
-            names = expand_shards(shards)
-            teacher.reader.check_shards(names, hash_shards(names))
+        teacher, shards = self.teacher, self._shards(samples, "train")
+        teacher.check_shards(expand_shards(shards))
+        share = teacher.labelled_share
         stream = ShardStream(
             shards,
             Order(batch_size=self.options.batch_size, seed=self.seed),
             Selection(
-                targets=getattr(teacher, "cache_folder", None),
-                labelled_share=teacher.labelled_share if is_cached else DEFAULTS.data.labelled_share,
+                targets=teacher.cache_folder,
+                labelled_share=DEFAULTS.data.labelled_share if share is None else share,
             ),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            decode=not (is_cached and teacher.keeps_frames),
+            decode=teacher.needs_audio,
             max_seconds=self.student.max_samples / SAMPLE_RATE,
         )
-        model = getattr(teacher, "model", None)
-        check_clips(stream, self.student, *([model] if model is not None else []))
+        check_clips(stream, self.student, teacher)
         return stream
 
     # The run

@@ -14,19 +14,25 @@ from shards.manifests.manifest import LINES_SUFFIXES, KnownTasks
 from shards.packing.items import pack_items
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
+from shards.streaming.catalog import check_channels
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs.table import codec_of
 from shards.targets.header import HEADER
+from shards.tars.source import expand_shards
 from students.pretrained import Student
 from students.student import load_student, train_own_
+from teachers.cached import CachedTeacher
+from teachers.online import OnlineTeacher
 from teachers.salmonn import Salmonn
-from teachers.targets import HEAD_INPUT, CachedTeacher, OnlineTeacher
+from teachers.targets import HEAD_INPUT
+from teachers.teacher import NoTeacher, Teacher
 
+NO_TEACHER = NoTeacher()
 MANIFEST_SUFFIXES = (".json", *LINES_SUFFIXES)
 
 
-def as_teacher(teacher, loss: LossConfig, precision: str):
-    """A teacher: None, one of the library's or of one's own, a loaded model, a cache's folder, a saved folder, a
+def as_teacher(teacher, loss: LossConfig, precision: str) -> Teacher:
+    """A teacher: none, one of the library's or of one's own, a loaded model, a cache's folder, a saved folder, a
     checkpoint by its `TeacherConfig`.
 
     Raises:
@@ -44,11 +50,13 @@ def as_teacher(teacher, loss: LossConfig, precision: str):
         teacher = load_student(teacher.folder) if is_changed else teacher.model  # targets are of what was trained
     if isinstance(teacher, Salmonn):
         return ask(teacher, loss)
-    if teacher is None or all(hasattr(teacher, name) for name in ("label", "targets", "vocab")):
+    if teacher is None:
+        return NO_TEACHER
+    if isinstance(teacher, Teacher):
         return teacher
     raise ValueError(
-        f"teacher is a {type(teacher).__name__}, but must be a model, a path, a TeacherConfig, None, or have the "
-        f"methods of docs/extending.md (label, targets, vocab); give one of them."
+        f"teacher is a {type(teacher).__name__}, but must be a model, a path, a TeacherConfig, a Teacher of one's own "
+        f"(docs/extending.md) or None; give one of them."
     )
 
 
@@ -116,12 +124,13 @@ def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: 
     return out
 
 
-def check_clips(stream: ShardStream, *models: Salmonn) -> None:
-    """Refuse a clip of the run that one of the models cannot hear now, and not after hours.
+def check_clips(stream: ShardStream, student: Salmonn, teacher: Teacher = NO_TEACHER) -> None:
+    """Refuse a clip of the run that the student or a teacher that runs cannot hear now, and not after hours.
 
     Raises:
         ValueError: naming the lengths.
     """
+    models = [model for model in (student, teacher.model) if model is not None]
     least = max(model.min_samples for model in models) / SAMPLE_RATE
     most = min(model.max_samples for model in models) / SAMPLE_RATE
     seconds = stream.catalog.seconds[stream.plan.rows]
@@ -133,14 +142,26 @@ def check_clips(stream: ShardStream, *models: Salmonn) -> None:
         )
 
 
+def check_heard_alike(stream: ShardStream, valid: str | Path) -> None:
+    """Refuse a validation split in which several channels are heard otherwise than in the stream's shards.
+
+    Raises:
+        ShardError: naming what was heard in each.
+    """
+    names = [*stream.catalog.names, *expand_shards(valid)]
+    check_channels(dict.fromkeys(name.rpartition("/")[0] or "." for name in names))
+
+
 def check_cached(
-    teacher: CachedTeacher, loss: LossConfig, active: Collection[str], student: Salmonn, stream: ShardStream
+    teacher: Teacher, loss: LossConfig, active: Collection[str], student: Salmonn, stream: ShardStream
 ) -> None:
-    """Refuse a run that asks of a cache what it does not hold, or reads its samples otherwise than it was made.
+    """Refuse a run that asks of its cache what that does not hold, or reads its samples otherwise than it was made.
 
     Raises:
         ValueError: naming both values.
     """
+    if teacher.header is None:
+        return
     identity, folder = teacher.header.identity, teacher.cache_folder
     codec = codec_of(identity)
     if "kl" in active and not codec.serves(loss.temperature):
@@ -155,10 +176,11 @@ def check_cached(
     for layer in loss.layer_pairs if "hidden" in active else ():
         if layer not in kept:
             raise missing("hidden", f"states of layer {layer}", f"cache.hidden_layers=[{layer}]")
-    if teacher.windows not in (None, "all", student.config.windows):  # frames of all windows are those of some too
+    windows = identity["features"]["windows"]
+    if windows not in (None, "all", student.config.windows):  # frames of all windows are those of some too
         raise ValueError(
             f"windows of the student is {student.config.windows!r}, but {folder} keeps the frames of "
-            f"{teacher.windows!r}; build the student with windows={teacher.windows!r}, or cache again."
+            f"{windows!r}; build the student with windows={windows!r}, or cache again."
         )
     if stream.selection.labelled_share != teacher.labelled_share:
         raise ValueError(

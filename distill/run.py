@@ -22,7 +22,7 @@ from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
 from shards.files.write import write_atomically
 from shards.sample import SAMPLE_RATE
-from shards.streaming.catalog import check_channels, hash_shards, is_packed
+from shards.streaming.catalog import check_channels, is_packed
 from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
@@ -30,8 +30,9 @@ from shards.streaming.stream import ShardStream
 from shards.targets.codecs.table import find_codec
 from shards.tars.source import expand_shards
 from students.student import save_student
+from teachers.cached import CachedTeacher
 from teachers.salmonn import Salmonn
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.teacher import Teacher
 
 
 def run(config: Config) -> int:
@@ -96,17 +97,16 @@ def tell_changes(config: Config) -> None:
     say_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
 
 
-def wrap_teacher(config: Config, model: Salmonn) -> OnlineTeacher | CachedTeacher:
+def wrap_teacher(config: Config, model: Salmonn) -> Teacher:
     """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's."""
     if config.teacher.online:
         return teach_online(config, model)
     teacher = CachedTeacher(config.cache_folder, describe_teacher(model, config))
-    shards = expand_shards(config.shards("train"))
-    teacher.reader.check_shards(shards, hash_shards(shards))
+    teacher.check_shards(expand_shards(config.shards("train")))
     return teacher
 
 
-def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict:
+def identify_run(config: Config, teacher: Teacher) -> dict:
     """What a config says of a run's models, over what `training.identity` finds itself: by contents, not by places."""
     return {
         "student": identify_settings(config.student, student_llm(config)),
@@ -115,7 +115,7 @@ def identify_run(config: Config, teacher: OnlineTeacher | CachedTeacher) -> dict
     }
 
 
-def open_training_stream(config: Config, accelerator, teacher, student: Salmonn) -> ShardStream:
+def open_training_stream(config: Config, accelerator, teacher: Teacher, student: Salmonn) -> ShardStream:
     """The training samples of this rank, augmented, with their targets when those are cached.
 
     Raises:
@@ -150,11 +150,11 @@ def open_training_stream(config: Config, accelerator, teacher, student: Salmonn)
         decode=config.teacher.online or config.cache.frames == "none",
         max_seconds=student.max_samples / SAMPLE_RATE,
     )
-    check_clips(stream, student, *([teacher.model] if config.teacher.online else []))
+    check_clips(stream, student, teacher)
     return stream
 
 
-def find_answers(config: Config, teacher: OnlineTeacher | CachedTeacher) -> Path | None:
+def find_answers(config: Config, teacher: Teacher) -> Path | None:
     """The folder of the answers that the run learns from, once proved to be its student's; None without a round."""
     if not config.on_policy.share:
         return None

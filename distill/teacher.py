@@ -12,8 +12,9 @@ from shards.targets.codecs.table import find_codec
 from shards.telling import tell
 from teachers.ears.hearing import WEIGHTS
 from teachers.kinds import KINDS, find_kind
+from teachers.online import OnlineTeacher
 from teachers.salmonn import Salmonn
-from teachers.targets import HEAD_INPUT, OnlineTeacher
+from teachers.targets import HEAD_INPUT
 
 
 def teacher_path(config: Config) -> Path:

@@ -27,8 +27,8 @@ from students.quantize import check_whole, quantize_4bit_
 from teachers.files.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
-from teachers.targets import Vocabulary
 from teachers.words.rows import RowTokenizer
+from teachers.words.vocabulary import Vocabulary
 
 LORA = Lora()  # of a student where nothing else is said
 

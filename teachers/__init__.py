@@ -3,12 +3,13 @@
 from shards.faces import offer
 
 _FACES = {
-    "CachedTeacher": "teachers.targets",
+    "CachedTeacher": "teachers.cached",
     "Lora": "teachers.lora",
-    "OnlineTeacher": "teachers.targets",
+    "OnlineTeacher": "teachers.online",
     "Salmonn": "teachers.salmonn",
     "Targets": "teachers.targets",
-    "Vocabulary": "teachers.targets",
+    "Teacher": "teachers.teacher",
+    "Vocabulary": "teachers.words.vocabulary",
     "load_qwen2_audio": "teachers.qwen2_audio",
     "load_salmonn": "teachers.files.loading",
 }  # name: the module it comes from, imported when it is asked for

@@ -7,9 +7,8 @@ import torch
 
 from distill.doctor.objective import Case, Fault
 from distill.doctor.plain import answer_of
-from distill.objective.crossteacher import CrossedTargets
 from shards.targets.distributions import Distribution
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 from teachers.words.ending import has_ended
 
 NATS = 0.1  # mean difference of log-probabilities that a cache's codec and 16 bits explain
@@ -95,7 +94,7 @@ def check_cache(case: Case) -> str:
     if case.teacher is None:
         return f"stored CE {stored:.4f} on {len(labels_S)} labels"
     # across tokenizers the student's rows hold other ids, rightly
-    batch = case.teacher.collate(m.batch.samples) if isinstance(targets, CrossedTargets) else m.batch
+    batch = m.batch if targets.cross is None else case.teacher.collate(m.batch.samples)
     now = OnlineTeacher(case.teacher).targets(batch)
     off = float((now.label_logprobs_S - targets.label_logprobs_S).abs().mean())
     if not off <= NATS:

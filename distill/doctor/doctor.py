@@ -35,7 +35,7 @@ from distill.doctor.objective import (
     check_zero,
 )
 from distill.doctor.weights import check_answer, check_convolutions, check_share
-from distill.objective.crossteacher import CrossTeacher, meet
+from distill.objective.crossteacher import meet
 from distill.objective.module import Objective, check_codec
 from distill.objective.weighing import active_terms, build_schedules, loss_at
 from distill.run import open_training_stream, wrap_teacher
@@ -71,7 +71,7 @@ OF_TARGETS = ("cache", "first choice", "KL(teacher‖teacher)")
 def examine(case: Case, names: Iterable[str] = tuple(CHECKS)) -> Iterator[tuple[str, bool, str]]:
     """Run the checks that apply: the name, whether it passes, and what was found."""
     for name in names:
-        if name == "alignment" and not isinstance(case.collate.teacher, CrossTeacher):
+        if name == "alignment" and not case.collate.teacher.is_crossed:
             continue
         if name in OF_TARGETS and case.whole.targets is None:
             continue
@@ -103,7 +103,7 @@ def build_case(config: Config) -> Case:
         student,
         loss,
         torch.float32,
-        active=active_terms(loss, schedules, is_crossed=isinstance(teacher, CrossTeacher)),
+        active=active_terms(loss, schedules, is_crossed=teacher.is_crossed),
         vocab_size=vocab_size,
         widths=teacher.widths,
         seed=config.seed,

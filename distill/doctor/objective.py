@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distill.config import LossConfig
 from distill.doctor.plain import answer_of, plain_terms
-from distill.objective.crossteacher import CrossedTargets
 from distill.objective.fused import fused_ce_kl
 from distill.objective.module import Objective
 from distill.objective.weighing import TERMS, Counts, weigh
@@ -25,7 +24,6 @@ from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
 from students.student import CONNECTOR
 from teachers.salmonn import Salmonn
-from teachers.targets import CachedTeacher, OnlineTeacher
 
 VALUE, GRADIENT = 1e-3, 1e-2  # relative differences that float32 explains
 
@@ -48,34 +46,29 @@ class Case:
     dtype: torch.dtype  # of the run's products; the checks' own are in float32
 
     @property
-    def source(self) -> OnlineTeacher | CachedTeacher:
-        """Where the targets come from, before another tokenizer's are met."""
-        return getattr(self.collate.teacher, "teacher", self.collate.teacher)
-
-    @property
     def is_sampled(self) -> bool:
         """Whether the targets are draws, which are right on average only."""
-        header = getattr(self.source, "header", None)
+        header = self.collate.teacher.header
         return header is not None and codec_of(header.identity).is_random
 
     def sparse(self) -> Sparse:
         """What the teacher says where it says something of the student's tokens, at the temperature of the loss."""
         targets = self.whole.targets
-        if isinstance(targets, CrossedTargets):
+        if targets.cross is not None:
             return Sparse(*(x[targets.cross.is_matched_S] for x in targets.cross.sparse))
         return targets.distribution.at(self.loss.temperature)
 
     def teacher_labels(self) -> Tensor:
         """The answers' tokens of the teacher, which are the student's where the tokenizers agree."""
         batch = self.whole.batch
-        if not isinstance(self.whole.targets, CrossedTargets):
+        if self.whole.targets.cross is None:
             return batch.labels_S
         rows = [self.collate.teacher.rows.row(s, with_answer=True, first_prompt=False) for s in batch.samples]
         return torch.tensor([token for row in rows for token in row.answer], device=batch.labels_S.device)
 
     def forget_teacher(self) -> None:
         """Free the memory of a teacher whose targets are cached; the ears that it shares stay with the student."""
-        if not isinstance(self.source, OnlineTeacher):
+        if self.collate.teacher.model is None:
             self.teacher = None
 
     @property

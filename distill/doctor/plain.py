@@ -93,7 +93,7 @@ def plain_terms(
     terms = {"ce": -logprobs_S.mean()}
     if targets is None:
         return terms
-    if isinstance(targets, CrossedTargets):
+    if targets.cross is not None:
         cross = targets.cross
         sparse, rows = cross.sparse, cross.is_matched_S
         chunk_C = chunk_values(logprobs_S, targets, loss.chunk_temperature)

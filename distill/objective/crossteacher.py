@@ -9,6 +9,7 @@ Shapes: S supervised positions of the student, K kept ids.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from distill.objective.crosstokenizer import CrossTargets, Translator
 from distill.objective.vocabulary import cut_alike, shared_vocab_size
 from shards.sample import Sample
 from teachers.salmonn import Salmonn
-from teachers.targets import Targets, Vocabulary, check_vocabularies
+from teachers.targets import Targets
+from teachers.teacher import Teacher
 from teachers.words.batch import Batch
 from teachers.words.rows import RowTokenizer
+from teachers.words.vocabulary import Vocabulary, check_vocabularies
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,42 @@ class CrossedTargets(Targets):
     cross: CrossTargets = field(kw_only=True)
 
 
-class CrossTeacher:
+class CrossTeacher(Teacher):
     """A teacher whose tokenizer is another than the student's.
 
     Args:
-        teacher: an online or cached teacher that knows its `rows`.
+        teacher: any that knows its `rows`.
         student: the model that learns.
         temperature: of the divergence where the tokens match.
     """
 
-    def __init__(self, teacher, student: Salmonn, temperature: float):
-        self.teacher, self.temperature = teacher, temperature
-        self.model, self.cache_folder, self.widths = teacher.model, teacher.cache_folder, teacher.widths
-        self.vocab = Vocabulary.of(student.tokenizer)
-        self.rows = teacher.rows
+    is_crossed = True
+
+    def __init__(self, teacher: Teacher, student: Salmonn, temperature: float):
+        self.teacher, self.student, self.temperature = teacher, student, temperature
+        self.model, self.header, self.cache_folder = teacher.model, teacher.header, teacher.cache_folder
+        self.needs_audio, self.labelled_share, self.widths = teacher.needs_audio, teacher.labelled_share, teacher.widths
         self.translator = Translator(self.rows.tokenizer, student.tokenizer, self.rows.end, student.rows.end)
         self.num_unaligned = 0  # answers that one side's tokens do not spell: cross-entropy alone learns from them
+
+    @cached_property
+    def vocab(self) -> Vocabulary:
+        """The student's, whose ids its targets are in."""
+        return Vocabulary.of(self.student.tokenizer)
+
+    @property
+    def rows(self) -> RowTokenizer:
+        """The teacher's own."""
+        return self.teacher.rows
+
+    @property
+    def identity(self) -> dict:
+        """The teacher's."""
+        return self.teacher.identity
+
+    def check_shards(self, shards: Sequence[str]) -> None:
+        """As the teacher's own."""
+        self.teacher.check_shards(shards)
 
     def label(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
         """Give clips without text the teacher's answer, and say which those are; ids are each side's own."""
@@ -83,16 +106,17 @@ def unaligned(num_teacher_tokens: int, num_student_tokens: int) -> Alignment:
     return Alignment(*sides, 0, none, none)
 
 
-def meet(teacher, student: Salmonn, cross_tokenizer: str, temperature: float) -> tuple[object, int]:
+def meet(teacher: Teacher, student: Salmonn, cross_tokenizer: str, temperature: float) -> tuple[Teacher, int]:
     """The teacher as this student can learn from it, and how many leading ids take part in the losses.
 
     Ids that mean the same tokens are compared as they are; a padded head, or tokens that only one side has added
     behind the others, take no part. Where they mean other tokens, or the same tokens are cut in another way, the
     teacher is translated if that is asked for. If it is not, tables that differ are refused here, and answers that are
-    cut in another way when they come, each by its key (`teachers.targets.check_answer_ids`).
+    cut in another way when they come, each by its key (`vocabulary.check_answer_ids`).
 
     Args:
-        teacher: `OnlineTeacher`, `CachedTeacher`, or None.
+        teacher: in its own tokens.
+        student: the model that learns.
         cross_tokenizer: "refuse" or "chunk".
         temperature: of the divergence.
 
@@ -102,8 +126,8 @@ def meet(teacher, student: Salmonn, cross_tokenizer: str, temperature: float) ->
     own_ids = student.tokenizer.get_vocab()
     num_rows = student.llm.config.get_text_config().vocab_size
     own_size = min(shared_vocab_size(own_ids, own_ids), num_rows)
-    if teacher is None:
-        return None, own_size
+    if not teacher.has_targets:
+        return teacher, own_size
     is_same = Vocabulary.of(student.tokenizer).sha256 == teacher.vocab.sha256
     shared = own_size if is_same else _count_shared(teacher.rows.tokenizer.get_vocab(), own_ids, num_rows)
     means_the_same = is_same or max(student.rows.end_ids) < shared

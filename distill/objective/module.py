@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from distill.config import LossConfig
 from distill.config.rules import check_divergence
-from distill.objective.crossteacher import CrossedTargets
 from distill.objective.crosstokenizer import fused_cross_loss
 from distill.objective.divergences import build_divergence
 from distill.objective.features import FEATURES, feature_loss
@@ -23,9 +22,10 @@ from distill.objective.weighing import TERMS, Weights, shared_windows, window_ro
 from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
 from shards.targets.header import CacheHeader
+from teachers.blocks import record_blocks
 from teachers.logits import logit_transform
 from teachers.salmonn import Heard, Salmonn
-from teachers.targets import HEAD_INPUT, Targets, record_blocks
+from teachers.targets import HEAD_INPUT, Targets
 from teachers.words.batch import Batch
 
 
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         options = {"divergence": self.divergence, "bias_V": getattr(head, "bias", None), "vocab_size": self.vocab_size,
                    **logit_transform(self.student.llm.config.get_text_config())}  # fmt: skip
         common = hidden_SD, head_weight(head), batch.labels_S
-        if isinstance(targets, CrossedTargets):
+        if targets is not None and targets.cross is not None:
             loss = fused_cross_loss(*common, targets.cross, weights.ce_S, weights.kl_S, weights.chunk_C,
                                     self.loss.temperature, self.loss.chunk_temperature, **options)  # fmt: skip
             parts = (weights.ce_S * loss.ce_S, weights.kl_S * loss.kl_S, weights.chunk_C * loss.chunk_C)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from distill.config import LossConfig
 from distill.objective.alignment import NO_CHUNK, Alignment
-from distill.objective.crossteacher import CrossedTargets
 from distill.objective.schedule import TERMS, Schedule, parse_schedule
 from shards.sample import Sample
 from teachers.targets import Targets
@@ -54,7 +53,7 @@ def count(batch: Batch, targets: Targets | None, is_real: bool) -> Counts:
     labelled = sum(len(row.answer) for s, row in zip(batch.samples, batch.rows) if s.student_answer is None)
     if targets is None:
         return Counts(ce=labelled, own=batch.num_supervised)
-    crossed = targets.cross if isinstance(targets, CrossedTargets) else None
+    crossed = targets.cross
     return Counts(
         ce=labelled,
         kl=batch.num_supervised if crossed is None else int(crossed.is_matched_S.sum()),
@@ -100,7 +99,8 @@ def weigh(batch: Batch, targets: Targets | None, is_pseudo: Sequence[bool], samp
     factors = [ce_factor(*pair, loss) for pair in zip(batch.samples, is_pseudo)]
     ce_weight_B = weight_B * weight_B.new_tensor(factors)
     no_chunk = batch.row_S[:0]
-    row_C = chunk_rows(targets.cross.alignment, batch.row_S) if isinstance(targets, CrossedTargets) else no_chunk
+    is_crossed = targets is not None and targets.cross is not None
+    row_C = chunk_rows(targets.cross.alignment, batch.row_S) if is_crossed else no_chunk
     return Weights(
         ce_S=ce_weight_B[batch.row_S] * (loss.ce / max(totals.ce, 1)),
         kl_S=weight_B[batch.row_S] * (loss.kl / max(totals.kl, 1)),

@@ -7,33 +7,39 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from distill.config import LossConfig, StudentConfig
 from distill.objective.terms.term import OwnTerm
 from distill.training.checkpoint import STATE
 from students.start import identify_student
 from teachers.files.loading import hash_frozen_parts, hash_tensors, identify_checkpoint, own_tensors
 from teachers.salmonn import Salmonn
+from teachers.teacher import Teacher
 
 WEIGHTS = "weights"  # in a checkpoint's state: the hash of the student's own tensors, as `student.own` at its start
 
 
-def identify_fit(student: Salmonn, teacher, loss: LossConfig, terms: dict[str, OwnTerm], given: dict) -> dict:
+def identify_fit(student: Salmonn, teacher: Teacher, loss: LossConfig, terms: dict[str, OwnTerm], given: dict,
+                 dtype: torch.dtype = torch.float32) -> dict:  # fmt: skip
     """The identity of a run.
 
     Args:
         student: as it starts.
-        teacher: whose targets it learns; None: none.
+        teacher: whose targets it learns.
         loss: the objective.
         terms: of one's own, by name.
         given: what the caller says itself; it stands over what is found here. A student that it names has its frozen
-            parts among its settings, as `identify_settings` gives them.
+            parts among its settings, as `identify_settings` gives them; targets that it names have their precision.
+        dtype: of the run's products.
     """
     settings = given.get("student") or {"frozen": hash_frozen_parts(student, how=identify_checkpoint)}
     found = {"loss": asdict(loss)}
     if terms:
         found["terms"] = {name: {"weight": term.weight, "value": name_of(term.value)} for name, term in terms.items()}
-    if teacher is not None and "targets" not in given:
-        found["targets"] = identify_teacher(teacher)
+    if "targets" not in given:
+        found["precision"] = str(dtype).removeprefix("torch.")
+        found |= {"targets": teacher.identity} if teacher.has_targets else {}
     return found | given | {"student": {"own": hash_tensors(own_tensors(student)), **settings}}
 
 
@@ -51,14 +57,6 @@ def identify_settings(settings: StudentConfig, llm: str) -> dict:
     if student["start"]:
         student["start"] = identify_student(student["start"])
     return student
-
-
-def identify_teacher(teacher) -> dict:
-    """What a teacher says of itself, or its class where it says nothing."""
-    header = getattr(teacher, "header", None)
-    if header is not None:
-        return header.identity
-    return getattr(teacher, "identity", {"class": type(teacher).__qualname__})
 
 
 def name_of(function) -> str:

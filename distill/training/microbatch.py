@@ -15,9 +15,11 @@ from distill.objective.weighing import Counts, Weights, count, weigh
 from shards.sample import SAMPLE_RATE, Sample
 from shards.targets.header import CacheHeader
 from students.ears import EARS, describe_ears
+from teachers.ears.length import FULL
 from teachers.files.loading import hash_frozen_parts
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets
+from teachers.teacher import Teacher
 from teachers.words.batch import Batch
 
 
@@ -45,18 +47,18 @@ class Collator:
     """Makes micro-batches of samples.
 
     Args:
-        teacher: whose targets go along; None for none.
+        teacher: whose targets go along.
         student: whose rows the batches are.
         device: where the tensors go.
         dtype: of the products of what runs here: shared ears, an online teacher.
         task_weights: what the samples of a task count; 1 for one that is not named.
     """
 
-    def __init__(self, teacher, student: Salmonn, device: torch.device, dtype: torch.dtype,
+    def __init__(self, teacher: Teacher, student: Salmonn, device: torch.device, dtype: torch.dtype,
                  task_weights: Mapping[str, float] = MappingProxyType({})):  # fmt: skip
         self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
         self.task_weights = task_weights
-        model = getattr(teacher, "model", None)
+        model = teacher.model
         self.shares_ears = (
             model is not None
             and student.config.ears_seconds == model.config.ears_seconds
@@ -70,9 +72,6 @@ class Collator:
                 self.student.collate([self._silence()]).to(self.device), None, [False], [0.0], False, None
             )
         weights = [sample_weight(sample.task, self.task_weights, sample.weight) for sample in samples]
-        if self.teacher is None:
-            batch = self.student.collate(samples).to(self.device)
-            return MicroBatch(batch, None, [False] * len(samples), weights, True, None)
         with self._products():
             samples, is_pseudo = self.teacher.label(samples)
         batch = self.student.collate(samples).to(self.device)
@@ -80,7 +79,9 @@ class Collator:
         frames = self._frames(batch) if self.shares_ears and hears_the_same else None
         with self._products():
             targets = self.teacher.targets(batch, frames)
-        return MicroBatch(batch, targets, is_pseudo, weights, True, targets.frames if frames is None else frames)
+        if frames is None and targets is not None:
+            frames = targets.frames
+        return MicroBatch(batch, targets, is_pseudo, weights, True, frames)
 
     @torch.no_grad()
     def _frames(self, batch: Batch) -> list[Tensor]:
@@ -107,7 +108,8 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
     """
     if header is None or header.identity["features"]["frames"] == "none":
         return
-    cached, heard = header.identity["features"]["ears_seconds"], student.config.ears_seconds
+    features, heard = header.identity["features"], student.config.ears_seconds
+    cached = features.get("ears_seconds", FULL)  # of a cache that was made before it was named
     if cached != heard:
         raise ValueError(
             f"ears_seconds of the student is {heard!r}, but the cache keeps frames of {cached!r}; cache again with "

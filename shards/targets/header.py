@@ -24,6 +24,9 @@ IDENTITY_FIELDS = (
     "features",
     "answers",
 )
+# fields that came later: what a cache without them had; None: it does not know, and its records are checked one by one
+LATER = {"answers.version": 1, "ends.own": None, "ends.stops": None, "features.ears_seconds": "30",
+         "teacher_config.ears_seconds": "30"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class CacheHeader:
             return
         # through JSON, as the fingerprint: a tuple is a list there
         stored, asked = (_flatten(json.loads(json.dumps(header.identity))) for header in (self, expected))
+        stored, asked = _fill(stored, asked), _fill(asked, stored)
         names = [name for name in sorted(stored | asked) if stored.get(name) != asked.get(name)]
+        if not names:
+            return
         changes = "".join(f"\n  {name}: cached {_show(stored, name)}, this run {_show(asked, name)}" for name in names)
         raise ValueError(
             f"{path} was cached as {self.fingerprint[:16]}, but this run's teacher is {expected.fingerprint[:16]}; run "
@@ -93,8 +99,8 @@ def read_header(folder: Path) -> CacheHeader:
     return header
 
 
-def write_header(folder: Path, header: CacheHeader) -> None:
-    """Leave the header in a folder, or find there that it is the same.
+def write_header(folder: Path, header: CacheHeader) -> CacheHeader:
+    """Leave the header in a folder, or find there that it is the same; returns the one that is there.
 
     Raises:
         ValueError: the folder holds a cache of something else; the message names what differs.
@@ -107,7 +113,9 @@ def write_header(folder: Path, header: CacheHeader) -> None:
     except ShapeError:  # damaged: what its shards are of, their done records say
         path.unlink(missing_ok=True)
         _create(path, header)
-    read_header(folder).check(header, path)
+    stored = read_header(folder)
+    stored.check(header, path)
+    return stored
 
 
 def _create(path: Path, header: CacheHeader) -> None:
@@ -123,6 +131,12 @@ def _flatten(value: Mapping, prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{name}"] = inner
     return flat
+
+
+def _fill(fields: dict[str, object], others: Mapping) -> dict[str, object]:
+    """The fields with those of LATER that only the others name."""
+    known = {name: had for name, had in LATER.items() if name in others}
+    return {name: others[name] if None in (had, others[name]) else had for name, had in known.items()} | fields
 
 
 def _show(values: dict[str, object], name: str) -> str:

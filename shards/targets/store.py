@@ -71,11 +71,10 @@ class TargetWriter:
     ):
         self.mirror = Mirror(str(folder)) if is_remote(str(folder)) else None
         self.folder = Path(folder) if self.mirror is None else self.mirror.pull()
-        self.header, self.figures = header, figures
-        self.audio = audio or {}
+        self.audio, self.figures = audio or {}, figures
         self.folder.mkdir(parents=True, exist_ok=True)
         with explain_full_disk(self.folder, "the cache's header needs"):
-            write_header(self.folder, header)
+            self.header = write_header(self.folder, header)
 
     def is_done(self, shard: str) -> bool:
         """Whether a shard's targets are complete, and as they were written: a tar that was touched is read again."""

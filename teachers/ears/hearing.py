@@ -21,6 +21,12 @@ def hear_in_(ear: nn.Module, precision: str) -> None:
     ear.precision = precision
 
 
+def describe_precision(ear: nn.Module) -> str:
+    """The precision that an ear was told to hear in; of one that was not, that of its weights."""
+    told = getattr(ear, "precision", None)
+    return told or f"{str(next(ear.parameters()).dtype).removeprefix('torch.')}, products as around it"
+
+
 @contextmanager
 def products_of(ear: nn.Module) -> Iterator[None]:
     """While it is open, products are in the precision that the ear is to hear in; of one without, nothing changes."""

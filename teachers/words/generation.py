@@ -22,6 +22,8 @@ from transformers import (
 
 from teachers.words.ending import Ends, TextEnd
 
+ANSWERS = 1  # version of how answers are made; another one is due when the same model would answer otherwise
+
 
 class RealTokens(LogitsProcessor):
     """Forbids the rows of a padded head, which stand for no token.

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from distill import cache as cache_module
 from distill.cache import cache
+from distill.caching import identity
 from distill.caching.identity import describe_teacher
 from distill.config import Config, LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
@@ -31,15 +32,18 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs.table import decode
+from shards.targets.header import CacheHeader
 from shards.targets.store import TargetReader
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
 from students.student import build_student
+from teachers.cached import CachedTeacher
 from teachers.files.cacheparts import FOLDER, HEAD, PROMPTS
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher, identify_row
+from teachers.online import OnlineTeacher
+from teachers.targets import identify_row
 
 OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
 
@@ -487,6 +491,26 @@ def test_a_cache_with_other_settings_is_refused_by_name(toys, tmp_path):
         config = load_config(toys / "toy.yaml", [f"cache.folder={tmp_path}", word])
         with pytest.raises(ValueError, match=rf"(?s)was cached as .* {field}: cached .*, this run"):
             wrap_teacher(config, model)
+
+
+def test_a_cache_whose_header_does_not_name_later_fields_is_read_and_completed(toys, tmp_path, monkeypatch):
+    def describe_as_before(*args, **how):
+        fields = {name: value for name, value in describe_teacher(*args, **how).identity.items() if name != "ends"}
+        later = (("answers", "version"), ("features", "ears_seconds"), ("teacher_config", "ears_seconds"))
+        rooms = {room: {n: x for n, x in fields[room].items() if n != name} for room, name in later}
+        return CacheHeader(fields | rooms)
+
+    monkeypatch.setattr(cache_module, "describe_teacher", describe_as_before)
+    config = make_cache(toys, tmp_path)
+    monkeypatch.undo()
+    before, model = read_files(tmp_path), load_salmonn(toys / "teacher")
+    assert wrap_teacher(config, model).header != describe_teacher(model, config)
+    (tmp_path / "train-000001.targets.json").unlink()
+    make_cache(toys, tmp_path)
+    assert read_files(tmp_path) == before
+    monkeypatch.setattr(identity, "ANSWERS", 2)
+    with pytest.raises(ValueError, match=r"What differs:\n  answers\.version: cached 1, this run 2$"):
+        wrap_teacher(config, model)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -18,6 +18,7 @@ from shards.targets.header import IDENTITY_FIELDS, CacheHeader
 from shards.targets.record import TargetRecord, identify_sample
 from shards.targets.store import TargetWriter
 from shards.tars.index import load_index
+from teachers.teacher import NoTeacher
 
 HEADER = CacheHeader({name: name for name in IDENTITY_FIELDS} | {"answers": {"of": "label", "transcripts": True}})
 
@@ -80,7 +81,7 @@ def test_a_clip_that_counts_half_enters_every_term_with_half_its_weight(toys, tm
     weights = load_weights(tmp_path / "weights.json", HEADER)
     assert set(weights.values()) == {0.5}
     tiny.make_parts(tmp_path / "parts")
-    collate = Collator(None, tiny.make_teacher(tmp_path / "parts"), torch.device("cpu"), torch.float32)
+    collate = Collator(NoTeacher(), tiny.make_teacher(tmp_path / "parts"), torch.device("cpu"), torch.float32)
     stream = ShardStream(
         config.shards("train"), Order(batch_size=12, shuffle=False, epochs=1), Selection(sample_weights=weights)
     )

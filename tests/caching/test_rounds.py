@@ -30,9 +30,10 @@ from shards.targets.header import CacheHeader, read_header
 from shards.targets.store import TargetReader
 from students.start import identify_student, start_from_
 from students.student import build_student, load_student
+from teachers.cached import CachedTeacher
 from teachers.files.loading import WEIGHTS, load_salmonn, own_tensors
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.online import OnlineTeacher
 
 DRAWN = ("on_policy.round=1", "on_policy.temperature=1", "on_policy.max_new_tokens=6")
 

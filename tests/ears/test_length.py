@@ -28,11 +28,12 @@ from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader
 from students.start import start_from_
 from students.student import build_student, load_student
+from teachers.cached import CachedTeacher
 from teachers.ears.beats import BeatsEar
 from teachers.ears.length import parse_ears_seconds
 from teachers.ears.whisper import WhisperEar
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.online import OnlineTeacher
 
 LORA = Lora(rank=4, targets=("q_proj", "v_proj"))
 

@@ -20,7 +20,7 @@ from teachers.ears.shape import even_places, keep_layers_
 from teachers.ears.whisper import WhisperEar
 from teachers.int8 import RowLinear
 from teachers.lora import Lora
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 
 LORA = Lora(rank=4, targets=("q_proj", "v_proj"))
 SAMPLES = [tiny.make_sample(1), tiny.make_sample(2, seconds=1.3)]

@@ -21,10 +21,11 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students.student import build_student, load_student
+from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
+from teachers.online import OnlineTeacher
 from teachers.salmonn import SalmonnConfig
-from teachers.targets import CachedTeacher, OnlineTeacher
 from teachers.words.prompts import load_prompts
 
 OPTIONS = TrainConfig(steps=3, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)

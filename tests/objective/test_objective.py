@@ -17,9 +17,10 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students.student import build_student, save_student
+from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn, read_names
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.online import OnlineTeacher
 
 OPTIONS = TrainConfig(steps=4, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
 LORA = Lora(rank=4)

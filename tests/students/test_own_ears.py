@@ -28,8 +28,8 @@ from teachers.ears.beats import BeatsEar
 from teachers.ears.eat import EatEar
 from teachers.files.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora
+from teachers.online import OnlineTeacher
 from teachers.salmonn import SalmonnConfig
-from teachers.targets import OnlineTeacher
 
 LORA = Lora(rank=4)
 OPTIONS = TrainConfig(steps=5, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=2, save_every=100,

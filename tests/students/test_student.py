@@ -9,7 +9,7 @@ from distill.teach import build_llm
 from students.quantize import quantize_4bit_
 from students.student import build_student, load_student, save_student
 from teachers.lora import ALL_LINEAR, Lora, add_lora_
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 
 LORA = Lora(rank=4)
 END = "<|end_of_text|>"

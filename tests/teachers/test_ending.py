@@ -27,10 +27,11 @@ from distill.evaluation.answering import predict
 from distill.objective.alignment import answer_ends, token_bytes
 from distill.teach import build_llm
 from students.student import build_student, load_student, save_student
+from teachers.blocks import llm_blocks, record_blocks
 from teachers.files.checkpoint import load_checkpoint, save_checkpoint
 from teachers.files.loading import load_llm
 from teachers.lora import Lora, add_lora_
-from teachers.targets import OnlineTeacher, llm_blocks, record_blocks
+from teachers.online import OnlineTeacher
 from teachers.words.controls import TextEncoder
 from teachers.words.ending import TextEnd, has_ended, read_answer
 from teachers.words.generation import EndText

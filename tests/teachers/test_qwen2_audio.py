@@ -15,8 +15,8 @@ from students.student import build_student
 from teachers.ears.whisper import WhisperEar
 from teachers.files.loading import hash_frozen_parts
 from teachers.lora import Lora
+from teachers.online import OnlineTeacher
 from teachers.qwen2_audio import load_qwen2_audio
-from teachers.targets import OnlineTeacher
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
 SAMPLES = [tiny.make_sample(1, text="one two", seconds=0.6), tiny.make_sample(2, text="six", seconds=1.33)]

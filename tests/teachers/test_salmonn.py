@@ -19,7 +19,7 @@ from students.student import build_student, load_student
 from teachers.ears.beats import BeatsEar
 from teachers.files.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora, add_lora_
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 from teachers.words.prompts import load_prompts
 
 

@@ -24,9 +24,10 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from students.student import build_student, load_student, save_student
+from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn, own_tensors
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.online import OnlineTeacher
 
 OPTIONS = TrainConfig(
     steps=5,

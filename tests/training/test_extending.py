@@ -23,8 +23,10 @@ from shards.packing.items import pack_items
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from shards.tars.archive import ShardError
 from students import build_student, load_student, save_student
 from teachers import CachedTeacher, Lora, load_salmonn
+from teachers.teacher import NoTeacher
 
 OPTIONS = TrainConfig(steps=2, batch_size=4, warmup_steps=1, trackers=())
 LORA = Lora(rank=4)
@@ -79,6 +81,17 @@ def test_a_cache_is_read_as_its_header_says_it_was_made(toys, tmp_path):
             fit(toys, tmp_path / "c", toys / "data" / "cache", loss=loss)
 
 
+def test_splits_in_which_other_channels_were_heard_are_refused(toys, tmp_path):
+    shutil.copytree(toys / "data" / "train", tmp_path / "valid")
+    listing = json.loads((tmp_path / "valid" / "index.json").read_text())
+    listing["options"]["channels"] = "mean"
+    (tmp_path / "valid" / "index.json").write_text(json.dumps(listing))
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=4))
+    for train in (stream, toys / "data" / "train", str(toys / "data" / "train" / "*.tar")):
+        with pytest.raises(ShardError, match=r"channels of .*train left, .*valid mean, but .* hear several channels"):
+            fit(toys, tmp_path / "a", train=train, valid=tmp_path / "valid")
+
+
 def test_a_finished_fit_called_again_gives_the_whole_runs_result(toys, tmp_path):
     options = TrainConfig(steps=3, batch_size=4, trackers=())
     run = fit(toys, tmp_path, toys / "teacher", options=TrainConfig(steps=3, batch_size=4, trackers=(), stop_after=1),
@@ -118,15 +131,15 @@ def test_another_run_in_the_same_folder_is_refused_field_by_field(toys, finished
 def test_a_students_frozen_parts_are_known_by_their_contents_and_said_once(toys, tmp_path):
     llm = shutil.copytree(toys / "parts" / "student-llm", tmp_path / "llm")
     student = build_student(load_salmonn(toys / "teacher"), str(llm), lora=LORA, quantization="none")
-    began = identify_fit(student, None, LossConfig(), {}, {})
+    began = identify_fit(student, NoTeacher(), LossConfig(), {}, {})
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         data = (llm / name).read_bytes()
         (llm / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        now = identify_fit(student, None, LossConfig(), {}, {})
+        now = identify_fit(student, NoTeacher(), LossConfig(), {}, {})
         assert [field for field, _ in compare(began, now)] == ["student.frozen.llm"]
         (llm / name).write_bytes(data)
     given = {"student": {"llm": "as a config's settings say it"}}
-    assert identify_fit(student, None, LossConfig(), {}, given)["student"].keys() == {"own", "llm"}
+    assert identify_fit(student, NoTeacher(), LossConfig(), {}, given)["student"].keys() == {"own", "llm"}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from distill.training.microbatch import Collator
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 
 
 @pytest.fixture(scope="module")

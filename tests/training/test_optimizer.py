@@ -17,7 +17,7 @@ from distill.training.zero import check_optimizer
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 
 OPTIONS = TrainConfig(steps=4, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
 

@@ -27,9 +27,11 @@ from shards.streaming.stream import ShardStream
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
 from students.student import build_student
+from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
-from teachers.targets import CachedTeacher, OnlineTeacher
+from teachers.online import OnlineTeacher
+from teachers.teacher import NoTeacher
 
 LOUD = ("augment.noise_share=0.8", "augment.gain_share=0.5", "augment.room_share=0.3", "augment.mask_share=0.7")
 MIXED = ("precision=float32", "data.bucket_batches=2", "data.batch_seconds=2.5", "data.task_weights.asr=2")
@@ -180,7 +182,7 @@ def test_a_member_over_the_limit_of_the_config_is_refused_before_it_is_read(toys
     writer.add("clip.flac", bytes(2**20 + 1))
     writer.close()
     config = load_config(toys / "toy.yaml", [f"data.folder={tmp_path}", "data.max_member_mb=1", "teacher.online=true"])
-    teacher, student = SimpleNamespace(cache_folder=None), SimpleNamespace(max_samples=480_000)
+    teacher, student = NoTeacher(), SimpleNamespace(max_samples=480_000)
     with pytest.raises(ShardError, match=r"clip\.flac is 1048577 bytes, but a member may have 1048576"):
         open_training_stream(config, build_accelerator(), teacher, student)
 

@@ -23,7 +23,7 @@ from distill.training.zero import describe_build_locks, say_of_build
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
-from teachers.targets import OnlineTeacher
+from teachers.online import OnlineTeacher
 
 NUM_STEPS = 16  # that are compared, of a run that is to have many more
 
