@@ -87,3 +87,23 @@ def test_the_site_has_every_page_and_its_links_stay_inside():
         for page in pages:
             links = re.findall(r"\]\(([^)#\s]+)", hooks.keep_inside((folder / page).read_text(), folder))
             assert [link for link in links if "://" not in link and not (ROOT / "docs" / link).exists()] == []
+
+
+def test_what_can_be_added_has_the_home_and_the_dict_that_contributing_names():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = re.findall(r"`([A-Z_]+)` in\s+`([\w/.]+)`", text)
+    assert len(lines) >= 13
+    missing = [(name, path) for name, path in lines
+               if not re.search(rf"^{name}\b", (ROOT / path).read_text(), re.MULTILINE)]  # fmt: skip
+    assert missing == []
+
+
+def test_every_place_that_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = {
+        place for place in re.findall(r"`((?:shards|teachers|students|distill|tests|docs|benchmarks)/[\w/.]*)`", text)
+    }
+    assert (
+        len(places) > 25
+        and [place for place in sorted(places) if "NAME" not in place and not (ROOT / place).exists()] == []
+    )
