@@ -18,7 +18,8 @@ from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import METRICS, mean_error, retained_quality, score
 from distill.sizes.costs import Blueprint, Usage, describe_teacher, measure
 from distill.teacher import load_teacher
-from shards.manifests.datasets import DATASETS, Dataset
+from shards.manifests.datasets.dataset import Dataset
+from shards.manifests.datasets.table import DATASETS
 from shards.manifests.manifest import read_manifest
 from students.student import build_student
 from teachers.ears.encoders import ENCODERS

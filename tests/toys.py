@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.evaluation.metrics.metric import Metric, Tally
-from shards.manifests.datasets import Request
+from shards.manifests.datasets.dataset import Request
 from shards.manifests.manifest import Entry
 from teachers.ears.frontend import check_lengths
 from teachers.salmonn import SalmonnConfig

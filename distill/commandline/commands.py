@@ -194,7 +194,7 @@ COMMANDS = {
         read_pipeline_arguments,
     ),
     "manifest": Command(
-        "shards.manifests.datasets", "LibriSpeech, GigaSpeech, Clotho, AudioCaps, WavCaps, MusicNet to a manifest"
+        "shards.manifests.datasets.table", "LibriSpeech, GigaSpeech, Clotho, AudioCaps, WavCaps, MusicNet to a manifest"
     ),
     "audit": Command("shards.packing.audit", "find bad audio and text before training; nothing is replaced"),
     "pack": Command("shards.packing.pack", "manifest and audio files to WebDataset shards"),

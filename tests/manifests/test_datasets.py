@@ -7,8 +7,8 @@ import pytest
 from clips import to_bytes, tone
 
 from shards.audio.decode import load_audio
-from shards.manifests import datasets
-from shards.manifests.datasets import read_dataset
+from shards.manifests.datasets import table as datasets
+from shards.manifests.datasets.table import read_dataset
 from shards.manifests.manifest import read_manifest
 
 
