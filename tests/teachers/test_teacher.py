@@ -141,9 +141,8 @@ def asks_for_a_kind(node: ast.AST) -> bool:
     }
     if node.func.id == "isinstance":
         return bool(names & KINDS)
-    about = {n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(node.args[0])
-             if isinstance(n, ast.Attribute | ast.Name)} if node.args else set()  # fmt: skip
-    return node.func.id in ("getattr", "hasattr") and "teacher" in about - {"config"} and "config" not in about
+    about = ast.unparse(node.args[0]).split(".")[-1] if node.args else ""
+    return node.func.id in ("getattr", "hasattr") and about == "teacher" and isinstance(node.args[1], ast.Constant)
 
 
 @pytest.mark.parametrize(
