@@ -289,7 +289,8 @@ class Distiller:
         if self.options.gradient_checkpointing:
             recompute_blocks_(self.student.llm)
         if is_deepspeed(self.accelerator):
-            configure_deepspeed(self.accelerator, self.options, self.num_micro_batches)
+            num_trained = sum(p.numel() for p in self.named.values())
+            configure_deepspeed(self.accelerator, self.options, self.num_micro_batches, num_trained)
             say_of_build(partial(say, self.accelerator))
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)

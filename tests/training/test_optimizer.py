@@ -1,6 +1,7 @@
 """Optimizer, schedules and recomputed blocks: each changes what it says and nothing else."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from distill.training.microbatch import Collator
 from distill.training.optimizer import FALLS, build_optimizer, learning_rate
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
-from distill.training.zero import check_optimizer
+from distill.training.zero import check_optimizer, configure_deepspeed
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
@@ -171,3 +172,14 @@ def test_an_option_that_a_checkpoint_does_not_know_was_as_its_default_is(tmp_pat
             check()
     else:
         check()
+
+
+def test_deepspeeds_buffer_of_gradients_is_as_large_as_what_is_trained_unless_a_launch_file_says_otherwise():
+    def buffer(**given) -> int:
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": given}, zero_stage=2)
+        accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+        configure_deepspeed(accelerator, TrainConfig(), 1, num_trained=1234)
+        return plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"]
+
+    assert buffer() == 1234  # DeepSpeed's own default, 500 million, is 2 GB on every rank
+    assert buffer(reduce_bucket_size=10**6) == 10**6
