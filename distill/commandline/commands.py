@@ -48,10 +48,15 @@ def read_pipeline_arguments(args: argparse.Namespace) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `distill stats model` takes; its numbers have their defaults in `distill.sizes.costs.Usage`."""
+    """What `distill stats model` takes."""
     parser.add_argument("words", nargs="+", metavar="CONFIG|key=value", help="YAML files or recipes, and fields")
+    add_usage_arguments(parser)
+
+
+def add_usage_arguments(parser: argparse.ArgumentParser) -> None:
+    """The clip that costs are counted of; its numbers have their defaults in `distill.sizes.costs.Usage`."""
     suppressed = argparse.SUPPRESS
-    parser.add_argument("--seconds", type=float, default=suppressed, help="of audio, in the sample that is counted")
+    parser.add_argument("--seconds", type=float, default=suppressed, help="of audio, in the clip that is counted")
     parser.add_argument("--prompt-tokens", type=int, default=suppressed, help="of it")
     parser.add_argument("--answer-tokens", type=int, default=suppressed, help="of it")
 
@@ -75,6 +80,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--max-gb", type=float, help="the most that the cache may take, 10^9 bytes; default: any")
     parser.add_argument("--clips", type=int, default=300, help="that the teacher hears (%(default)s)")
+    parser.add_argument("--gpus", type=int, help="plan the memory of so many GPUs instead, and load no weights")
+    parser.add_argument("--gpu-gb", type=float, default=24.0, help="of each, 10^9 bytes (%(default)s)")
+    parser.add_argument("--zero", type=int, default=2, choices=range(4), help="DeepSpeed's stage; 0: DDP (%(default)s)")
+    add_usage_arguments(parser)
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +220,7 @@ COMMANDS = {
     "teach": of_a_config("distill.teach", "the demo's small teacher, from nothing"),
     "plan": Command(
         "distill.caching.plan",
-        "what a target cache would take and keep, by codec, before it is made",
+        "what a target cache would take and keep, by codec; with --gpus: what each stage holds on a GPU",
         add_plan_arguments,
         read_config_arguments,
         has_json=True,

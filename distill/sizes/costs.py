@@ -47,6 +47,11 @@ class Usage:
     prompt_tokens: int = 20  # text around the audio
     answer_tokens: int = 30  # with the end token
 
+    @property
+    def num_samples(self) -> int:
+        """Of the audio."""
+        return round(self.seconds * SAMPLE_RATE)
+
 
 @dataclass(frozen=True)
 class Part:

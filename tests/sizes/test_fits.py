@@ -1,0 +1,121 @@
+"""Memory planned before there is a machine: what is counted on the meta device is what a real step holds."""
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+import torch
+
+from distill.cli import main
+from distill.config import Config, TeacherConfig, load_config
+from distill.sizes.costs import Usage, describe_student, describe_teacher
+from distill.sizes.fits import (
+    Cards,
+    Need,
+    advise,
+    build_for_training,
+    measure_connector,
+    measure_llm,
+    need_of_training,
+    next_change,
+    row_length,
+)
+from distill.sizes.memory import PeakMemory
+from distill.student import make_student
+from distill.teacher import load_teacher
+from shards.sample import SAMPLE_RATE
+
+SECONDS, SIZE = 2.0, 6
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    tiny.make_toys(folder)
+    return folder
+
+
+def test_what_is_freed_is_not_counted_and_what_is_held_is():
+    with PeakMemory() as memory:
+        for _ in range(3):
+            held = torch.zeros(1000)  # the one before is freed when this one is there
+        view = held[:10].view(2, 5)
+    assert (memory.held, memory.peak) == (4000, 8000)
+    assert view.sum() == 0
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_activations_counted_on_the_meta_device_are_those_of_a_real_forward(toys, quantization):
+    config = load_config(toys / "toy.yaml", [f"student.quantization={quantization}", "precision=float32"])
+    student = make_student(config, load_teacher(config), torch.float32, print).train()
+    samples = [tiny.make_sample(n, text="two three", seconds=SECONDS) for n in range(SIZE)]
+    batch = student.collate(samples)
+    frames = student.frames(batch.waveforms_BN, batch.num_samples_B)
+    with PeakMemory([*student.parameters(), *student.buffers(), *frames]) as memory:
+        states = student.answer_states(batch, student.hear(batch, frames))
+    teacher, given = describe_teacher(config)
+    model = build_for_training(describe_student(config, teacher), given)
+    tokens = batch.input_ids_BT.shape[1] - model.num_audio_tokens(round(SECONDS * SAMPLE_RATE))
+    usage = Usage(SECONDS, tokens - 2, 2)
+    assert row_length(model, usage) == batch.input_ids_BT.shape[1]
+    counted = measure_connector(model, SIZE, usage).forward + measure_llm(model, SIZE, usage).forward
+    assert counted == pytest.approx(memory.held, rel=0.1)
+    assert states.requires_grad
+
+
+def test_recomputed_blocks_hold_less_and_more_ranks_hold_less_each(toys):
+    config = load_config(toys / "toy.yaml")
+    teacher, given = describe_teacher(config)
+    student = describe_student(config, teacher)
+
+    def train(cards: Cards, **changes) -> Need:
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+        return need_of_training(changed, cards, Usage(SECONDS, 20, 10), student, given)
+
+    one, two = train(Cards(1)), train(Cards(2))
+    assert two.parts["AdamW's moments"] == one.parts["AdamW's moments"] / 2
+    assert "ZeRO's buffer of gradients" not in train(Cards(2, zero_stage=0)).parts
+    small = train(Cards(1), gradient_checkpointing=True)
+    assert small.parts["activations of the LLM"] < one.parts["activations of the LLM"] / 2
+    assert train(Cards(1), optimizer="adamw_8bit").parts["AdamW's moments"] == one.parts["AdamW's moments"] / 4
+
+
+def test_the_advice_is_what_makes_it_fit_and_none_where_nothing_does(toys):
+    config = load_config(toys / "toy.yaml", ["train.micro_batch_size=64", "train.batch_size=64"])
+    usage = Usage(SECONDS, 20, 10)
+    assert advise(config, Cards(2), usage) == []
+    teacher, given = describe_teacher(config)
+    need = need_of_training(config, Cards(2), usage, describe_student(config, teacher), given)
+    words = advise(config, Cards(2, need.total * 0.999 / 1e9), usage)
+    assert words[0] == "train.gradient_checkpointing=true"
+    changed = load_config(toys / "toy.yaml", ["train.batch_size=64", "train.micro_batch_size=64", *words])
+    assert need_of_training(changed, Cards(2), usage, describe_student(config, teacher), given).total < need.total
+    words = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "cache.batch_size=1", "eval.batch_size=1"]
+    least = load_config(toys / "toy.yaml", words)
+    assert advise(least, Cards(2, 0.1), usage) is None  # less than the driver takes
+
+
+def test_a_teacher_that_is_online_is_given_up_last():
+    config = Config(teacher=TeacherConfig(online=True))
+    short = [Need("train: 1 clips a micro-batch, teacher online", {})]
+    train = dataclasses.replace(config.train, micro_batch_size=1, gradient_checkpointing=True)
+    assert next_change(config, short) == ("train", "gradient_checkpointing", True)
+    assert next_change(dataclasses.replace(config, train=train), short) == ("teacher", "online", False)
+
+
+def test_plan_prints_the_memory_of_every_stage_for_readers_and_scripts(toys, capsys):
+    words = ["plan", str(toys / "toy.yaml"), "--gpus", "2", "--seconds", "2", "--answer-tokens", "10"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "on each of 2 GPUs of 24 GB, ZeRO-2; clips of 2 s" in text
+    assert "activations of the LLM" in text and "cache: 4 clips a batch" in text
+    words += [
+        "train.micro_batch_size=1",
+        "train.gradient_checkpointing=true",
+        "cache.batch_size=1",
+        "eval.batch_size=1",
+    ]
+    assert main([*words, "--gpu-gb", "0.1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["change"] is None and not any(stage["fits"] for stage in found["stages"])
