@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.audio.container import AudioLimits
 from shards.audio.decode import hash_waveform, load_audio, pad_to_window, to_waveform
+from shards.audio.limits import AudioLimits
 from shards.audio.quiet import cut_at_quiet
 from shards.sample import SAMPLE_RATE, Sample
 

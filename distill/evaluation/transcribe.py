@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.audio.container import AudioError
+from shards.audio.limits import AudioError
 from shards.files.write import open_atomically
 from shards.sample import SAMPLE_RATE
 from students.asking import Answer, Listener, Segment, load_waveform

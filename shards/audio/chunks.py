@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 from shards.audio.mpeg import tag_size, walk_mpeg
-from shards.audio.parts import DamageError, Data, Part
+from shards.audio.parts import Container, DamageError, Data, Part
 
 _WAVE = re.compile(rb"(?:RIFF|RIFX|RF64|BW64)....WAVE(?:fmt |JUNK|ds64|bext|LIST|fact)", re.DOTALL)
 _EXTENSIBLE, _MPEG = 0xFFFE, 0x55  # format codes of WAV
@@ -250,3 +250,6 @@ def _read_caf(data: Data, start: int) -> tuple[list[Part], int]:
         if position > len(data) or size < -1:
             raise _truncated(max(position - len(data), 1))
     return [Part((memoryview(data)[start:position],), frames)], position
+
+
+CHUNKS = Container(walk_chunks, ("WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "NIST"))

@@ -10,7 +10,6 @@ Shape letters: N audio samples, C channels.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import mmap
@@ -21,13 +20,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from shards.audio.chunks import walk_chunks
-from shards.audio.flac import walk_flac
-from shards.audio.mpeg import tag_size, walk_mpeg
-from shards.audio.ogg import walk_ogg
+from shards.audio.chunks import CHUNKS
+from shards.audio.flac import FLAC
+from shards.audio.limits import DEFAULT_LIMITS, AudioError, AudioLimits, too_long_error
+from shards.audio.mpeg import MPEG, tag_size
+from shards.audio.ogg import OGG
 from shards.audio.parts import DamageError, Data, Joined, Part
 from shards.faces import late
-from shards.sample import MAX_SECONDS
 
 np = late("numpy")
 soundfile = late("soundfile")
@@ -37,68 +36,15 @@ MAX_PEAK = 2.0  # a lossy decoder overshoots 1.0 a little; integers stored as fl
 BLOCK_FRAMES = 1 << 16  # small: the seek after each block is what finds a FLAC whose header lies
 END_TOLERANCE_SECONDS = 0.05  # a transcript may name an end this far after the recording's
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's count for a stream that does not say how long it is
-COUNTED = ("WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "NIST", "FLAC", "OGG", "MP3")  # whose walk there is
 INTEGERS = {"PCM_16": ("int16", 2), "PCM_S8": ("int16", 1), "PCM_24": ("int32", 3)}  # as read, and stored bytes
 
 
-class AudioError(ValueError):
-    """Audio that must not be trained on.
-
-    Attributes:
-        reason: one word to count by: decode, truncated, header_mismatch, too_short, too_long, nonfinite, silent,
-            impossible_rate, too_large, out_of_range or unreadable.
-        numbers: the measured values behind the message, for a report.
-    """
-
-    def __init__(self, reason: str, message: str, numbers: dict | None = None):
-        super().__init__(reason, message, numbers or {})
-        self.reason, self.message, self.numbers = self.args
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class AudioLimits:
-    """What is accepted; the defaults are those of `distill pack` and `distill audit`."""
-
-    min_seconds: float = 0.1  # shorter clips are refused as too_short
-    max_seconds: float = MAX_SECONDS  # longer clips are refused as too_long, or cut
-    cut: bool = False  # keep the first max_seconds of a longer clip instead of refusing it
-    max_header_seconds: float = 3600.0  # a file that claims more is refused before it is decoded
-    max_decoded_bytes: int = 512_000_000  # of float32 samples over all channels, checked before decoding
-    max_file_bytes: int = 2_000_000_000  # of a file as it lies on the disk
-    max_header_gap_seconds: float = 0.0  # how far the decoded length may be from the header's
-
-    def __post_init__(self):
-        if not 0 <= self.min_seconds < self.max_seconds:
-            raise ValueError(
-                f"min_seconds is {self.min_seconds:g}, but must be from 0 to below max_seconds, which is "
-                f"{self.max_seconds:g}; change one of them."
-            )
-
-
-DEFAULT_LIMITS = AudioLimits()
-
-
-def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shortest and longest clip, as `distill audit` and `distill pack` take them."""
-    least, most = DEFAULT_LIMITS.min_seconds, DEFAULT_LIMITS.max_seconds
-    parser.add_argument("--min-seconds", type=float, default=least, help="of the shortest clip (%(default)g)")
-    parser.add_argument("--max-seconds", type=float, default=most, help="of the longest clip (%(default)g, the most)")
-
-
-def read_limits(args: argparse.Namespace, *, max_header_gap_seconds: float = 0.0) -> AudioLimits:
-    """The limits that were asked for.
-
-    Raises:
-        ValueError: more than the ears take, or less than nothing.
-    """
-    if not args.max_seconds <= MAX_SECONDS:
-        raise ValueError(
-            f"--max-seconds is {args.max_seconds:g}, but a sample holds {MAX_SECONDS:g} at most; give a smaller one."
-        )
-    return AudioLimits(args.min_seconds, args.max_seconds, max_header_gap_seconds=max_header_gap_seconds)
+CONTAINERS = {  # a family is one file and one line here; a file is of the first that knows it
+    "flac": FLAC,
+    "ogg": OGG,
+    "chunks": CHUNKS,
+    "mpeg": MPEG,
+}
 
 
 @dataclass(frozen=True)
@@ -225,13 +171,9 @@ def find_parts(data: Data, *, name: str) -> list[Part]:
     start = 0
     while data[start : start + 3] == b"ID3" and (tag := tag_size(data, start)):
         start += tag
-    mark = data[start : start + 4]
     try:
-        if mark == b"fLaC":
-            return walk_flac(data, start)
-        if mark == b"OggS":
-            return walk_ogg(data, start) or [Part((memoryview(data),))]
-        return walk_chunks(data, start) or walk_mpeg(data, start) or [Part((memoryview(data),))]
+        found = (container.walk(data, start) for container in CONTAINERS.values())
+        return next((parts for parts in found if parts), None) or [Part((memoryview(data),))]
     except DamageError as error:
         raise AudioError(error.reason, f"{name} {error.problem}", error.numbers) from error
 
@@ -267,7 +209,7 @@ def _sum_frames(parts: list[Part], header: AudioHeader) -> int | None:
 
 
 def _check_alike(first: AudioHeader, other: AudioHeader, name: str) -> None:
-    if other.format not in COUNTED:
+    if not any(other.format in container.formats for container in CONTAINERS.values()):
         raise AudioError(
             "decode", f"{name} is {other.format}, a form whose length nothing vouches for; make it WAV or FLAC."
         )
@@ -422,11 +364,3 @@ def _check_values(samples_NC: np.ndarray, *, name: str) -> None:
         raise AudioError(
             "out_of_range", f"{name} has peak {peak:g}, but float audio stays within 1.0; rescale it.", {"peak": peak}
         )
-
-
-def too_long_error(name: str, seconds: float, limit: float) -> AudioError:
-    """The error for a clip of `seconds` where `limit` are accepted."""
-    return AudioError(
-        "too_long", f"{name} has {seconds:.1f} s, but at most {limit:g} s is accepted; cut it or drop it.",
-        {"seconds": round(seconds, 3)},
-    )  # fmt: skip

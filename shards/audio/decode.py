@@ -13,15 +13,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.audio.container import (
-    DEFAULT_LIMITS,
-    AudioError,
-    AudioLimits,
-    read_file,
-    read_samples,
-    read_segment,
-    too_long_error,
-)
+from shards.audio.container import read_file, read_samples, read_segment
+from shards.audio.limits import DEFAULT_LIMITS, AudioError, AudioLimits, too_long_error
 from shards.faces import late
 from shards.sample import SAMPLE_RATE
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shards.audio.parts import DamageError, Data, Part
+from shards.audio.parts import Container, DamageError, Data, Part
 
 _STREAM = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # the mark and STREAMINFO, which comes first and has 34 bytes
 _SYNC = re.compile(rb"\xff[\xf8\xf9]")
@@ -37,12 +37,14 @@ class _Frame:
     samples: int
 
 
-def walk_flac(data: Data, start: int = 0) -> list[Part]:
-    """The streams of a file whose first is at `start`.
+def walk_flac(data: Data, start: int = 0) -> list[Part] | None:
+    """The streams of a file whose first is at `start`; None where none is.
 
     Raises:
         DamageError: frames are missing, at the beginning, in the middle or at the end.
     """
+    if data[start : start + 4] != b"fLaC":
+        return None
     first = _read_info(data, start, len(data))
     if first is None:
         return [Part((memoryview(data)[start:],))]  # no STREAMINFO: the decoder has words for it
@@ -148,3 +150,6 @@ def _crc8(data: bytes) -> int:
     for byte in data:
         crc = _TABLE[crc ^ byte]
     return crc
+
+
+FLAC = Container(walk_flac, ("FLAC",))

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, field
 from functools import cache
 
-from shards.audio.parts import DamageError, Data, Part
+from shards.audio.parts import Container, DamageError, Data, Part
 
 _V1 = 3  # MPEG 1 in the two version bits; 2 is MPEG 2, and 0 MPEG 2.5
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
@@ -296,3 +296,6 @@ def _audio_end(data: Data) -> int:
             end -= 15 + int(data[end - 15 : end - 9])
         else:
             return max(end, 0)
+
+
+MPEG = Container(walk_mpeg, ("MP3",))

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from shards.audio.parts import DamageError, Data, Part
+from shards.audio.parts import Container, DamageError, Data, Part
 
 _CONTINUED, _FIRST, _LAST = 1, 2, 4  # flags of a page
 _NO_GRANULE = (1 << 64) - 1
@@ -41,17 +41,19 @@ class _Stream:
     pages: list[_Page] = field(default_factory=list)
 
 
-def walk_ogg(data: Data, start: int = 0) -> list[Part]:
-    """The sounding streams of a file, in order.
+def walk_ogg(data: Data, start: int = 0) -> list[Part] | None:
+    """The sounding streams of a file, in order; None where there is none.
 
     Raises:
         DamageError: a page is cut, damaged or missing, two streams sound at once, or positions are wrong.
     """
+    if data[start : start + 4] != b"OggS":
+        return None
     streams = [stream for stream in _streams(data, start) if stream.codec is not None]
     for before, after in pairwise(streams):
         if before.link == after.link:
             raise DamageError("decode", "holds two streams that sound at once; take one of them out.")
-    return [_to_part(data, stream) for stream in streams]
+    return [_to_part(data, stream) for stream in streams] or None
 
 
 def _read_pages(data: Data, start: int):
@@ -207,3 +209,6 @@ def _vorbis_modes(setup: bytes) -> list[int]:
     if not found:
         raise DamageError("decode", "has a setup header without modes; fetch it again.")
     return found
+
+
+OGG = Container(walk_ogg, ("OGG",))

@@ -8,9 +8,10 @@ names, and for a variable-rate MP3 a length guessed from its first frame, all wi
 import io
 import mmap
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 Data = bytes | mmap.mmap  # a whole file
 
@@ -46,6 +47,19 @@ class Part:
     rate: int | None = None
     slack_frames: int = 0
     md5: bytes | None = None
+
+
+class Container(NamedTuple):
+    """A family of containers.
+
+    Attributes:
+        walk: of a file and the place where its tags end, the parts; None where the file is of another family. Raises
+            `DamageError`.
+        formats: libsndfile's names of what it walks over, whose length the walk vouches for.
+    """
+
+    walk: Callable[[Data, int], list[Part] | None]
+    formats: tuple[str, ...]
 
 
 class Joined(io.RawIOBase):

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from shards.audio.container import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
 from shards.audio.decode import CHANNELS, LEFT
+from shards.audio.limits import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
 from shards.files.write import open_atomically
 from shards.manifests.manifest import (
     ANY_TASK,

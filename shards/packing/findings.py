@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from shards.audio.container import DEFAULT_LIMITS, AudioError, AudioLimits, read_file, read_samples, read_segment
+from shards.audio.container import read_file, read_samples, read_segment
 from shards.audio.decode import (
     GAP_SECONDS,
     LEFT,
@@ -18,6 +18,7 @@ from shards.audio.decode import (
     choose_channel,
     hash_waveform,
 )
+from shards.audio.limits import DEFAULT_LIMITS, AudioError, AudioLimits
 from shards.faces import late
 from shards.manifests.manifest import Entry
 from shards.manifests.records import RowError

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from shards.audio.container import AudioLimits
+from shards.audio.limits import AudioLimits
 from shards.files.write import write_atomically
 from shards.manifests.manifest import ANY_TASK, ARRAY, KnownTasks
 from shards.packing.encode import EncodeOptions

@@ -14,8 +14,8 @@ from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
-from shards.audio.container import add_limit_arguments, read_limits
 from shards.audio.decode import CHANNELS, LEFT
+from shards.audio.limits import add_limit_arguments, read_limits
 from shards.files.lock import hold
 from shards.manifests.manifest import ANY_TASK, Entry, KnownTasks, check_paths, check_tasks, scan_manifest, to_path
 from shards.manifests.records import RowError

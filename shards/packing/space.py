@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.audio.container import AudioError, read_header
+from shards.audio.container import read_header
+from shards.audio.limits import AudioError
 from shards.manifests.manifest import Entry
 from shards.sample import SAMPLE_RATE
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.audio.container import UNKNOWN_FRAMES, AudioError, read_header
+from shards.audio.container import UNKNOWN_FRAMES, read_header
 from shards.audio.decode import GAP_SECONDS
+from shards.audio.limits import AudioError
 from shards.faces import late
 from shards.manifests.manifest import Entry, missing_file_error, read_manifest, to_path
 from shards.pool import batched, count_cpus, map_in_order, progress_bar

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shards.audio.container import AudioError
 from shards.audio.decode import decode_audio, hash_waveform
+from shards.audio.limits import AudioError
 from shards.manifests.manifest import missing_file_error
 from shards.pool import count_cpus, map_in_order, progress_bar
 from shards.sample import SAMPLE_RATE

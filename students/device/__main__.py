@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from shards.audio.container import AudioError
+from shards.audio.limits import AudioError
 from shards.audio.quiet import cut_at_quiet
 from shards.sample import SAMPLE_RATE
 from students.asking import ASR, QUESTION, load_waveform

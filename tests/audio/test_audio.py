@@ -10,8 +10,10 @@ import pytest
 import soundfile
 from clips import to_bytes, tone
 
-from shards.audio.container import AudioError, AudioLimits
+from shards.audio.container import CONTAINERS
 from shards.audio.decode import decode_audio, encode_flac, hash_waveform, load_audio, mix_down, to_int16
+from shards.audio.limits import AudioError, AudioLimits
+from shards.audio.parts import Container, Part
 
 FLAC = to_bytes(tone(5.0) + 0.01 * np.random.default_rng(0).normal(size=80_000).astype(np.float32), form="FLAC")
 WAV = to_bytes(tone(5.0))
@@ -199,3 +201,16 @@ def test_every_odd_file_gets_the_verdict_its_listing_implies(shared):
             assert abs(len(decode_audio(data, name=file["path"])) / 16_000 - seconds) < 1e-3, file["path"]
         else:
             assert refusal(data).reason == expected, file["path"]
+
+
+def test_a_toy_container_is_one_line_and_is_decoded(monkeypatch):
+    def walk(data, start):
+        if data[start : start + 4] != b"TOY!":
+            return None
+        return [Part((memoryview(data)[start + 4 :],), frames=8_000)]
+
+    sound = to_bytes(tone(0.5))
+    with pytest.raises(AudioError, match="cannot be decoded"):
+        decode_audio(b"TOY!" + sound, name="a")
+    monkeypatch.setitem(CONTAINERS, "toy", Container(walk, ("WAV",)))
+    assert np.array_equal(decode_audio(b"TOY!" + sound, name="a"), decode_audio(sound, name="a"))

@@ -11,8 +11,9 @@ import pytest
 import soundfile
 from clips import to_bytes, tone
 
-from shards.audio.container import AudioError, AudioLimits, read_header, read_samples, read_segment
+from shards.audio.container import read_header, read_samples, read_segment
 from shards.audio.decode import load_audio
+from shards.audio.limits import AudioError, AudioLimits
 from shards.manifests.manifest import Entry
 from shards.packing.stats import measure_seconds
 

@@ -18,8 +18,8 @@ import tiny
 from clips import to_bytes, tone, write_annotation, write_clips
 
 from distill.cli import main
-from shards.audio.container import AudioLimits
 from shards.audio.decode import decode_audio, hash_waveform, load_audio
+from shards.audio.limits import AudioLimits
 from shards.files.lock import FileLock
 from shards.manifests.manifest import KnownTasks, read_manifest
 from shards.packing import pack as pack_module
