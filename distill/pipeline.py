@@ -7,6 +7,7 @@ What exists already is used again.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from distill.config.rules import value_at
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.files.hash import remember_hash
-from shards.files.write import open_atomically
+from shards.files.write import open_atomically, write_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import KnownTasks, missing_file_error
 from shards.packing.encode import EncodeOptions
@@ -68,10 +69,28 @@ def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str 
         launch_stage("distill.cache", path, overrides, launch)
     launch_stage("distill.run", path, overrides, launch)
 
-    from distill.evaluation.evaluate import evaluate_run
+    from distill.evaluation.evaluate import DEVICE, evaluate_run
 
+    if config.eval.device:
+        export_again(config.run_folder, config.run_folder / DEVICE)
     evaluate_run(config)
     tell(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
+
+
+def export_again(run_folder: Path, out: Path) -> None:
+    """Export the run's student for devices, over an export of a student that has changed since."""
+    from distill.exporting.device import export_device
+    from students.start import identify_student
+
+    made_of = out.with_suffix(".json")
+    student = identify_student(run_folder / "student")
+    if out.exists() and read_record(made_of, dict.fromkeys(student, str)) == student:
+        tell(f"device: {out} exists, used again")
+        return
+    tell("— export")
+    shutil.rmtree(out, ignore_errors=True)
+    export_device(run_folder, out)
+    write_atomically(made_of, json.dumps(student))  # last: without it the export is made again
 
 
 def check_files(config: Config) -> None:

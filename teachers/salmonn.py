@@ -344,10 +344,15 @@ class Salmonn(nn.Module):
             max_new_tokens: an answer that has not ended by then is cut.
             num_beams, repetition_penalty, length_penalty: as transformers' `generate` takes them.
         """
-        ids = self.generate_ids(self.collate(samples, with_answer=False, first_prompt=True).to(self.device),
+        ids = self.answer_ids(samples,
                                 max_new_tokens=max_new_tokens, num_beams=num_beams,
                                 repetition_penalty=repetition_penalty, length_penalty=length_penalty)  # fmt: skip
         return [self.read(row) for row in ids]
+
+    def answer_ids(self, samples: Sequence[Sample], **options) -> list[list[int]]:
+        """As `generate_ids`, of samples that are asked as evaluation asks."""
+        batch = self.collate(samples, with_answer=False, first_prompt=True).to(self.device)
+        return self.generate_ids(batch, **options)
 
     def read(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without its end."""

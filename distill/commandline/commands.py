@@ -104,6 +104,14 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the file to write; default: one in the cache's folder")
 
 
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--efficiency", action="store_true", help="measure time, memory, energy of an answer instead")
+    parser.add_argument(
+        "--export", type=Path, action="append", default=[], help="with it, a folder of `distill export`; several may be"
+    )
+
+
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, runs/NAME, or its config")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -245,8 +253,12 @@ COMMANDS = {
     ),
     "run": of_a_config("distill.run", "train a student (also: accelerate launch -m distill.run)"),
     "answers": of_a_config("distill.answers", "on-policy: the student answers, the teacher scores (docs/rounds.md)"),
-    "evaluate": of_a_config(
-        "distill.evaluation.evaluate", "teacher and student on the test split: the scorecard", True
+    "evaluate": Command(
+        "distill.evaluation.evaluate",
+        "teacher and student on the test split: the scorecard; --efficiency: what answering costs",
+        add_evaluate_arguments,
+        read_config_arguments,
+        has_json=True,
     ),
     "export": Command(
         "distill.export",

@@ -222,6 +222,7 @@ class EvalConfig:
     length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favours long answers
     normalise: bool = True  # Whisper's English text normaliser before WER
     prompts: str = ""  # JSON file of what is asked, as test_prompt.json; empty: the first of training's of each task
+    device: bool = False  # at its end the pipeline exports the student for devices, and that folder is scored too
 
     def __post_init__(self):
         check_section("eval", self)

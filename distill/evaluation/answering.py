@@ -32,7 +32,7 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
     Every rank takes its part and gets all.
 
     Args:
-        model: a SALMONN, teacher or student.
+        model: a SALMONN, teacher or student, or a `DeviceStudent`.
         folder: the split's shards.
         options: batch size, length and beams.
         accelerator: the processes; None: this one alone.
@@ -62,9 +62,8 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
 
 def predict(model: Salmonn, samples: list[Sample], options: EvalConfig) -> list[Prediction]:
     """One batch of answers beside their references."""
-    batch = model.collate(samples, with_answer=False, first_prompt=True).to(model.device)
-    rows = model.generate_ids(
-        batch,
+    rows = model.answer_ids(
+        samples,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         repetition_penalty=options.repetition_penalty,
@@ -105,28 +104,33 @@ class Cost:
 @torch.no_grad()
 def measure_cost(model: Salmonn, sample: Sample, runs: int = 5) -> Cost:
     """Memory of the weights and time to answer one clip, measured."""
-    device = model.device
-
-    def clock(num_tokens: int) -> float:
-        began = time.perf_counter()
-        batch = model.collate([sample], with_answer=False, first_prompt=True).to(device)
-        model.generate_ids(batch, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - began)
-
-    if device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    clock(2)
-    first = sorted(clock(1) for _ in range(runs))[runs // 2]
-    many = sorted(clock(9) for _ in range(runs))[runs // 2]
+    first, following = clock_tokens(model, sample, runs)
     return Cost(
         num_parameters=count_parameters(model),
         weight_bytes=count_bytes(model),
         first_token_ms=first,
-        next_token_ms=max(0.0, (many - first) / 8),
-        peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        next_token_ms=following,
+        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
     )
+
+
+def clock_tokens(model: Salmonn, sample: Sample, runs: int = 5) -> tuple[float, float]:
+    """Milliseconds to the first token of a clip's answer and to each one after it, medians over runs."""
+
+    def clock(num_tokens: int) -> float:
+        began = time.perf_counter()
+        model.answer_ids([sample], max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began)
+
+    clock(2)
+    first = sorted(clock(1) for _ in range(runs))[runs // 2]
+    many = sorted(clock(9) for _ in range(runs))[runs // 2]
+    return first, max(0.0, (many - first) / 8)
 
 
 def count_bytes(model: torch.nn.Module) -> int:

@@ -1,51 +1,77 @@
 """The last stage: teacher and student answer the test split, and what they keep and cost becomes the scorecard.
 
-Run with `distill evaluate CONFIG [key=value …]`.
+Run with `distill evaluate CONFIG [key=value …]`; with `--efficiency` it measures what answering costs instead.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from distill.config import SPLITS, Config
-from distill.evaluation.answering import Cost, answer, measure_cost
+from distill.evaluation.answering import Cost, answer, clock_tokens, measure_cost
+from distill.evaluation.efficiency import SECONDS, TOKENS, make_rows, measure_all
 from distill.evaluation.keptanswers import keep_answers, locate, read_answers
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import retained_quality, score
 from distill.evaluation.report import read_metrics, write_report
-from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, write_scorecard
+from distill.evaluation.scorecard import (
+    SCORECARD,
+    ModelFigures,
+    Scorecard,
+    print_scorecard,
+    read_scorecard,
+    write_scorecard,
+)
 from distill.student import student_llm
 from distill.teacher import load_teacher, teacher_path
 from distill.training.monitoring.runlog import METRICS
 from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock
 from shards.files.write import write_atomically
+from shards.sample import Sample
 from shards.streaming.catalog import check_channels
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
+from shards.telling import print_json
+from students.device.folder import MANIFEST
 from students.student import load_student
 from teachers.files.loading import CONFIG
 from teachers.fourbit import packed_for_answers
 from teachers.salmonn import Salmonn
 
+DEVICE = "device"  # in a run's folder: its student, exported for devices
+
 
 def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
     """Score both models on the test split, print the scorecard, and write it and every answer into the run's folder."""
+    folder = check_student(config)
+    check_channels(config.shards(split) for split in SPLITS)
+    with RunLock(config.run_folder):
+        return score_models(config, folder, as_json=as_json)
+
+
+def check_student(config: Config) -> Path:
+    """The folder of a run's student.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     folder = config.run_folder / "student"
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
             f"student is {folder}, but there is no saved student; finish `distill run` of name={config.name}, or give "
             f"the name= of a run that is finished."
         )
-    check_channels(config.shards(split) for split in SPLITS)
-    with RunLock(config.run_folder):
-        return score_models(config, folder, as_json=as_json)
+    return folder
 
 
 def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
@@ -57,6 +83,9 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     answers["teacher"], costs["teacher"] = examine_teacher(config)
     loader = partial(load_student, folder, dtype=resolve_precision(config.precision), for_inference=is_fast(config))
     answers["student"], costs["student"] = examine(loader, "student", config)
+    device = None
+    if (config.run_folder / DEVICE / MANIFEST).is_file():
+        answers["device"], device = examine_device(config, costs["student"].num_parameters)
     write_answers(answers, config.run_folder / "answers.jsonl")
     card = Scorecard(
         name=config.name,
@@ -64,6 +93,7 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
         student=figures(student_name, costs["student"], answers["student"], folder, config),
         retained=retained_quality(answers["student"], answers["teacher"], normalise=config.eval.normalise),
         training=training_figures(config),
+        device=device,
     )
     write_scorecard(card, config.run_folder)
     report = write_report(config.run_folder)
@@ -97,6 +127,25 @@ def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[lis
         return answer_and_cost(model, name, config)
 
 
+def examine_device(config: Config, num_parameters: int) -> tuple[list[Prediction], ModelFigures]:
+    """What the run's folder for devices answers and costs."""
+    from students.device.student import DeviceStudent  # OpenVINO is an extra
+
+    folder = config.run_folder / DEVICE
+    student = DeviceStudent(folder)
+    answers = answer(student, config.shards("test"), config.eval, title="device")
+    first, following = clock_tokens(student, find_readable(config))
+    size = sum(student.device.sizes.values())
+    return answers, ModelFigures(
+        name=f"device ({folder}: {', '.join(f'{key} {value}' for key, value in student.device.precision.items())})",
+        num_parameters=num_parameters,
+        scores=score(answers, normalise=config.eval.normalise),
+        checkpoint_mb=size,
+        first_token_ms=first,
+        next_token_ms=following,
+    )
+
+
 def is_fast(config: Config) -> bool:
     """Whether models answer as fast as this processor can, as a user's do, and less exactly (`students.answering`)."""
     return config.precision != "float32" and not torch.cuda.is_available()
@@ -105,13 +154,22 @@ def is_fast(config: Config) -> bool:
 def answer_and_cost(model: Salmonn, name: str, config: Config) -> tuple[list[Prediction], Cost]:
     """A model's answers to the test split, and what one costs."""
     answers = answer(model, config.shards("test"), config.eval, title=name)
+    return answers, measure_cost(model, find_readable(config))
+
+
+def find_readable(config: Config) -> Sample:
+    """The first clip of the test split that can be read.
+
+    Raises:
+        ValueError: there is none.
+    """
     stream = ShardStream(config.shards("test"), Order(batch_size=1, shuffle=False, epochs=1))
     readable = next((samples[0] for samples in stream if samples), None)  # one that cannot be read is left out
     if readable is None:
         raise ValueError(
             f"{config.shards('test')} has no clip that can be read, but a model is to answer some; pack it."
         )
-    return answers, measure_cost(model, readable)
+    return readable
 
 
 def figures(name: str, cost: Cost, answers: list[Prediction], path: Path, config: Config) -> ModelFigures:
@@ -151,7 +209,62 @@ def write_answers(answers: dict[str, list[Prediction]], path: Path) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
+def measure_efficiency(config: Config, exports: Sequence[Path], *, as_json: bool) -> None:
+    """Measure what answering costs of teacher, student and exports, print it, and write it into the run's report.
+
+    Raises:
+        FileNotFoundError: the run has no student, or a folder is no export.
+    """
+    places = list_models(config, exports)
+    with RunLock(config.run_folder):
+        found = measure_all(config, places, known_wers(config))
+        if (config.run_folder / METRICS).is_file():
+            write_report(config.run_folder)
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    table = Table(title=f"Answering about {SECONDS:g} s of audio: {TOKENS} tokens, batch 1", title_justify="left")
+    heading, *rows = make_rows(found)
+    for name in heading:
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def list_models(config: Config, exports: Sequence[Path]) -> dict[str, Path]:
+    """What there is to measure of a run, by name: teacher, student, the folder that the pipeline exported, and others.
+
+    Raises:
+        FileNotFoundError: the run has no student, or a folder is no export.
+    """
+    for folder in exports:
+        if not any((folder / name).is_file() for name in (MANIFEST, CONFIG)):
+            raise FileNotFoundError(f"--export is {folder}, but that is no folder of `distill export`; name one.")
+    own = config.run_folder / DEVICE
+    folders = [*([own] if (own / MANIFEST).is_file() else []), *exports]
+    named = {"teacher": Path(teacher_path(config)), "student": check_student(config)}
+    return named | {str(folder): folder for folder in folders}
+
+
+def known_wers(config: Config) -> dict[str, float]:
+    """Word error rates of the run's scorecard by the names that `measure_all` has for models."""
+    if not (config.run_folder / SCORECARD).is_file():
+        return {}
+    card = read_scorecard(config.run_folder)
+    models = {"teacher": card.teacher, "student": card.student, str(config.run_folder / DEVICE): card.device}
+    found = {}
+    for name, model in models.items():
+        rates = [score.value for score in model.scores.values() if score.metric == "wer"] if model else []
+        if rates:
+            found[name] = sum(rates) / len(rates)
+    return found
+
+
 def main(args: argparse.Namespace) -> int:
     """Run `distill evaluate`."""
-    evaluate_run(args.config, as_json=args.json)
+    if args.efficiency:
+        measure_efficiency(args.config, args.export, as_json=args.json)
+    else:
+        evaluate_run(args.config, as_json=args.json)
     return 0

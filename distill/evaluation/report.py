@@ -8,12 +8,15 @@ import html
 from collections.abc import Iterable
 from pathlib import Path
 
-from distill.evaluation.curves import line_chart
+from distill.evaluation.curves import line_chart, scatter_chart
+from distill.evaluation.efficiency import Efficiency, make_rows, read_efficiency
 from distill.evaluation.scorecard import (
+    DEVICE_HEADERS,
     SCORECARD,
     Scorecard,
     cost_rows,
     count_clips,
+    device_rows,
     explain_scores,
     print_scorecard,
     read_scorecard,
@@ -55,6 +58,7 @@ def write_report(run_folder: Path) -> Path:
     parts = [f"<h1>{html.escape(run_folder.resolve().name)}</h1>"]
     if (run_folder / SCORECARD).exists():
         parts += _scorecard_html(read_scorecard(run_folder))
+    parts += _efficiency_html(read_efficiency(run_folder))
     parts += ["<h2>Training</h2>", f"<p>{len(records):,} steps.{_warn(num_unreadable)}</p>", '<div class="curves">']
     for key, title in CURVES.items():
         drawn = [(record["step"], record[key]) for record in records if key in record]
@@ -81,6 +85,9 @@ def _scorecard_html(card: Scorecard) -> list[str]:
     for rows in (score_rows(card), cost_rows(card)):
         lines = [_row_html("th", headers), *(_row_html("td", row) for row in rows)]
         parts += ["<table>", *lines, "</table>"]
+    if card.device is not None:
+        lines = [_row_html("th", DEVICE_HEADERS), *(_row_html("td", row) for row in device_rows(card))]
+        parts += [f"<h3>{html.escape(card.device.name)}</h3>", "<table>", *lines, "</table>"]
     notes = html.escape(" ".join((count_clips(card), *explain_scores(card))))
     parts.append(f"<p>{notes} 1 MB is 10<sup>6</sup> bytes.</p>")
     further = [
@@ -94,6 +101,20 @@ def _scorecard_html(card: Scorecard) -> list[str]:
     if card.training:
         parts.append(f"<p>{html.escape(show_training(card.training))}</p>")
     return parts
+
+
+def _efficiency_html(found: list[Efficiency]) -> list[str]:
+    """A table of what answering costs, and WER against memory and time: what lies lower left of another is better."""
+    if not found:
+        return []
+    heading, *rows = make_rows(found)
+    lines = [_row_html("th", heading), *(_row_html("td", row) for row in rows)]
+    parts = ["<h2>What answering costs</h2>", "<table>", *lines, "</table>", '<div class="curves">']
+    for label, figure in (("GB at the peak", lambda e: e.gb), ("ms to the second token", lambda e: e.second_ms)):
+        points = [(one.name, figure(one), 100 * one.wer) for one in found if one.wer is not None]
+        if points:
+            parts.append(scatter_chart(f"WER (%) against {label}", points, x_label=label))
+    return [*parts, "</div>"]
 
 
 def _show_extra(value: float | str | None) -> str:

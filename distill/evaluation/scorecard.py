@@ -4,7 +4,7 @@ Knows figures and how to show them; it measures nothing itself.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from shards.files.write import write_atomically
 from shards.jsonfile import ShapeError, parse_object
 
 SCORECARD = "scorecard.json"
+DEVICE_HEADERS = ("", "on a device", "÷ student", "÷ teacher")
 _METRIC_NAMES = {
     "wer": "WER ↓",
     "per": "phone error rate ↓",
@@ -46,6 +47,7 @@ class Scorecard:
     student: ModelFigures
     retained: dict[str, Retained] = field(default_factory=dict)  # by task
     training: dict[str, float | str] = field(default_factory=dict)  # name with unit to figure: steps, seconds, …
+    device: ModelFigures | None = None  # the student's folder for devices
 
     def to_json(self) -> str:
         """As text; `from_json` gives an equal scorecard back."""
@@ -66,7 +68,8 @@ class Scorecard:
     @classmethod
     def _from_fields(cls, fields: dict) -> "Scorecard":
         models = {}
-        for role in ("teacher", "student"):
+        roles = ("teacher", "student", *(["device"] if fields.get("device") else []))
+        for role in roles:
             scores = {task: TaskScore(**score) for task, score in fields[role]["scores"].items()}
             models[role] = ModelFigures(**{**fields[role], "scores": scores})
         retained = {task: Retained(**kept) for task, kept in fields["retained"].items()}
@@ -140,6 +143,18 @@ def cost_rows(card: Scorecard) -> list[Row]:
     return rows
 
 
+def device_rows(card: Scorecard) -> list[Row]:
+    """What the exported folder scores and costs: its figure, by the student's and by the teacher's."""
+    if card.device is None:
+        return []
+    others = (replace(card, teacher=card.student, student=card.device), replace(card, student=card.device))
+    rows = [(task, _show_score(score), "", "") for task, score in sorted(card.device.scores.items())]
+    for by_student, by_teacher in zip(*(cost_rows(other) for other in others)):
+        if by_student[2] != "not measured":
+            rows.append((by_student[0], by_student[2], by_student[3], by_teacher[3]))
+    return rows
+
+
 def explain_scores(card: Scorecard) -> list[str]:
     """What the rows' last column and brackets are, and what chance is, in a few sentences."""
     scores = card.teacher.scores | card.student.scores
@@ -209,10 +224,23 @@ def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
     for row in cost_rows(card):
         table.add_row(*row)
     console.print(table)
+    if card.device is not None:
+        console.print(make_device_table(card))
     for line in (count_clips(card), *explain_scores(card)):
         console.print(line, soft_wrap=True)
     if card.training:
         console.print("Training: " + show_training(card.training), soft_wrap=True)
+
+
+def make_device_table(card: Scorecard) -> Table:
+    """The rows of the exported folder, for the terminal."""
+    table = Table(title=card.device.name, title_justify="left")
+    table.add_column("", min_width=18)
+    for header in DEVICE_HEADERS[1:]:
+        table.add_column(header, justify="right", min_width=14)
+    for row in device_rows(card):
+        table.add_row(*row)
+    return table
 
 
 def show_training(training: dict[str, float | str]) -> str:

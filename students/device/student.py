@@ -181,14 +181,14 @@ class DeviceStudent(Listener):
         return np.asarray(self.embeddings[np.asarray(ids, np.int64)], np.float32).reshape(len(ids), -1)
 
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int = 100, **options) -> list[str]:
-        """The answers to one batch of clips, greedy by default; see `generate_ids`."""
-        return [self.read(row) for row in self.generate_ids(samples, max_new_tokens=max_new_tokens, **options)]
+        """The answers to one batch of clips, greedy by default; see `answer_ids`."""
+        return [self.read(row) for row in self.answer_ids(samples, max_new_tokens=max_new_tokens, **options)]
 
     def read(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without its end."""
         return read_answer(self.tokenizer, ids, self.ends)
 
-    def generate_ids(self, samples: Sequence[Sample], *, on_ids: Callable[[list[list[int]]], None] = lambda ids: None,
+    def answer_ids(self, samples: Sequence[Sample], *, on_ids: Callable[[list[list[int]]], None] = lambda ids: None,
                      **options) -> list[list[int]]:  # fmt: skip
         """The new ids of each clip up to and with its end.
 
@@ -241,7 +241,7 @@ class DeviceStudent(Listener):
 
         def work() -> None:
             try:
-                rows = self.generate_ids([sample], max_new_tokens=max_new_tokens,
+                rows = self.answer_ids([sample], max_new_tokens=max_new_tokens,
                                          on_ids=lambda rows: queue.put(self.settled(rows[0])))  # fmt: skip
                 queue.put((self.read(rows[0]),))
             except BaseException as error:

@@ -18,6 +18,10 @@ from transformers import AutoTokenizer
 
 from distill.cli import main
 from distill.config import load_config
+from distill.evaluation.efficiency import Efficiency, make_rows, measure_all, read_efficiency
+from distill.evaluation.efficiency import main as measure
+from distill.evaluation.evaluate import list_models
+from distill.evaluation.report import write_report
 from distill.run import run
 from distill.teach import build_llm
 from students.device.__main__ import main as run_device
@@ -52,6 +56,7 @@ def finished(tmp_path_factory):
     tokenizer.save_pretrained(folder / "parts" / "wide")
     tiny.save_teacher(folder / "parts", folder / "teacher")
     tiny.make_shards(folder / "data", num_samples=6)
+    tiny.make_shards(folder / "data", num_samples=4, split="test")
     path = tiny.write_config(folder / "toy.yaml", folder / "data", folder / "teacher", folder / "parts",
                              student__llm=folder / "parts" / "wide", teacher__online=True,
                              train__learning_rate=0.02, eval__max_new_tokens=8)  # fmt: skip
@@ -90,9 +95,9 @@ def test_the_manifest_says_how_far_each_precision_is_from_the_student(exported):
     device = json.loads((exported / "device.json").read_text())
     whole = device["measured"]["head f32, ears f32, products exact"]
     assert whole["logit_error"] < 1e-4 < MAX_ERROR == device["measured"]["max_error"]
-    assert len(device["measured"]) == 7 and whole["texts_equal"] == whole["clips"] == 6
+    assert len(device["measured"]) == 7 and whole["texts_equal"] == whole["clips"] == 4
     card = (exported / "README.md").read_text()
-    assert card.count("| head ") == 6 and "6 of 6" in card
+    assert card.count("| head ") == 6 and "4 of 4" in card
     assert set(device["files"]) == {file.name for file in exported.iterdir()} - {"device.json", "README.md"}
 
 
@@ -165,6 +170,32 @@ def test_the_page_about_devices_says_what_works(exported, tmp_path, monkeypatch,
     assert runner[:3] == ["python", "-m", "students.device"] and run_device(runner[3:]) == 0
     exec(blocks["python"], {})
     assert len(set(capsys.readouterr().out.splitlines())) == 1
+
+
+def test_evaluating_shows_the_folder_beside_student_and_teacher(finished, exported, capsys):
+    shutil.copytree(exported, finished / "device")
+    assert main(["evaluate", str(finished), "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert card["device"]["scores"] == card["student"]["scores"] and card["device"]["next_token_ms"] > 0
+    assert main(["report", str(finished)]) == 0
+    assert "on a device" in capsys.readouterr().out
+
+
+def test_costs_of_an_answer_are_measured_in_a_process_of_its_own(finished, exported, capsys):
+    config = load_config(finished / "config.yaml")
+    places = list_models(config, [exported])
+    assert [*places][:2] == ["teacher", "student"] and places[str(exported)] == exported
+    with pytest.raises(FileNotFoundError, match="--export is nowhere, but that is no folder"):
+        list_models(config, [Path("nowhere")])
+
+    found = measure_all(config, {"device": exported}, {"device": 0.25})
+    measure([str(finished / "config.yaml"), "student", str(finished / "student")])  # in this very process
+    student = Efficiency(**json.loads(capsys.readouterr().out))
+    assert 0 < found[0].gb < student.gb and found[0].wer == 0.25 and student.wer is None
+    for one in (*found, student):
+        assert one.first_ms > 0 and one.second_ms > 0 and one.tokens_per_second > 0 and one.rtf > 0
+    assert read_efficiency(finished) == found and make_rows(found)[1][0] == "device"
+    assert "WER (%) against GB at the peak" in write_report(finished).read_text()
 
 
 SECONDS = {
