@@ -102,7 +102,8 @@ def check_files(config: Config) -> None:
     """
     is_packed_here = config.corpus.kind == "manifest" and not is_remote(config.data.folder)
     manifests = ("corpus.train", "corpus.valid", "corpus.test") if is_packed_here else ()
-    needed = () if config.scratch.steps else ("teacher.path", "student.llm")
+    is_made_here = config.scratch.steps and not config.teacher.path
+    needed = () if is_made_here else ("teacher.path", "student.llm")
     for key in (*needed, *manifests[:1]):
         if not value_at(config, key):
             raise ValueError(f"{key} is empty, but the pipeline needs it; give it, as in {key}=…")

@@ -136,7 +136,7 @@ def teach_online(config: Config, model: Salmonn) -> OnlineTeacher:
     cache = config.cache
     return OnlineTeacher(
         model,
-        k=None if find_codec(cache.codec).keeps_all else cache.k,
+        k=cache.k if "k" in find_codec(cache.codec).settings else None,
         temperatures=tuple(cache.temperatures),
         answers=cache.answers,
         max_new_tokens=cache.max_new_tokens,

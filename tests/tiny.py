@@ -11,13 +11,14 @@ import soundfile
 import torch
 from accelerate.state import AcceleratorState
 
-from distill.config import ScratchConfig, load_config, to_yaml
+from distill.config import CacheConfig, ScratchConfig, load_config, to_yaml
 from distill.demo.tokenizer import train_tokenizer
 from distill.teach import build_llm, build_whisper
 from shards.files.write import open_atomically
 from shards.packing.folder import ShardSize
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE, Sample
+from shards.targets.codecs.table import find_codec
 from teachers.files.loading import build_salmonn, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -115,10 +116,12 @@ def write_config(path: Path, data: Path, teacher: Path, parts: Path, **changes) 
     values = {
         "name": "toy", "runs": path.parent / "runs", "data__folder": data, "teacher__path": teacher,
         "student__llm": parts / "student-llm", "student__connector": "new", "student__lora_rank": 4,
-        "cache__k": 16, "cache__batch_size": 4, "train__steps": 4, "train__batch_size": 4,
+        "cache__batch_size": 4, "train__steps": 4, "train__batch_size": 4,
         "train__micro_batch_size": 4, "train__learning_rate": 2e-3, "train__warmup_steps": 2, "train__save_every": 2,
         "corpus__valid_share": 0.0, **changes,
     }  # fmt: skip
+    if "k" in find_codec(values.get("cache__codec", CacheConfig.codec)).settings:
+        values = {"cache__k": 16} | values
     words = [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
     path.write_text("")
     path.write_text(to_yaml(load_config(path, words)))

@@ -15,10 +15,11 @@ import yaml
 from distill.config.credentials import refuse_secrets
 from distill.config.files import lay_over_, read_files, read_words
 from distill.config.recipes import find_config
-from distill.config.rules import check_config, check_section
+from distill.config.rules import CODEC_FIELDS, check_config, check_section
 from distill.config.suggestions import did_you_mean, nearest_fields
 from shards.audio.augmentation import Augmentation
 from shards.kinds import is_null
+from shards.targets.codecs.table import CODECS, find_codec
 from shards.tars.source import is_remote, join_place
 from teachers.lora import Lora
 
@@ -328,6 +329,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for file, layer in [*read_files(path), (path, read_words(overrides, takes_text))]:
         refuse_secrets(layer, str(file))
         check_keys(layer, str(file))
+        leave_out_other_codec_(tree.get("cache", {}), layer.get("cache", {}).get("codec"))
         lay_over_(tree, layer)
     try:
         return Config(**{name: SECTIONS[name](**value) if name in SECTIONS else value for name, value in tree.items()})
@@ -382,6 +384,13 @@ def check_keys(layer: dict, origin: str) -> None:
                 )
         if name in SECTIONS and not isinstance(value, dict):
             raise ValueError(f"{origin}: {name} is {value!r}, but is a section with fields; write {name}.FIELD=value.")
+
+
+def leave_out_other_codec_(cache: dict, codec: str | None) -> None:
+    """Take out, in place, what a file says for its own codec where another is laid over it that does not read it."""
+    if codec in CODECS:
+        for name in set(CODEC_FIELDS) - set(find_codec(codec).settings):
+            cache.pop(name, None)
 
 
 def to_yaml(config: Config) -> str:

@@ -177,6 +177,8 @@ def uses(config, term: str) -> bool:
     return bool(getattr(loss, term) or term in loss.schedules) and (term != "chunk" or loss.cross_tokenizer == "chunk")
 
 
+# Of the cache: what some codecs alone read, and which
+CODEC_FIELDS = {"k": "topk or adaptive", "threshold": "adaptive", "draws": "sampled", "exponent": "sampled"}
 # Fields that nothing reads unless something else is so: when they are read, and that in words
 READ_WHERE = (
     (("corpus.train", "corpus.valid", "corpus.test", "corpus.valid_share", "corpus.channels"),
@@ -185,8 +187,8 @@ READ_WHERE = (
     (("corpus.valid_share",), lambda c: not (c.corpus.valid and c.corpus.valid_share), "an empty corpus.valid"),
     (("train.min_learning_rate",), lambda c: c.train.schedule != "constant", "a train.schedule that falls"),
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
-    (("cache.threshold",), lambda c: "threshold" in find_codec(c.cache.codec).settings, "cache.codec=adaptive"),
-    (("cache.draws", "cache.exponent"), lambda c: "draws" in find_codec(c.cache.codec).settings, "cache.codec=sampled"),
+    *(((f"cache.{name}",), lambda c, name=name: name in find_codec(c.cache.codec).settings, f"cache.codec={codecs}")
+      for name, codecs in CODEC_FIELDS.items()),
     (("loss.pseudo_ce",), lambda c: uses(c, "ce"), "loss.ce above 0"),
     (("loss.kl_kind",), lambda c: uses(c, "kl"), "loss.kl above 0"),
     (("loss.temperature",), lambda c: uses(c, "kl") or c.loss.cross_tokenizer == "chunk", "loss.kl above 0"),
@@ -201,6 +203,10 @@ READ_WHERE = (
        f"augment.{name}_share above 0") for name in ("speed", "room", "noise", "gain")),
     (tuple(f"augment.mask_{name}" for name in ("bands", "band_share", "spans", "span_seconds", "span_share")),
      lambda c: c.augment.mask_share, "augment.mask_share above 0"),
+    (("scratch.batch_size", "scratch.learning_rate", "scratch.ear_steps", "scratch.text_steps", "scratch.vocab_size",
+      "scratch.seconds", "scratch.ear_width", "scratch.ear_layers", "scratch.llm_width", "scratch.llm_layers",
+      "scratch.student_width", "scratch.student_layers", "scratch.qformer_width", "scratch.qformer_layers",
+      "scratch.window_seconds", "scratch.num_queries"), lambda c: c.scratch.steps, "scratch.steps above 0"),
     (("augment.teacher_hears",), lambda c: c.augment.is_active, "one of augment.*_share above 0"),
 )  # fmt: skip
 

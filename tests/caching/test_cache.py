@@ -105,7 +105,7 @@ CODECS = {
     "topk": (["cache.codec=topk", "cache.k=64"], 1.0, 5e-3),
     "topk at a stored temperature": (["cache.codec=topk", "cache.k=64"], 2.0, 5e-3),
     "adaptive": (["cache.codec=adaptive", "cache.k=64", "cache.threshold=0"], 1.0, 5e-3),
-    "sampled": (["cache.codec=sampled", "cache.draws=3000", "cache.k=1000"], 1.0, 0.1),
+    "sampled": (["cache.codec=sampled", "cache.draws=3000"], 1.0, 0.1),
 }
 
 

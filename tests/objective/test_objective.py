@@ -16,6 +16,7 @@ from distill.training.microbatch import Collator, split
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from shards.targets.codecs.table import find_codec
 from students.student import build_student, save_student
 from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn, read_names
@@ -90,7 +91,8 @@ def test_a_sample_of_weight_zero_changes_no_gradient(toys, tmp_path):
 
 @pytest.mark.parametrize("codec, atol", [("topk", 2e-2), ("dense", 5e-3), ("hidden", 2e-2), ("adaptive", 5e-2)])
 def test_every_cached_target_kind_gives_the_kl_of_the_online_teacher(toys, tmp_path, codec, atol):
-    words = [f"cache.codec={codec}", f"cache.folder={tmp_path / 'cache'}", "cache.k=64", "cache.hidden_layers=[-1]"]
+    words = [f"cache.codec={codec}", f"cache.folder={tmp_path / 'cache'}", "cache.hidden_layers=[-1]"]
+    words += ["cache.k=64"] * ("k" in find_codec(codec).settings)
     cache(load_config(toys / "toy.yaml", words))
     teacher = CachedTeacher(tmp_path / "cache")
     loss = LossConfig(ce=0.0, feature=0.0, hidden=1.0, temperature=2.0)
