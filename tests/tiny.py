@@ -88,6 +88,12 @@ def tone(number: int, seconds: float = 0.6) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * (150 + 37 * number) * time_N)).astype(np.float32)
 
 
+def write_clip(path: Path, number: int = 0) -> Path:
+    """A recording of a tone, and its path."""
+    soundfile.write(path, tone(number), SAMPLE_RATE, subtype="PCM_16")
+    return path
+
+
 def make_sample(number: int = 0, *, text: str | None = "one two", task: str = "asr", seconds: float = 0.6) -> Sample:
     """A sample as the stream yields it."""
     return Sample(f"k{number:03d}", tone(number, seconds), text, task, None, "toys", f"{number:064x}")

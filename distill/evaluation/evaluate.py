@@ -98,7 +98,7 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     write_scorecard(card, config.run_folder)
     report = write_report(config.run_folder)
     if as_json:
-        print(card.to_json())
+        print_json(asdict(card))
     else:
         print_scorecard(card)
         print(f"report: {report}")

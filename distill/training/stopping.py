@@ -82,13 +82,17 @@ class HangWatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """A block that is watched, such as `step 12`."""
-        self._part = part
+        """A block that is watched, such as `step 12`; one inside another counts for itself, then the other anew."""
+        outer, self._part = self._part, part
         self.beat()
         try:
             yield
         finally:
-            self._cancel()
+            self._part = outer
+            if outer:
+                self.beat()
+            else:
+                self._cancel()
 
     def beat(self) -> None:
         """Count from now on again: a part of many pieces has done one."""

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from distill.cache import cache
+from distill.cli import main
 from distill.config import load_config
 from distill.evaluation import evaluate as scorecard
 from distill.evaluation.evaluate import evaluate_run
@@ -71,3 +72,9 @@ def test_clips_that_cannot_be_read_are_left_out_of_the_answers(toys):
     evaluate_run(load_config(toys / "toy.yaml", ["name=a"]))
     lines = (toys / "runs" / "a" / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["model"] for line in lines] == ["teacher", "teacher", "student", "student"]
+
+
+@pytest.mark.parametrize("command, key", [("plan", "candidates"), ("doctor", "checks"), ("evaluate", "retained")])
+def test_a_script_reads_plan_doctor_and_evaluate_as_json_alone(toys, capfd, command, key):
+    assert main([command, str(toys / "toy.yaml"), "name=a", f"runs={toys}/runs", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out, parse_constant=pytest.fail)[key]

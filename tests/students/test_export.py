@@ -124,6 +124,16 @@ def test_the_model_card_shows_the_scores_beside_the_teachers(finished, tmp_path)
     assert "| asr: WER ↓ | 12.5% [10.0, 15.0] | 12.5% [10.0, 15.0] |" in text and "asr 40" in text
 
 
+def test_the_card_of_an_export_says_how_it_is_loaded(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_clip(tmp_path / "recording.wav")
+    folder = export(finished, tmp_path / "out")
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("path/to/this/folder", "out"), names)
+    assert capsys.readouterr().out == f"{names['student'].transcribe('recording.wav').text}\n"
+
+
 def test_an_export_does_not_write_over_files_and_needs_a_finished_run(finished, tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(FileExistsError, match="an export starts empty"):

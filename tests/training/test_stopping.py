@@ -191,10 +191,29 @@ def test_a_step_that_hangs_ends_the_process_and_shows_where():
     assert "the same command goes on from the last checkpoint. utils/lock is there\n" in ended.stderr
 
 
-def test_preparation_steps_validation_and_saving_are_each_watched(toys, monkeypatch, tmp_path):
-    watched, beats = [], []
+def test_a_block_in_a_watched_block_is_watched_for_itself_and_the_outer_one_again_after_it(monkeypatch):
+    beats = []
     monkeypatch.setattr(HangWatch, "beat", lambda self: beats.append(self._part))
-    monkeypatch.setattr(HangWatch, "_cancel", lambda self: watched.append(self._part))
+    watch = HangWatch(minutes=1)
+    with watch("saving step 3"), watch("on_save of Own"):
+        pass
+    assert beats == ["saving step 3", "on_save of Own", "saving step 3"]
+
+
+class Slow:
+    """A callback with every event."""
+
+    def on_start(self, run, step): ...
+    def on_step(self, run, record): ...
+    def on_validation(self, run, step, error, scores): ...
+    def on_save(self, run, step, folder): ...
+    def on_end(self, run, result): ...
+    def on_close(self, run): ...
+
+
+def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys, monkeypatch, tmp_path):
+    beats = []
+    monkeypatch.setattr(HangWatch, "beat", lambda self: beats.append(self._part))
     tiny.make_shards(tmp_path, split="valid", num_samples=2)
     model = load_salmonn(toys / "teacher")
     student = build_student(
@@ -205,11 +224,17 @@ def test_preparation_steps_validation_and_saving_are_each_watched(toys, monkeypa
         student,
         train=toys / "data" / "train",
         valid=tmp_path / "valid",
-        options=TrainConfig(steps=1, batch_size=2, micro_batch_size=2, warmup_steps=0),
+        options=TrainConfig(steps=1, batch_size=2, micro_batch_size=2, warmup_steps=0, trackers=()),
         run_folder=tmp_path / "run",
+        callbacks=[Slow()],
     ).fit()
-    assert watched == ["preparation", "step 1", "validation after step 1", "saving step 1"]
-    assert beats == ["preparation", "step 1", *["validation after step 1"] * 2, "saving step 1"]
+    parts = [beat for beat in dict.fromkeys(beats) if not beat.endswith((" of RunLog", " of Trackers", " of Progress"))]
+    assert parts == [
+        "preparation", "on_start of Slow", "step 1", "on_step of Slow", "validation after step 1",
+        "on_validation of Slow", "saving step 1", "on_save of Slow", "on_end of Slow", "on_close of Slow",
+    ]  # fmt: skip
+    first = beats.index("validation after step 1")
+    assert beats[first + 1] == beats[first]  # its one batch is a sign of life
 
 
 def test_a_lock_that_a_killed_compiler_left_is_named_with_what_to_do_and_a_first_start_said(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
 """What hears of a run while it trains: the built-in logs, then callbacks of one's own, in the order they were given.
 
 Only the main process calls them, between steps and after all ranks have done the step, so they need no lock and no
-question of rank, and must start no collective. An exception ends the run as any other: what was saved stays, and the
-same call goes on from there. A run that has nothing left to do has no events.
+question of rank, and must start no collective. Each call is watched as a step is (`train.hang_minutes`). An exception
+ends the run as any other: what was saved stays, and the same call goes on from there. A run that has nothing left to do
+has no events.
 """
 
 import difflib
@@ -56,18 +57,24 @@ class Callbacks:
         """Call every callback that has this event."""
         for callback in self.callbacks:
             if hasattr(callback, event):
-                getattr(callback, event)(self.run, *args)
+                with self._watch(event, callback):
+                    getattr(callback, event)(self.run, *args)
 
     def close(self) -> None:
         """Call every `on_close`, each though another failed; the first error is raised."""
         errors = []
         for callback in self.callbacks:
             try:
-                getattr(callback, "on_close", lambda run: None)(self.run)
+                with self._watch("on_close", callback):
+                    getattr(callback, "on_close", lambda run: None)(self.run)
             except Exception as error:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def _watch(self, event: str, callback):
+        """A block that `train.hang_minutes` holds for: a tracker that waits for its server is named then."""
+        return self.run.hang_watch(f"{event} of {type(callback).__name__}")
 
 
 def check_callback(callback):
