@@ -76,9 +76,10 @@ def read_dataset(
     for number, entry in enumerate(dataset.read(Request(labels, folder, task, tuple(subsets), tuple(exclude)))):
         yield replace(entry, task=task, number=number, source=name, place=f"{name} {number}")
     if number < 0:
-        part = f" in {', '.join(subsets)}" if subsets else ""
+        part = f" in {', '.join(subsets)}" if subsets else " for training" if dataset.subsets else ""
+        hint = " --subset names another part." if dataset.subsets else ""
         raise ValueError(
-            f"{labels} holds nothing of {name}{part}, but its labels are read from it; is it the right place?"
+            f"{labels} holds nothing of {name}{part}, but its labels are read from it; is it the right place?{hint}"
         )
 
 
