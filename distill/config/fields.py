@@ -204,7 +204,7 @@ class TrainConfig:
     max_minutes: float = 0.0  # stop in order after so long, and go on at the next start; 0: no end
     hang_minutes: float = 30.0  # a step, save or start that takes so long ends it with every thread's stack; 0: never
     max_bad_steps: int = 3  # non-finite steps in a row after which the run stops
-    trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, mlflow, trackio, …; () for none
+    trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, mlflow, trackio, …; [] for none
     resume: str = "auto"  # "auto": go on if there is a checkpoint; "must": refuse if none; "never": refuse if one
     allow_change: list[str] = field(default_factory=list)  # fields that a resumed run may change, [loss.kl] say
 

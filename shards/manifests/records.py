@@ -217,7 +217,7 @@ class _Text:
 
     def expect_end(self) -> None:
         if self._has_more():
-            raise self.error(f"has {self.peek()!r} behind its end, as if two files were joined,")
+            raise self.error(f"has {self.peek()!r} behind its end, as if two files were joined")
 
     def value(self) -> object:
         """The next JSON value; more of the file is read until it is whole."""
