@@ -8,7 +8,6 @@
 import argparse
 import copy
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,31 +34,26 @@ def make_ears(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def hear(ear: nn.Module, waveform_BN: Tensor, precision: str) -> tuple[Tensor, float]:
-    """Frames in a precision, float32, and the seconds that they took."""
+def hear(ear: nn.Module, waveform_BN: Tensor, precision: str) -> Tensor:
+    """Frames that were heard in a precision, as float32."""
     num_samples_B = torch.tensor([waveform_BN.shape[1]])
-    began = time.perf_counter()
     if precision == "bf16 products":
         with torch.autocast("cpu", torch.bfloat16):
-            frames_BRE = ear(waveform_BN, num_samples_B)[0]
-    else:
-        own = copy.deepcopy(ear)
-        hear_in_(own, precision)
-        with products_of(own):
-            frames_BRE = own(waveform_BN, num_samples_B)[0]
-    return frames_BRE.float(), time.perf_counter() - began
+            return ear(waveform_BN, num_samples_B)[0].float()
+    own = copy.deepcopy(ear)
+    hear_in_(own, precision)
+    with products_of(own):
+        return own(waveform_BN, num_samples_B)[0].float()
 
 
-def measure(ear: nn.Module, seconds: float) -> dict[str, dict[str, float]]:
-    """By precision: the frames' relative error to float32, as a norm, and seconds."""
+def measure(ear: nn.Module, seconds: float) -> dict[str, float]:
+    """The relative error of the frames to float32, as a norm, by precision."""
     waveform_BN = synthesise_clips([seconds])[0][None]
-    expected_BRE, needed = hear(ear, waveform_BN, "float32")
-    found = {"float32": {"relative_error": 0.0, "seconds": needed}}
-    for precision in ("fp16", "bf16 products", "bf16"):
-        frames_BRE, needed = hear(ear, waveform_BN, precision)
-        error = float((frames_BRE - expected_BRE).norm() / expected_BRE.norm())
-        found[precision] = {"relative_error": error, "seconds": needed}
-    return found
+    expected_BRE = hear(ear, waveform_BN, "float32")
+    return {
+        precision: float((hear(ear, waveform_BN, precision) - expected_BRE).norm() / expected_BRE.norm())
+        for precision in ("fp16", "bf16 products", "bf16")
+    }
 
 
 def main() -> None:
@@ -70,17 +64,10 @@ def main() -> None:
     parser.add_argument("--beats", help="file of a BEATs, instead of random weights")
     args = parser.parse_args()
     figures = {name: measure(ear, args.seconds) for name, ear in make_ears(args).items()}
-    lines = [
-        "| ear | `teacher.ears` | relative error of its frames | over fp16's | seconds |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for name, rows in figures.items():
-        for precision, row in rows.items():
-            times = row["relative_error"] / rows["fp16"]["relative_error"]
-            lines.append(
-                f"| {name} | {precision} | {row['relative_error']:.1e} | {times:.1f}× | {row['seconds']:.1f} |"
-            )
-    write_result("precision", {"clip_seconds": args.seconds, "ears": figures}, "\n".join(lines))
+    lines = ["| ear | `teacher.ears` | relative error of its frames | over fp16's |", "|---|---|---:|---:|"]
+    for name, errors in figures.items():
+        lines += [f"| {name} | {p} | {error:.1e} | {error / errors['fp16']:.1f}× |" for p, error in errors.items()]
+    write_result("precision", {"clip_seconds": args.seconds, "relative_error": figures}, "\n".join(lines))
 
 
 if __name__ == "__main__":

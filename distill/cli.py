@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     while len(words) > 1 and words[0] in FLAGS:
         words = [*words[1:], words[0]]
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if words[:2] == ["stats", "model"]:
         words = ["stats model", *words[2:]]
     if not words or words[0] not in COMMANDS:

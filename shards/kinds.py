@@ -105,9 +105,9 @@ def describe_kind(kind) -> str:
     if get_origin(kind) in (Union, UnionType):
         return describe_kind(_without_none(inner))
     if get_origin(kind) is tuple and Ellipsis not in inner:
-        return f"a list of {len(inner)}, each {describe_kind(inner[0])}"
+        return f"a list of {len(inner)}, each {describe_kind(inner[0])}, in brackets"
     if get_origin(kind) in (list, tuple):
-        return f"a list, of {describe_kind(inner[0]).removeprefix('a ')} each"
+        return f"a list, of {describe_kind(inner[0]).removeprefix('a ')} each, in brackets"
     if get_origin(kind) is dict:
         return " to ".join(describe_kind(one) for one in inner) + ", by name"
     return f"a {kind.__name__}" if dataclasses.is_dataclass(kind) else KINDS[kind]

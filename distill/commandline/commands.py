@@ -301,7 +301,7 @@ def find_unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str |
             return f"option is {word}, but a field is set without dashes; " + did_you_mean(
                 [f"{field}={value or '…'}" for field in fields], ""
             )
-        hint = did_you_mean(nearest(f"--{key}", options), f"see `{parser.prog} --help`.")
+        hint = did_you_mean(nearest(f"--{key}", set(options) - {"--help"}), f"see `{parser.prog} --help`.")
         return f"option is {word}, but `{parser.prog}` has none of that name; {hint}"
     return None
 

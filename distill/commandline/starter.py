@@ -40,6 +40,7 @@ def write_starter(file: Path, recipe: str | None = None) -> None:
         raise ValueError(f"FILE is {file}, but that is the name of a recipe; write `distill new {file} own.yaml`.")
     config = Config() if recipe is None else load_config(recipe)
     origin = f"from {recipe}" if recipe else "from the defaults: fill in what is empty"
+    file.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(file) as out:
         out.write(f"# A config of distill, {origin}. What is commented out has the value that stands there.\n")
         out.writelines(f"{line}\n" for line in lines_of(config, () if recipe else NEEDED))

@@ -65,15 +65,16 @@ def read_words(overrides: Sequence[str], is_text: Callable[[str], bool]) -> dict
     tree: dict = {}
     for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals:
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
             raise ValueError(f"override is {word!r}, but must read section.key=value in one word; correct the command.")
         try:
-            value = Plain(text.strip()) if is_text(key) and text[:1] not in ("'", '"') else read_yaml(text)
+            value = Plain(text.strip()) if is_text(".".join(parts)) and text[:1] not in ("'", '"') else read_yaml(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(
                 f"override is {word!r}, but its value is not YAML ({flatten(error)}); correct the command."
             ) from error
-        for part in reversed(key.split(".")):
+        for part in reversed(parts):
             value = {Plain(part): value}
         lay_over_(tree, value)
     return tree

@@ -123,7 +123,7 @@ def measure(path: Path, *, root: Path | None = None, workers: int | None = None,
     counts: dict[tuple[str, str], Count] = {}
     samples = _packed_samples(path) if path.is_dir() else _listed_samples(path, root, workers)
     total = _num_rows(path, root) if show_progress else 0
-    if show_progress:
+    if total:
         tell(f"counting {total} rows of {path}")
     with progress_bar("measuring", total, show=show_progress) as advance:
         for task, source, is_labelled, seconds in samples:

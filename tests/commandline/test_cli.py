@@ -40,6 +40,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ("run demo --train.steps 10", 2, "did you mean train.steps=…?"),
         ("run demo --steps 10", 2, "did you mean train.steps=… or scratch.steps=…?"),
         ("run demo train.steps 10", 1, "override is 'train.steps', but must read section.key=value in one word"),
+        ("run demo =3", 1, "override is '=3', but must read section.key=value in one word"),
+        ("run demo train..steps=3", 1, "override is 'train..steps=3', but must read section.key=value in one word"),
+        ("filter demo --below 3", 2, "but `distill filter` has none of that name; see `distill filter --help`."),
+        ("run demo cache.temperatures=1,2", 1, "but must be a list, of number each, in brackets; correct it."),
         ("pipeline demo --lauch x", 2, "but `distill pipeline` has none of that name; did you mean --launch?"),
         ("audit m.json --otu x", 2, "but `distill audit` has none of that name; did you mean --out?"),
         ("pipeline demo --launch two_gpu_zero2", 1, "did you mean two_gpus_zero2?"),
@@ -137,6 +141,16 @@ def test_a_starter_without_a_recipe_asks_for_what_nobody_can_guess(tmp_path, mon
     assert re.findall(r"^  (\w+): ''", text, re.MULTILINE) == ["train", "test", "path", "llm"]
     (tmp_path / "own.yaml").write_text(text.replace("  llm: ''", "  llm: some/llm"))
     assert load_config("own.yaml").student.llm == "some/llm"
+
+
+@pytest.mark.parametrize("words", [["help", "split"], ["split", "--help"], ["split", "-h"]])
+def test_help_may_stand_before_a_command_or_behind_it(words, capsys):
+    assert main(words) == 0 and capsys.readouterr().out.startswith("usage: distill split ")
+
+
+def test_a_starter_makes_the_folder_that_it_is_to_lie_in(tmp_path):
+    assert main(["new", "demo", str(tmp_path / "own" / "my.yaml")]) == 0
+    assert load_config(tmp_path / "own" / "my.yaml") == load_config("demo")
 
 
 def test_a_bug_report_names_versions_and_processor_and_no_user(monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """A run over one process, two under DDP and two under DeepSpeed ZeRO: the same losses for the same global batch."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,10 +13,13 @@ import psutil
 import pytest
 import tiny
 import torch
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 from distill.cache import cache
 from distill.config import load_config
+from distill.distiller import Distiller
 from distill.run import run
 from distill.training.stopping import PREEMPTED
 
@@ -41,17 +46,69 @@ def toys(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(
-    toys: Path, name: str, *words: str, launch_file: str, check: bool = True, program=("--module", "distill.run")
-):
+def launch(toys: Path, name: str, *words: str, launch_file: str, program=("--module", "distill.run")):
     """Train on two ranks as a user does; returns the finished launcher."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / launch_file)]
     command += ["--main_process_port", "0", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run([*command, str(toys / "toy.yaml"), f"name={name}", *words], env=environment,
-                             cwd=toys, capture_output=True, text=True, timeout=240)  # fmt: skip
-    assert process.returncode == 0 or not check, process.stderr[-3000:]
-    return process
+    return subprocess.run([*command, str(toys / "toy.yaml"), f"name={name}", *words], env=environment,
+                          cwd=toys, capture_output=True, text=True, timeout=280)  # fmt: skip
+
+
+def configure(toys: Path, name: str, *words: str):
+    return load_config(toys / "toy.yaml", [f"name={name}", f"runs={toys}/runs", *words])
+
+
+def train_on_two_ranks(toys: Path, name: str, launch_file: str, *, zero_stage: int | None = None, killed: bool = False):
+    """Train as `accelerate launch` lets two ranks do, which are copies of this process: its imports are done.
+
+    Args:
+        toys: the folder.
+        name: of the run.
+        launch_file: of configs/accelerate; accelerate reads it and says what the ranks find in their environment.
+        zero_stage: another than the file's.
+        killed: whether rank 1 gets kill -9 after step 3.
+
+    Returns:
+        The ranks' exit codes.
+    """
+    config, codes = configure(toys, name, "train.micro_batch_size=1"), []
+
+    def fork(args) -> None:
+        port, context = tiny.free_port(), multiprocessing.get_context("fork")
+        ranks = [context.Process(target=be_rank, args=(rank, port, config, killed)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        codes.extend(rank.exitcode for rank in ranks)
+
+    words = ["--config_file", str(LAUNCH / launch_file), "--main_process_port", "0"]
+    words += [] if zero_stage is None else ["--zero_stage", str(zero_stage)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", fork)
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        launch_command(launch_command_parser().parse_args([*words, "--module", "distill.run"]))
+    return codes
+
+
+def be_rank(rank: int, port: int, config, killed: bool) -> None:
+    tiny.become_rank(rank, port)
+    if killed and rank == 1:
+        kill_after_step_3(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sys.exit(run(config))
+
+
+def kill_after_step_3(kill) -> None:
+    """Let a run of this process call `kill` when its third step is done; its last checkpoint is of the second."""
+    after = Distiller._after
+
+    def and_kill(self, step, record):
+        after(self, step, record)
+        if step == 3:
+            kill()
+
+    Distiller._after = and_kill
 
 
 def losses(toys: Path, name: str) -> list[float]:
@@ -63,7 +120,7 @@ def losses(toys: Path, name: str) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(toys, on_the_cpu) -> list[float]:
     """Losses of one process with one micro-batch a step."""
-    assert run(load_config(toys / "toy.yaml", ["name=alone", f"runs={toys}/runs"])) == 0
+    assert run(configure(toys, "alone")) == 0
     return losses(toys, "alone")
 
 
@@ -74,35 +131,26 @@ def test_losses_of_one_process_fall_and_are_finite(alone):
 
 
 def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
-    launch(toys, "ddp", "train.micro_batch_size=1", launch_file="two_cpus_ddp.yaml")
+    assert train_on_two_ranks(toys, "ddp", "two_cpus_ddp.yaml") == [0, 0]
     assert losses(toys, "ddp") == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_users_error_is_the_last_line_of_the_launchers_report(toys):
-    process = launch(toys, "wrong", "train.steps=0", launch_file="two_cpus_ddp.yaml", check=False)
+    process = launch(toys, "wrong", "train.steps=0", launch_file="two_cpus_ddp.yaml")
     text = f"error: {toys / 'toy.yaml'}: train.steps is 0, but must be above 0; correct it."
     *_, last, border = process.stderr.strip().splitlines()
     assert process.returncode == 1 and last.endswith(text) and set(border) == {"="}
 
 
-KILLED = """
+LAUNCHER_KILLED = """
 import os, signal, sys
 
 from distill.command import run_stage
-from distill.distiller import Distiller
 from distill.run import run
+from test_ranks import kill_after_step_3
 
-who, after = sys.argv.pop(1), Distiller._after
-
-def kill_after_step_3(self, step, record):
-    after(self, step, record)
-    if step == 3 and who == "rank" and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if step == 3 and who == "launcher" and os.environ["RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGKILL)
-        signal.pause()
-
-Distiller._after = kill_after_step_3
+if os.environ["RANK"] == "0":
+    kill_after_step_3(lambda: (os.kill(os.getppid(), signal.SIGKILL), signal.pause()))
 sys.exit(run_stage(run))
 """
 
@@ -114,22 +162,23 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_and_costs_no_loss(toys, alone):
-    (toys / "killed.py").write_text(KILLED)
-    for who in ("rank", "launcher"):
-        words = [str(toys / "killed.py"), who]
-        process = launch(toys, "killed", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml", check=False,
-                         program=words)  # fmt: skip
-        assert process.returncode != 0
-        while processes_of(toys):  # or until the test's own time is over
-            time.sleep(0.1)
-        assert losses(toys, "killed")[:3] == pytest.approx(alone[:3], abs=1e-5)
-        assert (toys / "runs" / "killed" / "checkpoints" / "step-000002").is_dir()
-    launch(toys, "killed", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml")
+    first, second = train_on_two_ranks(toys, "killed", "two_cpus_zero2.yaml", killed=True)
+    assert second == -signal.SIGKILL and first != 0
+    assert losses(toys, "killed")[:3] == pytest.approx(alone[:3], abs=1e-5)
+    (toys / "killed.py").write_text(LAUNCHER_KILLED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}")
+        program = [str(toys / "killed.py")]
+        process = launch(toys, "killed", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml", program=program)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    while processes_of(toys):  # or until the test's own time is over
+        time.sleep(0.1)
+    assert train_on_two_ranks(toys, "killed", "two_cpus_zero2.yaml") == [0, 0]
     assert losses(toys, "killed") == pytest.approx(alone, abs=1e-5)
 
 
 def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors(toys, alone):
-    launch(toys, "zero3", "train.micro_batch_size=1", launch_file="two_cpus_zero3.yaml")
+    assert train_on_two_ranks(toys, "zero3", "two_cpus_zero3.yaml") == [0, 0]
     assert losses(toys, "zero3") == pytest.approx(alone, abs=1e-5)
     one, two = (load_file(toys / "runs" / name / "student" / "model.safetensors") for name in ("alone", "zero3"))
     assert one.keys() == two.keys()
@@ -137,11 +186,8 @@ def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors
         torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-3)
 
 
-def test_a_run_resumed_under_zero1_on_two_ranks_repeats_the_uninterrupted_losses_of_one_process(toys, alone, tmp_path):
-    words = ["name=moved", f"runs={toys}/runs", "train.stop_after=2"]
-    assert run(load_config(toys / "toy.yaml", words)) == PREEMPTED
+def test_a_run_resumed_under_zero1_on_two_ranks_repeats_the_uninterrupted_losses_of_one_process(toys, alone):
+    assert run(configure(toys, "moved", "train.stop_after=2")) == PREEMPTED
     assert losses(toys, "moved") == pytest.approx(alone[:2], abs=1e-6)
-    text = (LAUNCH / "two_cpus_zero2.yaml").read_text()
-    (tmp_path / "launch.yaml").write_text(text.replace("zero_stage: 2", "zero_stage: 1"))
-    launch(toys, "moved", "train.micro_batch_size=1", launch_file=str(tmp_path / "launch.yaml"))
+    assert train_on_two_ranks(toys, "moved", "two_cpus_zero2.yaml", zero_stage=1) == [0, 0]
     assert losses(toys, "moved") == pytest.approx(alone, abs=1e-5)
