@@ -1,6 +1,5 @@
 """A run over one process, two under DDP and two under DeepSpeed ZeRO: the same losses for the same global batch."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from distill.cache import cache
 from distill.config import load_config
 from distill.distiller import Distiller
+from distill.evaluation.report import read_metrics
 from distill.run import run
 from distill.training.stopping import PREEMPTED
 
@@ -95,26 +95,26 @@ def train_on_two_ranks(toys: Path, name: str, launch_file: str, *, zero_stage: i
 def be_rank(rank: int, port: int, config, killed: bool) -> None:
     tiny.become_rank(rank, port)
     if killed and rank == 1:
-        kill_after_step_3(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        kill_after(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
     sys.exit(run(config))
 
 
-def kill_after_step_3(kill) -> None:
-    """Let a run of this process call `kill` when its third step is done; its last checkpoint is of the second."""
+def kill_after(last: int, kill) -> None:
+    """Let a run of this process call `kill` when a step is done."""
     after = Distiller._after
 
     def and_kill(self, step, record):
         after(self, step, record)
-        if step == 3:
+        if step == last:
             kill()
 
     Distiller._after = and_kill
 
 
 def losses(toys: Path, name: str) -> list[float]:
-    """The loss of every step, from the run's metrics."""
-    lines = (toys / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    """The loss of every step, from the run's metrics; of one that was done again, the last."""
+    records, _ = read_metrics(toys / "runs" / name / "metrics.jsonl")
+    return [record["loss"] for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,10 @@ import os, signal, sys
 
 from distill.command import run_stage
 from distill.run import run
-from test_ranks import kill_after_step_3
+from test_ranks import kill_after
 
 if os.environ["RANK"] == "0":
-    kill_after_step_3(lambda: (os.kill(os.getppid(), signal.SIGKILL), signal.pause()))
+    kill_after(1, lambda: (os.kill(os.getppid(), signal.SIGKILL), signal.pause()))
 sys.exit(run_stage(run))
 """
 
@@ -162,9 +162,6 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_and_costs_no_loss(toys, alone):
-    first, second = train_on_two_ranks(toys, "killed", "two_cpus_zero2.yaml", killed=True)
-    assert second == -signal.SIGKILL and first != 0
-    assert losses(toys, "killed")[:3] == pytest.approx(alone[:3], abs=1e-5)
     (toys / "killed.py").write_text(LAUNCHER_KILLED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}")
@@ -173,6 +170,10 @@ def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_a
     assert process.returncode == -signal.SIGKILL, process.stderr
     while processes_of(toys):  # or until the test's own time is over
         time.sleep(0.1)
+    assert losses(toys, "killed") == pytest.approx(alone[:2], abs=1e-5)  # the ranks stopped in order
+    first, second = train_on_two_ranks(toys, "killed", "two_cpus_zero2.yaml", killed=True)
+    assert second == -signal.SIGKILL and first != 0
+    assert losses(toys, "killed") == pytest.approx(alone[:3], abs=1e-5)
     assert train_on_two_ranks(toys, "killed", "two_cpus_zero2.yaml") == [0, 0]
     assert losses(toys, "killed") == pytest.approx(alone, abs=1e-5)
 
