@@ -1,6 +1,7 @@
 """The run's log files and trackers say the same, and are read again as a table."""
 
 import json
+import os
 
 import pytest
 from accelerate import tracking
@@ -80,3 +81,13 @@ def test_a_tracker_whose_package_is_not_here_is_refused_with_the_line_that_insta
 
 def test_the_rules_know_accelerates_trackers():
     assert set(TRACKERS) == set(tracking.LOGGER_TYPE_TO_CLASS)
+
+
+def test_mlflow_writes_into_each_runs_own_folder_unless_the_environment_names_another(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("a", "b"):
+        Trackers((), tmp_path / name, dict, print)._stay_here("mlflow")
+        assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/{name}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ours")
+    Trackers((), tmp_path / "c", dict, print)._stay_here("mlflow")
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://ours"

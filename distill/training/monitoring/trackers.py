@@ -15,6 +15,8 @@ from pathlib import Path
 TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
             "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
 TENSORBOARD = "tensorboard"  # the tracker, and the folder of its events
+MLFLOW_PLACE = "MLFLOW_TRACKING_URI"
+_OURS: set[str] = set()  # places that runs of this process gave MLflow, which are no wish of anybody for the next run
 LOGIN = ("WANDB_API_KEY", "WANDB_MODE")  # what says that somebody wants Weights & Biases online
 
 
@@ -83,8 +85,10 @@ class Trackers:
 
     def _stay_here(self, name: str) -> dict[str, str]:
         """Let a tracker write into the run's folder unless the environment says otherwise."""
-        if name == "mlflow":
-            os.environ.setdefault("MLFLOW_TRACKING_URI", (self.folder.absolute() / "mlruns").as_uri())
+        if name == "mlflow" and os.environ.get(MLFLOW_PLACE) in (None, *_OURS):
+            place = f"sqlite:///{self.folder.absolute()}/mlflow.db"  # a folder of files it refuses, from 3.17 on
+            _OURS.add(place)
+            os.environ[MLFLOW_PLACE] = place
         if name != "wandb":
             return {}
         if not any(variable in os.environ for variable in LOGIN):
