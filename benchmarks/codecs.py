@@ -69,7 +69,7 @@ QUOTED = [
 ]
 
 
-def fetch(captured: dict[str, Tensor]) -> dict:
+def to_host(captured: dict[str, Tensor]) -> dict:
     return {name: tensor.numpy() for name, tensor in captured.items()}
 
 
@@ -137,7 +137,7 @@ def measure_sampling(codec: Sampled, logprobs_SV: Tensor, student_SV: Tensor) ->
         square = 0.0
         dense_V = student_V.double() - logprobs_V.double().exp()
         for _ in range(NUM_DRAWS // 50):
-            drawn = decode(codec.encode(fetch(codec.capture(logprobs_V.expand(50, -1), generator=generator))))
+            drawn = decode(codec.encode(to_host(codec.capture(logprobs_V.expand(50, -1), generator=generator))))
             gradient_SV = kl_gradient(drawn, student_V.expand(50, -1))
             total_V += gradient_SV.sum(0)
             square += (gradient_SV - dense_V).square().sum().item()
@@ -175,7 +175,7 @@ def measure_vocabulary(vocab_size: int) -> tuple[list[dict], list[tuple[Codec, d
     captured, records = [], []
     for codec in CODECS:
         start = time.process_time()
-        arrays = fetch(codec.capture(logprobs_SV))
+        arrays = to_host(codec.capture(logprobs_SV))
         rate = NUM_POSITIONS / (time.process_time() - start)
         captured.append((codec, arrays))
         pieces = (
@@ -199,7 +199,7 @@ def measure_all() -> list[dict]:
 def measure_dense(logprobs_SV: Tensor, student_SV: Tensor) -> dict:
     """The float16 codec, on fewer positions."""
     codec, logprobs_SV, student_SV = Dense(), logprobs_SV[:NUM_DENSE], student_SV[:NUM_DENSE]
-    arrays = fetch(codec.capture(logprobs_SV))
+    arrays = to_host(codec.capture(logprobs_SV))
     payload, encode_seconds = time_call(lambda: codec.encode(arrays))
     decoded, decode_seconds = time_call(lambda: decode(payload))
     return (
@@ -216,7 +216,7 @@ def measure_dense(logprobs_SV: Tensor, student_SV: Tensor) -> dict:
 def measure_hidden(vocab_size: int) -> dict:
     """The hidden-state codec, against the logits its own head makes of the exact hidden state."""
     codec, (hidden_SD, head_VD) = Hidden(), make_hidden(vocab_size, NUM_DENSE)
-    arrays = fetch(codec.capture(torch.empty(len(hidden_SD), vocab_size, device="meta"), hidden_SD))
+    arrays = to_host(codec.capture(torch.empty(len(hidden_SD), vocab_size, device="meta"), hidden_SD))
     payload, encode_seconds = time_call(lambda: codec.encode(arrays))
     decoded, decode_seconds = time_call(lambda: decode(payload))
     logprobs_SV = torch.log_softmax(hidden_SD @ head_VD.T, -1)

@@ -18,7 +18,7 @@ from record import write_result
 from torch import Tensor, nn
 
 from teachers.ears.beats import BeatsConfig, BeatsEar
-from teachers.ears.hearing import hear_in_, products_of
+from teachers.ears.precision import ear_autocast, set_ear_precision_
 from teachers.ears.whisper import WhisperEar
 
 BASE = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048,
@@ -41,8 +41,8 @@ def hear(ear: nn.Module, waveform_BN: Tensor, precision: str) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return ear(waveform_BN, num_samples_B)[0].float()
     own = copy.deepcopy(ear)
-    hear_in_(own, precision)
-    with products_of(own):
+    set_ear_precision_(own, precision)
+    with ear_autocast(own):
         return own(waveform_BN, num_samples_B)[0].float()
 
 

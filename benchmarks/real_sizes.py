@@ -39,7 +39,7 @@ from students.student import load_student
 from teachers.ears.beats import FIXED_CFG, BeatsConfig, BeatsEar
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import build_salmonn
-from teachers.files.weights import put_
+from teachers.files.weights import assign_parameter_
 from teachers.lora import SALMONN_LORA
 from teachers.salmonn import SalmonnConfig
 from teachers.words.prompts import load_prompts
@@ -74,7 +74,7 @@ def make_weights(folder: Path) -> None:
     teacher = build_salmonn(config, lora=SALMONN_LORA, llm_weights=False)
     for name, parameter in list(teacher.named_parameters()):
         if "lora_" in name:
-            put_(teacher, name, 0.02 * torch.randn(parameter.shape))
+            assign_parameter_(teacher, name, 0.02 * torch.randn(parameter.shape))
     save_checkpoint(teacher, folder / "salmonn.pth")
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 # `accelerate launch distill/run.py` puts this folder first on the path, where its rooms would shadow packages
 sys.path[:] = [place for place in sys.path if place != str(Path(__file__).parent)]
 
-from shards.faces import offer  # noqa: E402
+from shards.lazy_imports import lazy_exports  # noqa: E402
 
-_FACES = {
+_EXPORTS = {
     "Callback": "distill.training.monitoring.callbacks",
     "CacheConfig": "distill.config",
     "Config": "distill.config",
@@ -23,5 +23,5 @@ _FACES = {
     "load_config": "distill.config",
 }  # name: the module it comes from, imported when it is asked for
 
-__all__ = sorted(_FACES)
-__getattr__, __dir__ = offer(__name__, _FACES)
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

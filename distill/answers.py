@@ -25,7 +25,7 @@ from distill.caching.capture import Capturer, seeded_generator
 from distill.caching.identity import describe_teacher
 from distill.command import run_stage
 from distill.config import Config
-from distill.objective.crossteacher import meet
+from distill.objective.crossteacher import match_vocab
 from distill.teacher import load_to_keep
 from distill.training.ranks import build_accelerator, resolve_precision
 from distill.training.runlock import RunLock
@@ -83,7 +83,7 @@ class Answerer:
     def __init__(self, student: Salmonn, capture: Capturer, config: Config):
         self.student, self.capture, self.config = student, capture, config
         teacher = capture.teacher
-        met, self.num_shared = meet(teacher, student, config.loss.cross_tokenizer, config.loss.temperature)
+        met, self.num_shared = match_vocab(teacher, student, config.loss.cross_tokenizer, config.loss.temperature)
         self.is_crossed = met.is_crossed
         if not self.is_crossed and student.rows.prompts != teacher.rows.prompts:
             raise ValueError(

@@ -48,7 +48,7 @@ def cache(config: Config) -> int:
     is_new = write_missing(config, Capturer(teacher, config), writer, shards, accelerator)
     if accelerator.is_main_process and is_new:
         writer.publish()  # again: http is told of the new files
-        warn_of_strangers(writer.folder, shards, teacher.vocab.size)
+        warn_if_answers_are_unlikely(writer.folder, shards, teacher.vocab.size)
     return 0
 
 
@@ -179,7 +179,7 @@ def summarise(folder: Path, shards: Sequence[str], written: Sequence[str], secon
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
 
 
-def warn_of_strangers(folder: Path, shards: Sequence[str], vocab_size: int) -> None:
+def warn_if_answers_are_unlikely(folder: Path, shards: Sequence[str], vocab_size: int) -> None:
     """Say so where the teacher finds the answers hardly likelier than chance: they may not be what it was asked for."""
     figures = [read_done(folder, shard)["figures"] for shard in shards]
     mean = sum(f["cross_entropy"] for f in figures) / max(1, sum(f["tokens"] for f in figures))

@@ -18,7 +18,7 @@ from distill.command import Parser, add_flags, guard
 from distill.commandline.commands import COMMANDS, find_unknown
 from distill.config.suggestions import COMMANDS as OTHER_COMMANDS
 from distill.config.suggestions import did_you_mean, nearest
-from shards.telling import hush
+from shards.status import set_quiet
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")  # that decide what a run does
 FLAGS = ("--debug", "--quiet")  # of every command, before it as good as behind it
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     if args.quiet:
-        hush()
+        set_quiet()
     return guard(lambda: call(name, args), debug=args.debug)
 
 

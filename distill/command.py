@@ -18,8 +18,8 @@ from typing import NoReturn
 from distill.commandline.launch import bind_to_launcher
 from distill.config.recipes import find_config
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
-from shards.parent import is_in_main_thread
-from shards.telling import hush, is_quiet
+from shards.parent_process import is_in_main_thread
+from shards.status import is_quiet, set_quiet
 
 ENDED = "exit code {}: see the message above; the same command goes on from what is finished"
 LAST_WORDS = (  # of a process that gets no chance to say any
@@ -77,7 +77,7 @@ def run_stage(stage, argv: Sequence[str] | None = None) -> int:
     add_flags(parser)
     args = parser.parse_intermixed_args(argv)
     if args.quiet or is_quiet():
-        hush()
+        set_quiet()
 
     def work() -> int:
         read_config_arguments(args)

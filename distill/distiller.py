@@ -23,7 +23,7 @@ from distill.config.rules import check_terms
 from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric
 from distill.evaluation.validation import Best, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips, check_heard_alike
-from distill.objective.crossteacher import meet
+from distill.objective.crossteacher import match_vocab
 from distill.objective.module import Objective, check_codec
 from distill.objective.terms.term import OwnTerm, check_own
 from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
@@ -48,7 +48,7 @@ from distill.training.zero import (
     hide_frozen_,
     is_zero3,
     join_,
-    say_of_build,
+    report_build,
 )
 from shards.sample import SAMPLE_RATE, Sample
 from shards.streaming.order import Order
@@ -132,7 +132,7 @@ class Distiller:
         self.schedules = build_schedules(self.loss, self.options.steps)
         check_codec(teacher.header, self.loss)
         check_frames(teacher.header, student)
-        self.teacher, vocab_size = meet(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
+        self.teacher, vocab_size = match_vocab(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder or DEFAULTS.run_folder), seed
         self.accelerator = accelerator or build_accelerator()
         check_optimizer(self.accelerator, self.options)
@@ -291,7 +291,7 @@ class Distiller:
         if is_deepspeed(self.accelerator):
             num_trained = sum(p.numel() for p in self.named.values())
             configure_deepspeed(self.accelerator, self.options, self.num_micro_batches, num_trained)
-            say_of_build(partial(say, self.accelerator))
+            report_build(partial(say, self.accelerator))
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches

@@ -32,10 +32,10 @@ from distill.evaluation.scorecard import (
 )
 from distill.student import NUM_CLIPS
 from shards.files.write import staged, write_atomically
+from shards.status import print_status
 from shards.streaming.catalog import is_packed
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
-from shards.telling import tell
 from students.ears import describe_ears_error, narrow_ears_
 from students.quantize import dequantize, dequantize_, measure_share, whole_linear
 from students.student import CONNECTOR, load_student
@@ -77,7 +77,7 @@ def write_export(run_folder: Path, out: Path, *, merge: bool, whole: bool, salmo
     settings = read_config(run_folder / "student")["settings"]
     student = load_student(run_folder / "student")
     if ears != "none":
-        tell(describe_narrow_ears(narrow_ears_(student, ears), student, run_folder))
+        print_status(describe_narrow_ears(narrow_ears_(student, ears), student, run_folder))
     if salmonn:
         check_salmonn(student)
     names = student.config  # of the parts, for the card

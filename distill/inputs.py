@@ -49,7 +49,7 @@ def as_teacher(teacher, loss: LossConfig, precision: str) -> Teacher:
         is_changed = teacher.model.only_answers and teacher.folder is not None
         teacher = load_student(teacher.folder) if is_changed else teacher.model  # targets are of what was trained
     if isinstance(teacher, Salmonn):
-        return ask(teacher, loss)
+        return as_online_teacher(teacher, loss)
     if teacher is None:
         return NO_TEACHER
     if isinstance(teacher, Teacher):
@@ -60,7 +60,7 @@ def as_teacher(teacher, loss: LossConfig, precision: str) -> Teacher:
     )
 
 
-def ask(model: Salmonn, loss: LossConfig) -> OnlineTeacher:
+def as_online_teacher(model: Salmonn, loss: LossConfig) -> OnlineTeacher:
     """A model as a teacher that is asked for what the objective needs, as the command line's defaults do it."""
     cache = CacheConfig()
     is_hidden = loss.hidden or "hidden" in loss.schedules

@@ -27,8 +27,8 @@ from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import KnownTasks, missing_file_error
 from shards.packing.encode import EncodeOptions
 from shards.packing.pack import pack
+from shards.status import print_status
 from shards.tars.source import is_remote
-from shards.telling import tell
 from teachers.words.prompts import load_prompts
 
 # that are never a hub id
@@ -62,7 +62,7 @@ def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str 
     if config.scratch.steps:  # nothing is downloaded, and loading bars of milliseconds are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if config.scratch.steps and config.teacher.path:
-        tell(f"scratch trains no teacher here: teacher.path is {config.teacher.path}")
+        print_status(f"scratch trains no teacher here: teacher.path is {config.teacher.path}")
     elif config.scratch.steps:
         launch_stage("distill.teach", path, overrides, launch)
     if not config.teacher.online:
@@ -74,7 +74,7 @@ def run_stages(config: Config, path: str, overrides: Sequence[str], launch: str 
     if config.eval.device:
         export_again(config.run_folder, config.run_folder / DEVICE)
     evaluate_run(config)
-    tell(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
+    print_status(f"all stages: {(time.monotonic() - began) / 60:.1f} min")
 
 
 def export_again(run_folder: Path, out: Path) -> None:
@@ -85,9 +85,9 @@ def export_again(run_folder: Path, out: Path) -> None:
     made_of = out.with_suffix(".json")
     student = identify_student(run_folder / "student")
     if out.exists() and read_record(made_of, dict.fromkeys(student, str)) == student:
-        tell(f"device: {out} exists, used again")
+        print_status(f"device: {out} exists, used again")
         return
-    tell("— export")
+    print_status("— export")
     shutil.rmtree(out, ignore_errors=True)
     export_device(run_folder, out)
     write_atomically(made_of, json.dumps(student))  # last: without it the export is made again
@@ -138,7 +138,7 @@ def make_shards(config: Config) -> None:
             prompts = load_prompts(config.teacher.prompts or None, "{}", asked or None)
             known = {"tasks": KnownTasks(prompts.asked.keys(), prompts.asking), "options": options}
             report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
-            tell(str(report))
+            print_status(str(report))
 
 
 def cut_manifest(config: Config) -> None:
@@ -196,7 +196,7 @@ def make_corpus(config: Config) -> None:
                 f"corpus.num_train is {num_train}, but the corpus in {folder} was made with {there}; choose another "
                 f"data.folder=, or remove {config.data.folder} to begin anew."
             )
-        tell(f"corpus: {folder} exists, used again")
+        print_status(f"corpus: {folder} exists, used again")
         return
     write_corpus(
         folder,
@@ -226,7 +226,7 @@ def launch_stage(module: str, path: str, overrides: Sequence[str], launch: str |
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    tell(f"— {module.rpartition('.')[2]}")
+    print_status(f"— {module.rpartition('.')[2]}")
     code, caught = wait_for([*command, module, path, *overrides], environment)
     if caught == signal.SIGINT:
         raise KeyboardInterrupt

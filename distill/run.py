@@ -17,7 +17,7 @@ from distill.student import lora_of, make_student, student_llm, tell_ears_error
 from distill.teacher import load_teacher, precision_name, teach_online
 from distill.training.identity import identify_settings
 from distill.training.ranks import build_accelerator, resolve_precision, say
-from distill.training.resuming import say_changes
+from distill.training.resuming import report_changes
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
 from shards.files.write import write_atomically
@@ -38,10 +38,10 @@ from teachers.teacher import Teacher
 def run(config: Config) -> int:
     """Distil the config's teacher into its student; returns the exit code."""
     with RunLock(config.run_folder):
-        return distil(config)
+        return train_student(config)
 
 
-def distil(config: Config) -> int:
+def train_student(config: Config) -> int:
     """As `run`, in a folder that nobody else writes into."""
     check_channels(config.shards(split) for split in SPLITS)
     accelerator = build_accelerator()
@@ -73,7 +73,7 @@ def distil(config: Config) -> int:
     )
     if accelerator.is_main_process:  # now that the folder proved to be this run's
         if distiller.saved is not None:
-            tell_changes(config)
+            report_changed_fields(config)
         write_atomically(config.run_folder / "config.yaml", to_yaml(config))
     if distiller.fit().preempted:
         return PREEMPTED
@@ -84,7 +84,7 @@ def distil(config: Config) -> int:
     return 0
 
 
-def tell_changes(config: Config) -> None:
+def report_changed_fields(config: Config) -> None:
     """Say which settings of a run that goes on are not those that its folder holds."""
     path = config.run_folder / "config.yaml"
     try:
@@ -94,7 +94,7 @@ def tell_changes(config: Config) -> None:
     if not isinstance(there, dict):
         return say(None, f"{path} cannot be read, so what changed since the run began is not known")
     here = yaml.safe_load(to_yaml(config))
-    say_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
+    report_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
 
 
 def wrap_teacher(config: Config, model: Salmonn) -> Teacher:

@@ -10,7 +10,7 @@ from distill.training.ranks import resolve_precision
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.ears import describe_ears_error, share_or_load_ears, with_ears
-from students.start import start_from_
+from students.start import load_start_weights_
 from students.student import build_student
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
@@ -45,7 +45,9 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         say=say,
     )
     if config.student.start:
-        start_from_(student, config.student.start, lora=lora_of(config), quantization=config.student.quantization)
+        load_start_weights_(
+            student, config.student.start, lora=lora_of(config), quantization=config.student.quantization
+        )
     return student
 
 

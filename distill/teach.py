@@ -30,12 +30,12 @@ from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import read_manifest
 from shards.sample import Sample
+from shards.status import print_status
 from shards.streaming.catalog import open_catalog
 from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
-from shards.telling import tell
 from teachers.ears.whisper import WhisperEar
 from teachers.files.loading import build_salmonn, save_salmonn
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -57,7 +57,7 @@ def make_teacher(config: Config) -> int:
     """As `teach`, in a folder that nobody else writes into."""
     accelerator = build_accelerator()
     folder = config.run_folder / "scratch"
-    mark = mark_of(config)
+    mark = completion_mark(config)
     if is_done(folder, mark):
         say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
         return 0
@@ -75,7 +75,7 @@ def make_teacher(config: Config) -> int:
     return 0
 
 
-def mark_of(config: Config) -> str:
+def completion_mark(config: Config) -> str:
     """Hash of the settings that make a teacher what it is."""
     return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.seed])
 
@@ -125,7 +125,7 @@ def has_parts(folder: Path, mark: str) -> bool:
     if read_mark(folder / PARTS) == mark:
         return True
     if folder.exists():
-        tell(f"teacher: {folder} is unfinished or of other settings, made anew")
+        print_status(f"teacher: {folder} is unfinished or of other settings, made anew")
     return False
 
 
@@ -159,7 +159,7 @@ def make_parts(config: Config, folder: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         whisper.save_pretrained(folder / "whisper")
         make_llms(config.scratch, tokenizer, texts, folder)
-        write_mark(folder / PARTS, mark_of(config))
+        write_mark(folder / PARTS, completion_mark(config))
     accelerator.wait_for_everyone()
 
 
@@ -250,7 +250,7 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
     with Progress("ears", options.steps, accelerator=accelerator) as progress:
         for step, samples in zip(range(options.steps), stream):
             loss = ear_loss(ear, heads, samples, tokenizer)
-            set_rate_(optimizer, learning_rate(step, options))
+            set_learning_rate_(optimizer, learning_rate(step, options))
             loss.backward()
             average_gradients_over_ranks_(accelerator, [p for p in parameters.values() if p.requires_grad])
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -280,7 +280,7 @@ def ear_loss(ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], t
     return loss
 
 
-def set_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group of an optimizer the learning rate of this step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -300,7 +300,7 @@ def pretrain_on_text_(
             length = max(map(len, ids))
             labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
             loss = llm(input_ids=labels.clamp(min=0), labels=labels).loss
-            set_rate_(optimizer, learning_rate(step, options))
+            set_learning_rate_(optimizer, learning_rate(step, options))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -8,9 +8,9 @@ import torch
 from distill.config import Config
 from distill.training.ranks import resolve_precision
 from shards.sample import SAMPLE_RATE
+from shards.status import print_status
 from shards.targets.codecs.table import find_codec
-from shards.telling import tell
-from teachers.ears.hearing import WEIGHTS
+from teachers.ears.precision import WEIGHTS
 from teachers.kinds import KINDS, find_kind
 from teachers.online import OnlineTeacher
 from teachers.salmonn import Salmonn
@@ -36,7 +36,7 @@ def precision_name(config: Config) -> str:
 
 
 def resolve_ears(config: Config, *, is_kept: bool) -> str:
-    """How the teacher's ears hear, one of `teachers.ears.hearing.WEIGHTS`; the one place that says so.
+    """How the teacher's ears hear, one of `teachers.ears.precision.WEIGHTS`; the one place that says so.
 
     Args:
         config: of the run.
@@ -54,10 +54,12 @@ def load_to_keep(config: Config, device: torch.device | str) -> OnlineTeacher:
     """The teacher whose targets go to a disk, on a device; what its ears cost beyond the run's precision is said."""
     ears, own = resolve_ears(config, is_kept=True), precision_name(config)
     if config.teacher.ears == "fp16" != ears:
-        tell("teacher.ears is fp16, but without a GPU there is no fp16 autocast that pays; its ears hear in float32")
+        print_status(
+            "teacher.ears is fp16, but without a GPU there is no fp16 autocast that pays; its ears hear in float32"
+        )
     model = load_teacher(config, ears=ears).to(device)
     if ears != own:
-        tell(describe_cost(model, ears, own))
+        print_status(describe_cost(model, ears, own))
     return teach_online(config, model)
 
 
@@ -101,14 +103,14 @@ def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") ->
         config: of the run.
         llm_weights: False leaves the LLM on the meta device: of a teacher whose targets are cached, ears, connector and
             names are all that a run needs. A Qwen2-Audio comes whole.
-        ears: how they hear, see `teachers.ears.hearing`; empty: as for a teacher whose targets are not kept.
+        ears: how they hear, see `teachers.ears.precision`; empty: as for a teacher whose targets are not kept.
 
     Raises:
         FileNotFoundError: there is nothing at its path.
         ValueError: a checkpoint that does not fit its parts.
     """
     model = load_named(config, llm_weights, ears or resolve_ears(config, is_kept=False))
-    model.ask_with(config.eval.prompts)
+    model.set_eval_prompts(config.eval.prompts)
     return model
 
 
@@ -120,7 +122,7 @@ def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:
             f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
         )
     kind = KINDS[find_kind(path)]
-    return kind.load(config.teacher, path, dtype=dtype, hearing=ears, llm_weights=llm_weights)
+    return kind.load(config.teacher, path, dtype=dtype, ear_precision=ears, llm_weights=llm_weights)
 
 
 def describe_wording(config: Config, model: Salmonn) -> str:

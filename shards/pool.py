@@ -11,8 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 
-from shards.parent import end_with_parent, is_in_main_thread
-from shards.telling import is_quiet
+from shards.parent_process import end_with_parent, is_in_main_thread
+from shards.status import is_quiet
 
 SHORT_SECONDS = 1.0  # of work that no bar is drawn for
 IN_FLIGHT = 4  # pieces of work a worker, so that none waits and memory stays small

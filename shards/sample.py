@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shards.faces import late
+from shards.lazy_imports import late
 
 np = late("numpy")
 

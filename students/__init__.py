@@ -1,13 +1,13 @@
 """Making a small student: 4-bit, LoRA, saving and exporting it."""
 
-from shards.faces import offer
+from shards.lazy_imports import lazy_exports
 
-_FACES = {
+_EXPORTS = {
     "Student": "students.pretrained",
     "build_student": "students.student",
     "load_student": "students.student",
     "save_student": "students.student",
 }  # name: the module it comes from, imported when it is asked for
 
-__all__ = sorted(_FACES)
-__getattr__, __dir__ = offer(__name__, _FACES)
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

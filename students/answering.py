@@ -8,7 +8,7 @@ is in bfloat16. What it costs in accuracy is in docs/ears.md. Knows no file.
 import torch
 from torch import nn
 
-from teachers.ears.hearing import has_amx_bf16, hear_in_
+from teachers.ears.precision import has_amx_bf16, set_ear_precision_
 from teachers.fourbit import pack_for_good_
 from teachers.int8 import BITS, narrow_head_
 from teachers.salmonn import Salmonn
@@ -31,7 +31,7 @@ def prepare_to_answer_(student: Salmonn, head: str = "auto") -> Salmonn:
     has_amx, done = has_amx_bf16(), []
     if has_amx:
         for ear in find_wide_ears(student):
-            hear_in_(ear, "bf16")
+            set_ear_precision_(ear, "bf16")
             done.append(f"{type(ear).__name__.removesuffix('Ear')} in bf16")
     bits = choose_head(student.llm, head, has_amx)
     if bits != "whole":

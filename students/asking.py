@@ -11,7 +11,7 @@ import numpy as np
 
 from shards.audio.decode import hash_waveform, load_audio, pad_to_window, to_waveform
 from shards.audio.limits import AudioLimits
-from shards.audio.quiet import cut_at_quiet
+from shards.audio.segmentation import segment_at_quiet
 from shards.sample import SAMPLE_RATE, Sample
 
 ASR, CAPTION, QUESTION = "asr", "audiocaption", "QA"  # tasks, whose first prompt is asked
@@ -84,7 +84,7 @@ class Listener:
         """
         is_list = isinstance(audio, Sequence) and not isinstance(audio, str)
         waveforms = [load_waveform(one, rate, self.min_samples) for one in (audio if is_list else [audio])]
-        cuts = [cut_at_quiet(x_N, self.max_samples, self.min_samples) for x_N in waveforms]
+        cuts = [segment_at_quiet(x_N, self.max_samples, self.min_samples) for x_N in waveforms]
         pieces = [x_N[start:end] for x_N, found in zip(waveforms, cuts) for start, end in found]
         texts = iter(self._say(pieces, task, question, max_new_tokens, batch_size))
         answers = [

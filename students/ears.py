@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from shards.sample import Sample
-from shards.telling import tell
 from teachers.ears.encoders import WHISPER, second_kinds, shares_spectrum
 from teachers.ears.shape import reshape_ears_
 from teachers.files.loading import load_ear
@@ -240,8 +239,3 @@ def frame_widths(model: Salmonn) -> dict[str, int]:
     """How wide each encoder's frames are, in the order in which they stand side by side."""
     ears = {name: getattr(model, name) for name in EARS}
     return {name: ear.width for name, ear in ears.items() if ear is not None}
-
-
-def print_to_stderr(text: str) -> None:
-    """Tell whoever builds a student."""
-    tell(text)

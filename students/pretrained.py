@@ -47,7 +47,7 @@ class Student(Listener):
             FileNotFoundError: there is no such folder, and the hub does not give it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        folder = Path(name) if Path(name).is_dir() else fetch(str(name), revision)
+        folder = Path(name) if Path(name).is_dir() else fetch_from_hub(str(name), revision)
         is_fast = device.type == "cpu" and dtype is None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = load_student(folder, dtype=dtype, for_inference=is_fast, head=head)
@@ -99,7 +99,7 @@ class Student(Listener):
         return texts
 
 
-def fetch(name: str, revision: str | None) -> Path:
+def fetch_from_hub(name: str, revision: str | None) -> Path:
     """The local copy of a hub repository.
 
     Raises:

@@ -22,7 +22,7 @@ from teachers.salmonn import Salmonn
 MAY_DIFFER = ("llm", "whisper", "second", "prompts", "eval_prompts", "qformer_dropout")
 
 
-def start_from_(student: Salmonn, folder: str | Path, *, lora: Lora, quantization: str) -> None:
+def load_start_weights_(student: Salmonn, folder: str | Path, *, lora: Lora, quantization: str) -> None:
     """Give a new student the tensors of a saved one, in place.
 
     Args:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from shards.status import print_status
 from students.answering import prepare_to_answer_
 from students.ears import (
     CONNECTOR,
@@ -20,7 +21,6 @@ from students.ears import (
     find_shared,
     inherit_connector_,
     inherited_names,
-    print_to_stderr,
     share_or_load_ears,
 )
 from students.quantize import check_whole, quantize_4bit_
@@ -51,7 +51,7 @@ def build_student(
     second_kind: str = "",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    say: Callable[[str], None] = print_to_stderr,
+    say: Callable[[str], None] = print_status,
 ) -> Salmonn:
     """A student that hears with the teacher's own (shared, frozen) encoders, or with ones of its own.
 

@@ -1,8 +1,8 @@
 """What the student learns from: SALMONN and its ears, other teachers, online and cached targets."""
 
-from shards.faces import offer
+from shards.lazy_imports import lazy_exports
 
-_FACES = {
+_EXPORTS = {
     "CachedTeacher": "teachers.cached",
     "Lora": "teachers.lora",
     "OnlineTeacher": "teachers.online",
@@ -14,5 +14,5 @@ _FACES = {
     "load_salmonn": "teachers.files.loading",
 }  # name: the module it comes from, imported when it is asked for
 
-__all__ = sorted(_FACES)
-__getattr__, __dir__ = offer(__name__, _FACES)
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
 from teachers.ears.frontend import HOP_SAMPLES
-from teachers.ears.hearing import WEIGHTS, hear_in_, products_of
-from teachers.ears.whisper import ear_of_tower
+from teachers.ears.precision import WEIGHTS, ear_autocast, set_ear_precision_
+from teachers.ears.whisper import ear_from_tower
 from teachers.files.loading import CONFIG
 from teachers.files.weights import read_json
 from teachers.fourbit import keep_unpacked_
@@ -53,7 +53,7 @@ class Qwen2Audio(Salmonn):
         self.own_names = self.inherited_names = frozenset()
         self.llm = join_llm(loaded, core)
         keep_unpacked_(self.llm)
-        self.whisper = ear_of_tower(core.audio_tower)  # what a student shares
+        self.whisper = ear_from_tower(core.audio_tower)  # what a student shares
         self.pool = core.audio_tower.avg_pooler
         self.project = core.multi_modal_projector.linear
         self.qformer = self.ln_speech = self.ln_audio = None
@@ -65,8 +65,8 @@ class Qwen2Audio(Salmonn):
     def read_prompts(self) -> Prompts:
         """As a `Salmonn`'s, with its own mark around the audio."""
         prompts = super().read_prompts()
-        by_task = {task: tuple(map(put_own_place, own)) for task, own in prompts.by_task.items()}
-        asked = {task: put_own_place(prompt) for task, prompt in prompts.evaluation.items()}
+        by_task = {task: tuple(map(to_own_placeholder, own)) for task, own in prompts.by_task.items()}
+        asked = {task: to_own_placeholder(prompt) for task, prompt in prompts.evaluation.items()}
         return Prompts(by_task, prompts.template, asked)
 
     def num_frames(self, num_samples: int) -> int:
@@ -81,7 +81,7 @@ class Qwen2Audio(Salmonn):
 
     def frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B=None) -> list[Tensor]:
         """The averaged tower's vectors, frames_BLE; unlike Whisper it never looks at padding."""
-        with products_of(self.whisper):
+        with ear_autocast(self.whisper):
             return self._frames(waveforms_BN, num_samples_B, masks_B)
 
     def _frames(self, waveforms_BN: Tensor, num_samples_B: Tensor, masks_B) -> list[Tensor]:
@@ -109,7 +109,7 @@ class Qwen2Audio(Salmonn):
         return Heard(frames_BLE[:, :, None], [row.num_audio_tokens for row in batch.rows])
 
 
-def put_own_place(prompt: str) -> str:
+def to_own_placeholder(prompt: str) -> str:
     """A prompt of SALMONN's form in Qwen2-Audio's."""
     return prompt.replace(AUDIO_IN_FRONT, PLACE).replace(AUDIO_IN_FRONT.rstrip(), PLACE)
 
@@ -142,7 +142,7 @@ def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtyp
         folder: of Qwen2-Audio, instructed or not.
         prompts: JSON file of prompts by task, with `<SpeechHere>` where audio goes; empty: the library's.
         dtype: of the weights.
-        ears: how its tower hears, see `teachers.ears.hearing`; empty: as `dtype` says.
+        ears: how its tower hears, see `teachers.ears.precision`; empty: as `dtype` says.
 
     Raises:
         ValueError: tensors are missing, unknown or of other shapes, or a token of its chat is not in its vocabulary.
@@ -164,7 +164,7 @@ def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtyp
     if ears:
         model.llm.to(dtype)
         model.project.to(dtype)
-        hear_in_(model.whisper, ears)
+        set_ear_precision_(model.whisper, ears)
     return model
 
 

@@ -17,16 +17,16 @@ from shards.audio.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from teachers.ears.encoders import find_encoder, second_kinds, shares_spectrum
 from teachers.ears.frontend import HOP_SAMPLES
-from teachers.ears.hearing import products_of
 from teachers.ears.length import FULL, parse_ears_seconds
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
+from teachers.ears.precision import ear_autocast
 from teachers.ears.shape import QUANTIZATIONS
 from teachers.fourbit import keep_unpacked_
 from teachers.logits import head_logits
 from teachers.qformer import WindowQFormer
 from teachers.words.batch import Batch, check_pad_id, collate
-from teachers.words.ending import Ends, TextEnd, cut_after_end, read_answer
-from teachers.words.generation import generate_neutrally, own_end_ids
+from teachers.words.ending import Ends, TextEnd, read_answer, truncate_after_end
+from teachers.words.generation import generate_without_defaults, own_end_ids
 from teachers.words.prompts import Prompts, load_prompts
 from teachers.words.rows import RowTokenizer
 
@@ -151,7 +151,7 @@ class Salmonn(nn.Module):
         """The prompts that its config names."""
         return load_prompts(self.config.prompts or None, self.config.template, self.config.eval_prompts or None)
 
-    def ask_with(self, path: str) -> None:
+    def set_eval_prompts(self, path: str) -> None:
         """Let evaluation ask with the prompts of another file; empty: with the first of each task's own."""
         self.config = replace(self.config, eval_prompts=path)
         self.rows.prompts = self.read_prompts()
@@ -256,10 +256,10 @@ class Salmonn(nn.Module):
         if self.front_end is not None:
             return self._frames_of_one_front_end(waveforms_BN, num_samples_B, masks_B, heard_B)
         cut = () if heard_B is None else (heard_B,)
-        with products_of(self.whisper):
+        with ear_autocast(self.whisper):
             heard = [self.whisper(waveforms_BN, num_samples_B, masks_B, *cut)[0].float()]
         if self.second is not None:
-            with products_of(self.second):
+            with ear_autocast(self.second):
                 heard.append(self.second(waveforms_BN, num_samples_B, masks_B)[0].float())
         return heard
 
@@ -286,9 +286,9 @@ class Salmonn(nn.Module):
         if masks_B is not None:
             mask_mel_(mel_BMX, (num_samples_B + HOP_SAMPLES - 1) // HOP_SAMPLES, masks_B)
             mask_mel_(mel_BXM.transpose(1, 2), num_mel_frames_B, masks_B)
-        with products_of(self.whisper):
+        with ear_autocast(self.whisper):
             speech_BRE = self.whisper.encode(mel_BMX, heard_B).float()
-        with products_of(self.second):
+        with ear_autocast(self.second):
             return [speech_BRE, self.second.encode(mel_BXM, num_mel_frames_B)[0].float()]
 
     def fuse(self, frames: list[Tensor]) -> Tensor:
@@ -370,11 +370,11 @@ class Salmonn(nn.Module):
             options: `max_new_tokens`, `num_beams` and others of transformers' `GenerationConfig`.
         """
         heard = self.hear(batch)
-        ids_BT = generate_neutrally(
+        ids_BT = generate_without_defaults(
             self.llm, self.embed(batch, heard), batch.attention_mask_BT, ends=self.ends, pad_id=self.rows.pad_id,
             num_tokens=self.num_tokens, processors=logits_processor, **options,
         )  # fmt: skip
-        return [cut_after_end(row, self.ends) for row in ids_BT]
+        return [truncate_after_end(row, self.ends) for row in ids_BT]
 
     @cached_property
     def num_tokens(self) -> int:

@@ -76,7 +76,7 @@ class ToyTeachers:
         return path.suffix == ".toy"
 
     @staticmethod
-    def load(parts, path: Path, *, dtype: torch.dtype, hearing: str, llm_weights: bool):
+    def load(parts, path: Path, *, dtype: torch.dtype, ear_precision: str, llm_weights: bool):
         return tiny.make_teacher(Path(path.read_text())).eval().requires_grad_(False)
 
     @staticmethod

@@ -12,7 +12,7 @@ from packages import SMOLLM2, WHISPER_CONFIG, WHISPER_HALVES, WHISPER_TOKENIZER,
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from whisper_from_ctranslate2 import convert_ctranslate2
 
-from distill.evaluation.metrics.wording import normalise_text
+from distill.evaluation.metrics.normalization import normalise_text
 from shards.audio.decode import load_audio
 from shards.manifests.manifest import read_manifest
 

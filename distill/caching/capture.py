@@ -112,7 +112,7 @@ class Capturer:
         if HEAD_INPUT in self.config.cache.hidden_layers:
             states[HEAD_INPUT] = hidden_SD
         states = {hidden_name(n): x_SD.float().cpu().numpy() for n, x_SD in states.items()}
-        label_logprobs_S, entropy_S = judge(logits_SV, batch.labels_S)
+        label_logprobs_S, entropy_S = score_labels(logits_SV, batch.labels_S)
         identities = [identify_row(sample, row) for sample, row in zip(batch.samples, batch.rows)]
         ends = np.cumsum([0] + [len(row.answer) for row in batch.rows])
         parts = [slice(start, end) for start, end in pairwise(ends)]
@@ -140,8 +140,8 @@ class Capturer:
         if self.codec.is_random:
             draw = self.codec.capture
             captured = [draw(logits_SV[p], hidden_SD[p], seeded_generator(i)) for p, i in zip(parts, identities)]
-            return [self.codec.encode(fetch(one)) for one in captured]
-        captured = fetch(self.codec.capture(logits_SV, hidden_SD))
+            return [self.codec.encode(to_host(one)) for one in captured]
+        captured = to_host(self.codec.capture(logits_SV, hidden_SD))
         return [self.codec.encode({n: x[part] if x.ndim else x for n, x in captured.items()}) for part in parts]
 
     def _hear(self, b: int, sample: Sample, heard: Heard, frames: list[Tensor]) -> dict[str, np.ndarray]:
@@ -175,7 +175,7 @@ class Capturer:
         return {"transcript": own} | ({} if rate is None else {"wer": f"{rate:.6f}"})
 
 
-def judge(logits_SV: Tensor, labels_S: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def score_labels(logits_SV: Tensor, labels_S: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The log-probability of each label and the entropy of each position, nats, float32."""
     logprobs_SV = torch.log_softmax(logits_SV.float(), -1)
     entropy_S = -(logprobs_SV.exp() * logprobs_SV).nan_to_num(0.0).sum(-1)
@@ -222,6 +222,6 @@ def read_pieces(model: Salmonn) -> list[bytes] | None:
         return None
 
 
-def fetch(captured: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def to_host(captured: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """What a codec captured, on the host."""
     return {name: values.cpu().numpy() for name, values in captured.items()}

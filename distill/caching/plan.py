@@ -17,20 +17,20 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from distill.caching.capture import Capturer, feature_dtypes, fetch
+from distill.caching.capture import Capturer, feature_dtypes, to_host
 from distill.caching.fidelity import Fidelity
 from distill.config import CacheConfig, Config
 from distill.teacher import load_to_keep
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import build_accelerator, resolve_precision
 from shards.sample import Sample
+from shards.status import print_json
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs.table import CODECS, decode, find_codec
 from shards.targets.distributions import HiddenStates
 from shards.tars.archive import BLOCK
-from shards.telling import print_json
 from teachers.logits import head_logits, logit_transform
 
 GOOD_COSINE = 0.9998  # of the gradient: what is above it trains like the dense teacher
@@ -52,11 +52,11 @@ class Candidate:
         return " ".join(f"cache.{key}={value:g}" if key != "codec" else f"cache.codec={value}"
                         for key, value in self.settings.items())  # fmt: skip
 
-    def add(self, pass_: "Pass", others: Sequence[int], temperature: float) -> None:
+    def add(self, pass_: "TeacherPass", others: Sequence[int], temperature: float) -> None:
         """Encode a batch's answers one by one, as the job does; `others` is what else a record of each takes, bytes."""
         codec = find_codec(self.cache.codec).of(self.cache)
         for part, size in zip(pass_.parts, others):
-            payload = codec.encode(fetch(codec.capture(pass_.logits_SV[part], pass_.hidden_SD[part])))
+            payload = codec.encode(to_host(codec.capture(pass_.logits_SV[part], pass_.hidden_SD[part])))
             decoded = decode(payload)
             if isinstance(decoded, HiddenStates):
                 decoded = decoded.with_head(pass_.head_weight_VD, **pass_.transform)
@@ -67,7 +67,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Pass:
+class TeacherPass:
     """The teacher's dense word on one batch, on the CPU."""
 
     logits_SV: Tensor
@@ -147,7 +147,7 @@ def open_clips(config: Config, num_clips: int) -> tuple[Iterator[list[Sample]], 
 
 
 @torch.no_grad()
-def run_dense(capture: Capturer, samples: Sequence[Sample]) -> Pass:
+def run_dense(capture: Capturer, samples: Sequence[Sample]) -> TeacherPass:
     """The teacher's whole distributions and what enters its head, on the answers it is to teach."""
     model, samples = capture.model, capture.teacher.label(samples)[0]
     batch = model.collate(samples).to(model.device)
@@ -160,7 +160,7 @@ def run_dense(capture: Capturer, samples: Sequence[Sample]) -> Pass:
         parts.append(slice(start, start := start + len(row.answer)))
     head_VD = model.llm.get_output_embeddings().weight.detach().cpu().float()
     transform = logit_transform(model.llm.config.get_text_config())
-    return Pass(logits_SV.cpu(), hidden_SD.float().cpu(), head_VD, transform, parts)
+    return TeacherPass(logits_SV.cpu(), hidden_SD.float().cpu(), head_VD, transform, parts)
 
 
 def format_plan(measured: Measured, max_gb: float | None) -> str:

@@ -199,7 +199,7 @@ def of_a_config(module: str, help: str, has_json: bool = False) -> Command:
 
 COMMANDS = {
     "new": Command(
-        "distill.commandline.starter",
+        "distill.commandline.new_config",
         "write a config to start from, every field explained",
         add_new_arguments,
         read_new,

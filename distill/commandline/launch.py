@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from distill.training.stopping import GRACE_SECONDS, PREEMPTED, STOP_SIGNALS, is_ignored
-from shards.parent import end_with_parent
+from shards.parent_process import end_with_parent
 
 PARENT = "DISTILL_PARENT"  # in the environment: the process that must live as long as this one
 OF_OTHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and `accelerate launch` leave there

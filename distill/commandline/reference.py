@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distill.cli import build_command_parser
 from distill.commandline.commands import COMMANDS
-from distill.commandline.starter import plain, read_comments, to_text
+from distill.commandline.new_config import plain, read_comments, to_text
 from distill.config import Config
 from shards.files.write import open_atomically
 

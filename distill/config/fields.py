@@ -18,7 +18,7 @@ from distill.config.recipes import find_config
 from distill.config.rules import CODEC_FIELDS, check_config, check_section
 from distill.config.suggestions import did_you_mean, nearest_fields
 from shards.audio.augmentation import Augmentation
-from shards.kinds import is_null
+from shards.field_types import is_null
 from shards.targets.codecs.table import CODECS, find_codec
 from shards.tars.source import is_remote, join_place
 from teachers.lora import Lora

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from shards.kinds import Plain
+from shards.field_types import Plain
 
 BASE = "base"  # the key of the file that a file is read over
 MOST_VALUES = 10_000  # in one file, aliases counted as often as they stand there

@@ -13,7 +13,7 @@ from distill.objective.divergences import DIVERGENCES
 from distill.objective.features import FEATURES
 from distill.objective.schedule import TERMS, parse_schedule
 from distill.training.monitoring.trackers import TRACKERS
-from shards.kinds import convert_fields
+from shards.field_types import convert_fields
 from shards.targets.codecs.codec import Codec
 from shards.targets.codecs.table import CODECS, find_codec
 from teachers.ears.encoders import second_kinds

@@ -35,7 +35,7 @@ from distill.doctor.objective import (
     check_zero,
 )
 from distill.doctor.weights import check_answer, check_convolutions, check_share
-from distill.objective.crossteacher import meet
+from distill.objective.crossteacher import match_vocab
 from distill.objective.module import Objective, check_codec
 from distill.objective.weighing import active_terms, build_schedules, loss_at
 from distill.run import open_training_stream, wrap_teacher
@@ -44,7 +44,7 @@ from distill.teacher import load_teacher
 from distill.training.microbatch import Collator, check_frames, split
 from distill.training.ranks import build_accelerator, resolve_precision, say
 from shards.sample import Sample
-from shards.telling import print_json, tell
+from shards.status import print_json, print_status
 
 CHECKS: dict[str, Callable[[Case], str]] = {
     "rows": check_rows,
@@ -68,7 +68,7 @@ NUM_BATCHES = 4  # of the run that are read
 OF_TARGETS = ("cache", "first choice", "KL(teacher‖teacher)")
 
 
-def examine(case: Case, names: Iterable[str] = tuple(CHECKS)) -> Iterator[tuple[str, bool, str]]:
+def run_checks(case: Case, names: Iterable[str] = tuple(CHECKS)) -> Iterator[tuple[str, bool, str]]:
     """Run the checks that apply: the name, whether it passes, and what was found."""
     for name in names:
         if name == "alignment" and not case.collate.teacher.is_crossed:
@@ -93,12 +93,12 @@ def build_case(config: Config) -> Case:
     accelerator = build_accelerator()
     model = load_teacher(config)
     student = make_student(config, model, torch.float32, lambda text: say(accelerator, text)).to(accelerator.device)
-    wake_lora_(student)
+    randomize_lora_(student)
     own = wrap_teacher(config, model.to(accelerator.device))
     loss, schedules = config.loss, build_schedules(config.loss, config.train.steps)
     check_codec(own.header, loss)
     check_frames(own.header, student)
-    teacher, vocab_size = meet(own, student, loss.cross_tokenizer, loss.temperature)
+    teacher, vocab_size = match_vocab(own, student, loss.cross_tokenizer, loss.temperature)
     objective = Objective(
         student,
         loss,
@@ -135,7 +135,7 @@ def largest(batches: Sequence[list[Sample]], options: TrainConfig) -> list[Sampl
     return list(max(cut, key=lambda part: len(part) * max(len(sample.waveform_N) for sample in part)))
 
 
-def wake_lora_(student) -> None:
+def randomize_lora_(student) -> None:
     """Give LoRA's B matrices small random numbers, in place: at zero they hide the gradient of A."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in student.named_parameters():
@@ -158,10 +158,10 @@ def doctor(config: Config, *, as_json: bool = False) -> int:
         report("set up", False, str(error))
     else:
         report("set up", True, f"student, teacher, targets and {len(case.samples)} clips fit together")
-        for name, is_right, text in examine(case):
+        for name, is_right, text in run_checks(case):
             report(name, is_right, text)
         failed = sum(not check["passed"] for check in found)
-        tell(f"{failed or 'no'} fault{'s' * (failed != 1)} in {time.monotonic() - began:.0f} s")
+        print_status(f"{failed or 'no'} fault{'s' * (failed != 1)} in {time.monotonic() - began:.0f} s")
     is_right = all(check["passed"] for check in found)
     if as_json:
         print_json({"passed": is_right, "checks": found})

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.config import SPLITS, Config
+from distill.evaluation.answer_cache import find_answer_cache, read_answer_cache, write_answer_cache
 from distill.evaluation.answering import Cost, answer, clock_tokens, measure_cost
 from distill.evaluation.efficiency import SECONDS, TOKENS, make_rows, measure_all
-from distill.evaluation.keptanswers import keep_answers, locate, read_answers
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import retained_quality, score
 from distill.evaluation.report import read_metrics, write_report
@@ -38,10 +38,10 @@ from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock
 from shards.files.write import write_atomically
 from shards.sample import Sample
+from shards.status import print_json
 from shards.streaming.catalog import check_channels
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
-from shards.telling import print_json
 from students.device.folder import MANIFEST
 from students.student import load_student
 from teachers.files.loading import CONFIG
@@ -80,9 +80,9 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     narrow = f", ears {ears}" if ears != "none" else ""
     student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization}{narrow})"
     answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's
-    answers["teacher"], costs["teacher"] = examine_teacher(config)
+    answers["teacher"], costs["teacher"] = evaluate_teacher(config)
     loader = partial(load_student, folder, dtype=resolve_precision(config.precision), for_inference=is_fast(config))
-    answers["student"], costs["student"] = examine(loader, "student", config)
+    answers["student"], costs["student"] = evaluate_model(loader, "student", config)
     device = None
     if (config.run_folder / DEVICE / MANIFEST).is_file():
         answers["device"], device = examine_device(config, costs["student"].num_parameters)
@@ -105,24 +105,24 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     return card
 
 
-def examine_teacher(config: Config) -> tuple[list[Prediction], Cost]:
+def evaluate_teacher(config: Config) -> tuple[list[Prediction], Cost]:
     """What the teacher answers and costs, as it was kept of an evaluation of another student, or made now and kept."""
-    path = locate(config)
-    kept = read_answers(path)
+    path = find_answer_cache(config)
+    kept = read_answer_cache(path)
     if kept is not None:
         print(f"teacher: its answers are in {path}, used again", file=sys.stderr)
         return kept
-    answers, cost = examine(lambda: load_teacher(config), "teacher", config)
-    keep_answers(path, answers, cost)
+    answers, cost = evaluate_model(lambda: load_teacher(config), "teacher", config)
+    write_answer_cache(path, answers, cost)
     return answers, cost
 
 
-def examine(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
+def evaluate_model(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
     """Load a model, let it answer the test split, measure what it costs, and let it go."""
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
     if model.only_answers:
         print(f"{name} answers with {model.only_answers}; precision=float32 has it as it was trained", file=sys.stderr)
-    model.ask_with(config.eval.prompts)
+    model.set_eval_prompts(config.eval.prompts)
     with packed_for_answers(model.llm) if is_fast(config) else nullcontext():
         return answer_and_cost(model, name, config)
 

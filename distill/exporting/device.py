@@ -11,9 +11,9 @@ from distill.config import SPLITS, Config, load_config
 from distill.evaluation.scorecard import SCORECARD, cost_rows, count_clips, explain_scores, read_scorecard, score_rows
 from shards.files.write import staged, write_atomically
 from shards.sample import Sample
+from shards.status import print_status
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
-from shards.telling import tell
 from students.device.export import DEFAULT, Precision, write_device
 from students.device.folder import MANIFEST, Device
 from students.student import load_student
@@ -42,7 +42,7 @@ def export_device(run_folder: Path, out: Path, precision: Precision = DEFAULT) -
     config = load_config(run_folder / "config.yaml")
     with staged(out, last=MANIFEST) as stage:
         device = write_device(student, stage, read_clips(config), name=run_folder.name, precision=precision,
-                              max_new_tokens=config.eval.max_new_tokens, say=tell)  # fmt: skip
+                              max_new_tokens=config.eval.max_new_tokens, say=print_status)  # fmt: skip
         write_atomically(stage / CARD, make_card(device, run_folder))
     return out
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.objective.alignment import NO_CHUNK, Alignment
 from distill.objective.crosstokenizer import CrossTargets, Translator
-from distill.objective.vocabulary import cut_alike, shared_vocab_size
+from distill.objective.vocabulary import shared_vocab_size, splits_text_alike
 from shards.sample import Sample
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets
@@ -106,7 +106,7 @@ def unaligned(num_teacher_tokens: int, num_student_tokens: int) -> Alignment:
     return Alignment(*sides, 0, none, none)
 
 
-def meet(teacher: Teacher, student: Salmonn, cross_tokenizer: str, temperature: float) -> tuple[Teacher, int]:
+def match_vocab(teacher: Teacher, student: Salmonn, cross_tokenizer: str, temperature: float) -> tuple[Teacher, int]:
     """The teacher as this student can learn from it, and how many leading ids take part in the losses.
 
     Ids that mean the same tokens are compared as they are; a padded head, or tokens that only one side has added
@@ -148,4 +148,4 @@ def _count_shared(teacher_ids, own_ids, num_rows: int) -> int:
 
 def _reads_alike(teacher: RowTokenizer, student: RowTokenizer, shared: int) -> bool:
     """Whether both make the same ids of every answer, where these mean the same."""
-    return teacher.end_ids == student.end_ids and cut_alike(teacher.tokenizer, student.tokenizer, shared)
+    return teacher.end_ids == student.end_ids and splits_text_alike(teacher.tokenizer, student.tokenizer, shared)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.objective.divergences import Divergence, forward_kl_terms
-from distill.objective.head import Head, choose_product_dtype, is_quantised, locate
+from distill.objective.head import Head, choose_product_dtype, columns_in_tile, is_quantised
 from distill.objective.losses import bucket_divergence, check_temperature, move_into_bucket
 from distill.objective.numerics import widen
 from shards.targets.distributions import Sparse
@@ -81,8 +81,8 @@ class _Columns:
     """Where the label and the kept ids of each position lie in a tile."""
 
     def __init__(self, request: _Request, start: int, stop: int):
-        self.label_S1, self.is_label_S1 = locate(request.labels_S[:, None], start, stop)
-        self.kept_SK, is_inside_SK = locate(request.teacher.ids_SK, start, stop)
+        self.label_S1, self.is_label_S1 = columns_in_tile(request.labels_S[:, None], start, stop)
+        self.kept_SK, is_inside_SK = columns_in_tile(request.teacher.ids_SK, start, stop)
         self.is_kept_SK = is_inside_SK & request.is_kept_SK
 
     def pick(self, tile_SC: Tensor, label_S: Tensor, kept_SK: Tensor) -> None:

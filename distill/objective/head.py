@@ -86,7 +86,7 @@ class _Packed:
         return bnb.functional.dequantize_4bit(packed_CX.reshape(-1, 1), state)
 
 
-def locate(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def columns_in_tile(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Columns of ids in a tile, and whether they are in it: those that are not stand at its border."""
     return (ids - start).clamp(0, stop - start - 1), (ids >= start) & (ids < stop)
 
@@ -180,7 +180,7 @@ class Head:
     def _add_many_rows_(self, out_SD: Tensor, ids_SK: Tensor, coefficients_SK: Tensor) -> None:
         """The same as matrix products with the tiles: reading a large part of the rows for each position is slower."""
         for start, stop in self.tiles(len(out_SD), out_SD.device.type):
-            columns_SK, is_inside_SK = locate(ids_SK, start, stop)
+            columns_SK, is_inside_SK = columns_in_tile(ids_SK, start, stop)
             tile_SC = out_SD.new_zeros(len(out_SD), stop - start)
             tile_SC.scatter_add_(1, columns_SK, coefficients_SK * is_inside_SK)
             self.add_product_(out_SD, tile_SC, self.tile(start, stop))

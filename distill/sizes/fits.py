@@ -27,7 +27,7 @@ from distill.sizes.costs import (
 )
 from distill.sizes.memory import MemoryEfficientAttention, Peak, PeakMemory
 from shards.sample import MAX_SECONDS
-from shards.telling import print_json
+from shards.status import print_json
 from teachers.lora import add_lora_
 from teachers.salmonn import Salmonn
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from accelerate.utils import gather_object as gather_list
 from torch import nn
 
-from shards.telling import tell
+from shards.status import print_status
 
 # DeepSpeed looks for an accelerator when it is imported; without a GPU it must be told
 if not torch.cuda.is_available():
@@ -74,7 +74,7 @@ def gather(accelerator: Accelerator, values: list) -> list:
 def say(accelerator: Accelerator | None, text: str) -> None:
     """A line for the user, from the main process alone."""
     if accelerator is None or accelerator.is_main_process:
-        tell(text)
+        print_status(text)
 
 
 def resolve_precision(precision: str) -> torch.dtype:

@@ -83,7 +83,7 @@ def explain_steps(before: int, done: int, options: TrainConfig, has_schedules: b
     )
 
 
-def say_changes(there: dict, here: dict, said: Collection[str], say: Callable[[str], None]) -> None:
+def report_changes(there: dict, here: dict, said: Collection[str], say: Callable[[str], None]) -> None:
     """Say every other setting of a run that goes on that changed.
 
     Args:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from shards.parent import is_in_main_thread
+from shards.parent_process import is_in_main_thread
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order, as the shell counts it
 SAY_SECONDS = 1.0  # between the words of a hang watch and the end that it makes

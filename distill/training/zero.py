@@ -88,7 +88,7 @@ def describe_build_locks() -> str:
     )
 
 
-def say_of_build(say: Callable[[str], None]) -> None:
+def report_build(say: Callable[[str], None]) -> None:
     """Tell why DeepSpeed's start may take its time: it compiles operators once, or waits for who does."""
     text = describe_build_locks()
     if text:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from shards.kinds import convert_fields
+from shards.field_types import convert_fields
 
 TEACHER_HEARS = ("clean", "same")
 

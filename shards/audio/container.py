@@ -26,7 +26,7 @@ from shards.audio.limits import DEFAULT_LIMITS, AudioError, AudioLimits, too_lon
 from shards.audio.mpeg import MPEG, tag_size
 from shards.audio.ogg import OGG
 from shards.audio.parts import DamageError, Data, Joined, Part
-from shards.faces import late
+from shards.lazy_imports import late
 
 np = late("numpy")
 soundfile = late("soundfile")

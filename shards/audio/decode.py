@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.audio.container import read_file, read_samples, read_segment
 from shards.audio.limits import DEFAULT_LIMITS, AudioError, AudioLimits, too_long_error
-from shards.faces import late
+from shards.lazy_imports import late
 from shards.sample import SAMPLE_RATE
 
 np = late("numpy")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.faces import late
+from shards.lazy_imports import late
 from shards.manifests.manifest import Entry, read_manifest, to_path, write_manifest
 from shards.packing.stats import measure_seconds
 from shards.pool import count_cpus

@@ -28,7 +28,7 @@ from shards.manifests.manifest import (
 from shards.manifests.records import RowError
 from shards.packing.findings import REASONS, Finding, RowAudit, audit_rows, choose_verdict, make_policy
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
-from shards.telling import print_json, tell
+from shards.status import print_json, print_status
 
 ROWS_A_PIECE = 32
 
@@ -112,7 +112,7 @@ def audit(
     workers = count_cpus() if workers is None else workers
     num_rows = [sum(1 for _ in scan_manifest(path)) for path in manifests]
     if show_progress:
-        tell(f"auditing {sum(num_rows)} rows of {', '.join(map(str, manifests))}")
+        print_status(f"auditing {sum(num_rows)} rows of {', '.join(map(str, manifests))}")
     out.mkdir(parents=True, exist_ok=True)
     report, later, failures = AuditReport(), set(), []
     with (

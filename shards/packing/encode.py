@@ -13,7 +13,7 @@ from pathlib import Path
 from shards.audio.container import read_header
 from shards.audio.decode import CHANNELS, LEFT, SILENT_PEAK, encode_flac, hash_waveform, load_audio
 from shards.audio.limits import AudioError, AudioLimits
-from shards.faces import late
+from shards.lazy_imports import late
 from shards.manifests.manifest import Entry
 from shards.manifests.records import RowError
 from shards.sample import SAMPLE_RATE

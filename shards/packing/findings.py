@@ -19,7 +19,7 @@ from shards.audio.decode import (
     hash_waveform,
 )
 from shards.audio.limits import DEFAULT_LIMITS, AudioError, AudioLimits
-from shards.faces import late
+from shards.lazy_imports import late
 from shards.manifests.manifest import Entry
 from shards.manifests.records import RowError
 from shards.packing.encode import choose_too_long, covers_whole_clip, says_silence

@@ -12,11 +12,11 @@ from pathlib import Path
 from shards.audio.container import UNKNOWN_FRAMES, read_header
 from shards.audio.decode import GAP_SECONDS
 from shards.audio.limits import AudioError
-from shards.faces import late
+from shards.lazy_imports import late
 from shards.manifests.manifest import Entry, missing_file_error, read_manifest, to_path
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
+from shards.status import print_json, print_status
 from shards.streaming.catalog import read_listing
-from shards.telling import print_json, tell
 
 np = late("numpy")
 soundfile = late("soundfile")
@@ -124,7 +124,7 @@ def measure(path: Path, *, root: Path | None = None, workers: int | None = None,
     samples = _packed_samples(path) if path.is_dir() else _listed_samples(path, root, workers)
     total = _num_rows(path, root) if show_progress else 0
     if total:
-        tell(f"counting {total} rows of {path}")
+        print_status(f"counting {total} rows of {path}")
     with progress_bar("measuring", total, show=show_progress) as advance:
         for task, source, is_labelled, seconds in samples:
             counts.setdefault((task, source), Count()).add(seconds, is_labelled)

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shards.faces import late
 from shards.jsonfile import ShapeError, parse_object
+from shards.lazy_imports import late
 from shards.streaming.limits import Limits
 from shards.streaming.selection import Selection
 from shards.tars.archive import ShardError

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.audio.augmentation import Augmentation
 from shards.files.write import naming
-from shards.parent import end_with_parent, is_in_main_thread
+from shards.parent_process import end_with_parent, is_in_main_thread
 from shards.sample import MAX_SECONDS, Sample
 from shards.streaming.catalog import open_catalog
 from shards.streaming.limits import Limits

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from shards.faces import late
 from shards.files.hash import hash_file
 from shards.files.write import write_atomically
+from shards.lazy_imports import late
 from shards.tars.archive import MAX_MEMBER_BYTES, Member, ShardError, Walk
 
 np = late("numpy")

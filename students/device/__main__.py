@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from shards.audio.limits import AudioError
-from shards.audio.quiet import cut_at_quiet
+from shards.audio.segmentation import segment_at_quiet
 from shards.sample import SAMPLE_RATE
 from students.asking import ASR, QUESTION, load_waveform
 from students.device.student import PRODUCTS, DeviceStudent
@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> int:
         student = DeviceStudent(args.folder, products=args.products, threads=args.threads)
         for path in args.files:
             waveform_N = load_waveform(path, SAMPLE_RATE, student.min_samples)
-            for start, end in cut_at_quiet(waveform_N, student.max_samples, student.min_samples):
+            for start, end in segment_at_quiet(waveform_N, student.max_samples, student.min_samples):
                 for text in student.stream(waveform_N[start:end], QUESTION if args.question else args.task,
                                            question=args.question, max_new_tokens=args.max_new_tokens):  # fmt: skip
                     print(text, end="", flush=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shards.sample import SAMPLE_RATE
-from shards.telling import tell
+from shards.status import print_status
 from teachers.ears.beats import BEATS_FBANK, BeatsEar
 from teachers.ears.frontend import (
     KALDI_FFT,
@@ -121,5 +121,7 @@ def measure_approximation(whisper: WhisperLogMel, beats: BeatsEar, waveforms_BN:
         "beats_frames_relative_error": float((near - exact).norm() / exact.norm()),
         "beats_frames_cosine": float(torch.cosine_similarity(near, exact, dim=-1).mean()),
     }
-    tell("shared power spectrum against exact features: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
+    print_status(
+        "shared power spectrum against exact features: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items())
+    )
     return figures

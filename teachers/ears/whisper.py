@@ -158,7 +158,7 @@ def whisper_fields(config: dict) -> dict:
     return {**config["audio_config"], "model_type": "whisper"} if config["model_type"] == TOWER_TYPE else config
 
 
-def ear_of_tower(tower: nn.Module) -> WhisperEar:
+def ear_from_tower(tower: nn.Module) -> WhisperEar:
     """Qwen2-Audio's tower as an ear that shares its modules: its frames before they are averaged, normed."""
     with torch.device("meta"):
         encoder = WhisperEncoder(WhisperConfig.from_dict({**tower.config.to_dict(), "model_type": "whisper"}))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shards.files.write import as_system_errors, open_atomically
 from teachers.files.loading import build_salmonn
-from teachers.files.weights import put_, read_torch_file
+from teachers.files.weights import assign_parameter_, read_torch_file
 from teachers.lora import SALMONN_LORA, Lora
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
 from teachers.words.rows import NO_BOS
@@ -84,7 +84,7 @@ def our_name(key: str) -> str | None:
 
 
 def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "", second_kind: str = "",
-                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32, hearing: str = "",
+                    lora_alpha: float | None = None, dtype: torch.dtype = torch.float32, ear_precision: str = "",
                     llm_weights: bool = True, **settings) -> tuple[Salmonn, KeyReport]:  # fmt: skip
     """A released SALMONN as a frozen teacher, and the report of its keys.
 
@@ -93,7 +93,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
         llm, whisper, second, second_kind: the frozen parts it was trained on, as in `SalmonnConfig`.
         lora_alpha: of LoRA, which no tensor's shape tells; None: the file's own config, or SALMONN's 32.
         dtype: of the LLM's weights.
-        hearing: how the encoders hear, see `teachers.ears.hearing`; empty: as `dtype` says.
+        ear_precision: how the encoders hear, see `teachers.ears.precision`; empty: as `dtype` says.
         llm_weights: False leaves the LLM on the meta device, all but what the file itself holds of it.
         settings: further fields of `SalmonnConfig`. What neither they nor the tensors' shapes tell is taken from the
             config that SALMONN's trainer saves in the file: windows, template and end token.
@@ -107,7 +107,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     )
     state = content["model"]
     names = _translate(state, path)
-    model = build_salmonn(config, lora=lora, dtype=dtype, hearing=hearing, llm_weights=llm_weights)
+    model = build_salmonn(config, lora=lora, dtype=dtype, ear_precision=ear_precision, llm_weights=llm_weights)
     theirs = _read_config(content)
     _check_mels(model, theirs, path)
     if not config.end_token:
@@ -313,4 +313,4 @@ def _load_strictly_(model: Salmonn, own: dict[str, Tensor], path) -> None:
             raise ValueError(
                 f"{path} holds {found} for {name}, but these parts need {wanted}; check llm, whisper and second."
             )
-        put_(model, name, own[name])
+        assign_parameter_(model, name, own[name])

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from teachers.ears.hearing import describe_precision
+from teachers.ears.precision import describe_precision
 from teachers.files.cacheparts import hash_prompts
 from teachers.files.loading import PARTS, hash_frozen_parts, hash_tensors, own_tensors
 from teachers.salmonn import Salmonn

@@ -24,12 +24,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from shards.files.hash import remember_hash
 from shards.files.write import staged
-from shards.telling import is_quiet
+from shards.status import is_quiet
 from teachers.ears.encoders import WHISPER, load_encoder
-from teachers.ears.hearing import WEIGHTS as WEIGHTS_OF_EARS
-from teachers.ears.hearing import hear_in_
+from teachers.ears.precision import WEIGHTS as WEIGHTS_OF_EARS
+from teachers.ears.precision import set_ear_precision_
 from teachers.ears.shape import reshape_ears_
-from teachers.files.weights import open_safetensors, put_, read_json
+from teachers.files.weights import assign_parameter_, open_safetensors, read_json
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
 
@@ -44,7 +44,7 @@ PARTS = ("llm", "whisper", "second", "prompts", "eval_prompts")
 def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32,
                   transform_llm_=None, tokenizer_path: str | Path | None = None,
                   ears: tuple[nn.Module, nn.Module | None] | None = None,
-                  hearing: str = "", llm_weights: bool = True) -> Salmonn:  # fmt: skip
+                  ear_precision: str = "", llm_weights: bool = True) -> Salmonn:  # fmt: skip
     """Put a model together from pre-trained parts; Q-Former and projection are new. Ears and LLM are frozen.
 
     Args:
@@ -54,7 +54,7 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
         transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
         tokenizer_path: where the tokenizer lies when not with the LLM.
         ears: encoders to share instead of loading them by name, in the form that the config says.
-        hearing: how encoders that are loaded hear, see `teachers.ears.hearing`; empty: as `dtype` says.
+        ear_precision: how encoders that are loaded hear, see `teachers.ears.precision`; empty: as `dtype` says.
         llm_weights: False leaves the LLM on the meta device, for a teacher whose targets are cached.
     """
     llm = load_llm(config.llm, dtype, weights=llm_weights)
@@ -64,19 +64,19 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     if lora is not None:
         add_lora_(llm, lora)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or config.llm)
-    whisper, second = ears if ears is not None else load_ears(config, dtype, hearing)
+    whisper, second = ears if ears is not None else load_ears(config, dtype, ear_precision)
     return Salmonn(config, llm, tokenizer, whisper, second)
 
 
-def load_ears(config: SalmonnConfig, dtype: torch.dtype, hearing: str = "") -> tuple[nn.Module, nn.Module | None]:
+def load_ears(config: SalmonnConfig, dtype: torch.dtype, ear_precision: str = "") -> tuple[nn.Module, nn.Module | None]:
     """The encoders a config names, frozen and in evaluation mode."""
-    dtype = WEIGHTS_OF_EARS[hearing] if hearing else dtype
+    dtype = WEIGHTS_OF_EARS[ear_precision] if ear_precision else dtype
     second = load_ear(config.second_kind, config.second, dtype) if config.second else None
     whisper = load_ear(WHISPER, config.whisper, dtype)
     reshape_ears_(whisper, second, whisper_layers=config.whisper_layers, quantization=config.ears_quantization)
     for ear in (whisper, second):
-        if hearing and ear is not None:
-            hear_in_(ear, hearing)
+        if ear_precision and ear is not None:
+            set_ear_precision_(ear, ear_precision)
     return whisper, second
 
 
@@ -199,7 +199,7 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, transform_llm_=None,
-                 hearing: str = "", llm_weights: bool = True,
+                 ear_precision: str = "", llm_weights: bool = True,
                  places: Mapping[str, str] | None = None) -> Salmonn:  # fmt: skip
     """Load a folder that `save_salmonn` wrote, in evaluation mode and frozen; arguments as `build_salmonn` takes them.
 
@@ -213,7 +213,7 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
     config = read_config(folder)
     parts = dataclasses.replace(config["model"], **(places or {}))
     model = build_salmonn(parts, lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,
-                          tokenizer_path=Path(folder) / TOKENIZER, hearing=hearing,
+                          tokenizer_path=Path(folder) / TOKENIZER, ear_precision=ear_precision,
                           llm_weights=llm_weights)  # fmt: skip
     load_own_tensors_(model, Path(folder) / WEIGHTS)
     model.own_names = frozenset(read_names(Path(folder) / WEIGHTS))
@@ -268,7 +268,7 @@ def load_own_tensors_(model: nn.Module, path: Path) -> None:
                     f"tensor {name} of {path} has shape {tuple(tensor.shape)}, but the model has {found}; "
                     f"the file belongs to a model of another config."
                 )
-            put_(model, name, tensor)
+            assign_parameter_(model, name, tensor)
 
 
 def hash_frozen_parts(model: Salmonn, names: Sequence[str] = ("llm", "whisper", "second"),

@@ -169,7 +169,7 @@ def load_strictly_(module: nn.Module, weights: dict[str, Tensor], path: str | Pa
     module.load_state_dict(weights, assign=True)
 
 
-def put_(model: nn.Module, name: str, tensor: Tensor) -> None:
+def assign_parameter_(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Give one parameter its value, in place, in its own precision; one on the meta device gets memory, tied or not."""
     parameter = model.get_parameter(name)
     if not parameter.is_meta:

@@ -3,8 +3,8 @@
 A kind is a module of this folder, or any object, with
 
 * `recognizes(path)`: whether a teacher's path is of this kind;
-* `load(parts, path, dtype=…, hearing=…, llm_weights=…)`: the model, frozen and in evaluation mode, as `build_salmonn`
-  takes them; it says what a user should know;
+* `load(parts, path, dtype=…, ear_precision=…, llm_weights=…)`: the model, frozen and in evaluation mode, as
+  `build_salmonn` takes them; it says what a user should know;
 * `describe(parts, path)`: its `SalmonnConfig` and its LoRA (or None), from no weights, and where it is not here;
 * `build_empty(config, llm_config, dtype, tokenizer)`: the model on the device of the context, for tables of sizes; None
   where it is built of its parts as any SALMONN.

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, Qwen2AudioForConditionalGeneration
 
-from shards.telling import tell
+from shards.status import print_status
 from teachers.kinds.settings import check_settings, moved_parts
 from teachers.qwen2_audio import Qwen2Audio, describe_qwen2_audio, is_qwen2_audio, load_qwen2_audio
 from teachers.salmonn import SalmonnConfig, describe_end
@@ -18,13 +18,13 @@ def recognizes(path: Path) -> bool:
     return is_qwen2_audio(path) or str(path) in PUBLISHED
 
 
-def load(parts, path: Path, *, dtype: torch.dtype, hearing: str, llm_weights: bool = True) -> Qwen2Audio:
+def load(parts, path: Path, *, dtype: torch.dtype, ear_precision: str, llm_weights: bool = True) -> Qwen2Audio:
     """The model, whole whether or not its LLM is asked."""
     own, _ = describe(parts, path)
     check_settings(parts, own, path)
     moved_parts(parts, {"model": own, "frozen": {}}, path)
-    model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype, ears=hearing)
-    tell(f"teacher {path}: {describe_end(model, 'its chat')}")
+    model = load_qwen2_audio(path, prompts=parts.prompts, dtype=dtype, ears=ear_precision)
+    print_status(f"teacher {path}: {describe_end(model, 'its chat')}")
     return model
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from shards.telling import tell
+from shards.status import print_status
 from teachers.files.checkpoint import describe_checkpoint, load_checkpoint
 from teachers.files.weights import read_torch_file
 from teachers.lora import SALMONN_LORA, Lora
@@ -32,9 +32,9 @@ def load(parts, path: Path, **how) -> Salmonn:
     settings = {"prompts": parts.prompts, "front_end": parts.front_end}
     settings |= {name: getattr(parts, name) for name in ("end_token", "bos_token") if getattr(parts, name)}
     model, report = load_checkpoint(path, **{name: getattr(parts, name) for name in PARTS}, **how, **settings)
-    tell(f"teacher {path}: {report}")
+    print_status(f"teacher {path}: {report}")
     if not parts.prompts:
-        tell(
+        print_status(
             f"teacher {path}: asked in the library's wordings, but trained with others; give teacher.prompts those, "
             f"prompts/train_prompt.json of its repository (and eval.prompts the test_prompt.json beside it)"
         )

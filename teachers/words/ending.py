@@ -70,7 +70,7 @@ class TextEnd:
 Ends = Sequence[Sequence[int] | TextEnd]  # of one model; the first is its own
 
 
-def cut_after_end(ids: list[int], ends: Ends) -> list[int]:
+def truncate_after_end(ids: list[int], ends: Ends) -> list[int]:
     """The ids up to and with the first of `ends`; all of them where none comes."""
     for stop in range(1, len(ids) + 1):
         if has_ended(ids[:stop], ends):

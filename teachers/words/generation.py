@@ -77,7 +77,7 @@ def own_end_ids(llm: nn.Module) -> list[int]:
 
 
 @contextmanager
-def neutral(llm: nn.Module) -> Iterator[None]:
+def without_generation_defaults(llm: nn.Module) -> Iterator[None]:
     """While it is open, the LLM has no generation settings of its own."""
     own, llm.generation_config = llm.generation_config, GenerationConfig()
     try:
@@ -86,9 +86,10 @@ def neutral(llm: nn.Module) -> Iterator[None]:
         llm.generation_config = own
 
 
-def generate_neutrally(llm: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, *, ends: Ends, pad_id: int, num_tokens: int,
-                       processors: Sequence[LogitsProcessor] = (), repetition_penalty: float = 1.0,
-                       min_new_tokens: int = 0, **options) -> list[list[int]]:  # fmt: skip
+def generate_without_defaults(llm: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, *, ends: Ends, pad_id: int,
+                              num_tokens: int, processors: Sequence[LogitsProcessor] = (),
+                              repetition_penalty: float = 1.0, min_new_tokens: int = 0,
+                              **options) -> list[list[int]]:  # fmt: skip
     """New ids of each row, padded behind its end.
 
     Args:
@@ -117,7 +118,7 @@ def generate_neutrally(llm: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, *, e
         **options,
     )
     stops = [EndText(e, min_new_tokens) if isinstance(e, TextEnd) else EndSequence(e) for e in ends[:1]]
-    with neutral(llm):
+    with without_generation_defaults(llm):
         return llm.generate(
             inputs_embeds=embeds_BTD,
             attention_mask=mask_BT,

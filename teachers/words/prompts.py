@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.telling import tell
+from shards.status import print_status
 
 AUDIO_PLACE = "<SpeechHere>"
 AUDIO_IN_FRONT = f"<Speech>{AUDIO_PLACE}</Speech> "  # what SALMONN's command line puts before a bare prompt
@@ -165,4 +165,4 @@ def place_audio(path: Path, task: str, prompts: Sequence[str]) -> tuple[str, ...
 
 @functools.cache
 def _tell_once(text: str) -> None:
-    tell(text)
+    print_status(text)

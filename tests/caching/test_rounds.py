@@ -28,7 +28,7 @@ from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.header import CacheHeader, read_header
 from shards.targets.store import TargetReader
-from students.start import identify_student, start_from_
+from students.start import identify_student, load_start_weights_
 from students.student import build_student, load_student
 from teachers.cached import CachedTeacher
 from teachers.files.loading import WEIGHTS, load_salmonn, own_tensors
@@ -319,7 +319,7 @@ def make_student(toys: Path, lora: Lora = LORA, **options):
 
 def test_a_started_student_is_the_saved_one(toys):
     student = make_student(toys)
-    start_from_(student, toys / "runs/r0/student", lora=LORA, quantization="none")
+    load_start_weights_(student, toys / "runs/r0/student", lora=LORA, quantization="none")
     saved = load_file(toys / "runs/r0/student" / WEIGHTS)
     own = own_tensors(student)
     assert own.keys() == saved.keys() and all(torch.equal(own[name], saved[name]) for name in own)
@@ -337,7 +337,9 @@ def test_a_started_student_is_the_saved_one(toys):
 def test_a_student_of_another_shape_is_no_start(toys, changes, quantization, options, message):
     lora = dataclasses.replace(LORA, **changes)
     with pytest.raises(ValueError, match=message):
-        start_from_(make_student(toys, lora, **options), toys / "runs/r0/student", lora=lora, quantization=quantization)
+        load_start_weights_(
+            make_student(toys, lora, **options), toys / "runs/r0/student", lora=lora, quantization=quantization
+        )
 
 
 # --- what does not belong together -----------------------------------------------------------------------------------

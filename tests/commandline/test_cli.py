@@ -17,7 +17,7 @@ from distill.config.rules import value_at
 from distill.config.suggestions import COMMANDS as OTHER_COMMANDS
 from distill.config.suggestions import FIELDS
 from shards.pool import progress_bar
-from shards.telling import QUIET, print_json, tell
+from shards.status import QUIET, print_json, print_status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,9 +183,9 @@ def test_a_result_that_is_no_number_is_null(capsys):
 
 def test_a_quiet_command_and_the_processes_it_starts_say_nothing_but_results_and_errors(monkeypatch, capsys):
     monkeypatch.setenv(QUIET, "0")  # so that it is put back
-    tell("heard")
+    print_status("heard")
     monkeypatch.setenv(QUIET, "1")
-    tell("not heard")
+    print_status("not heard")
     with progress_bar("packing", 1, show=True) as advance:
         advance(1)
     assert capsys.readouterr().err == "heard\n"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distill.config import load_config
-from distill.teach import ear_loss, has_parts, make_parts, mark_of, teach, write_mark
+from distill.teach import completion_mark, ear_loss, has_parts, make_parts, teach, write_mark
 from distill.training.ranks import build_accelerator
 from teachers.files.loading import load_salmonn
 from teachers.words.batch import pad_waveforms
@@ -21,7 +21,7 @@ def test_a_teacher_is_never_made_of_parts_that_other_settings_left(tmp_path, cap
                              corpus__train=tmp_path / "data" / "train.json", student__llm="''",
                              **{f"scratch__{name}": value for name, value in SIZES.items()})  # fmt: skip
     wide, narrow = (load_config(path, [f"scratch.llm_width={width}"]) for width in (96, 64))
-    folder, marks = wide.run_folder / "scratch", [mark_of(config) for config in (wide, narrow)]
+    folder, marks = wide.run_folder / "scratch", [completion_mark(config) for config in (wide, narrow)]
     make_parts(wide, folder, build_accelerator())  # and then the job is killed, and its settings are changed
     write_mark(folder / "parts.json", marks[0])
     assert has_parts(folder, marks[0])

@@ -7,7 +7,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from teachers.ears.convolution import Float32Conv1d, convolve_in_float32_
 from teachers.ears.encoders import build_encoder
-from teachers.ears.whisper import ear_of_tower
+from teachers.ears.whisper import ear_from_tower
 
 WHISPER = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
            "max_source_positions": 100, "num_mel_bins": 80}  # fmt: skip
@@ -23,7 +23,7 @@ EARS = {
                                              "encoder_layers": 1, "encoder_attention_heads": 2, "conv_pos": 16,
                                              "conv_pos_groups": 4}),
     "eat": lambda: build_encoder("eat", {"embed_dim": 32, "depth": 1, "num_heads": 2, "ffn_dim": 64}),
-    "qwen2-audio": lambda: ear_of_tower(Qwen2AudioForConditionalGeneration(TOWER).model.audio_tower),
+    "qwen2-audio": lambda: ear_from_tower(Qwen2AudioForConditionalGeneration(TOWER).model.audio_tower),
 }  # fmt: skip
 
 

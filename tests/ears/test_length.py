@@ -26,7 +26,7 @@ from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader
-from students.start import start_from_
+from students.start import load_start_weights_
 from students.student import build_student, load_student
 from teachers.cached import CachedTeacher
 from teachers.ears.beats import BeatsEar
@@ -232,7 +232,7 @@ def test_a_student_does_not_go_on_from_one_that_heard_another_length(toys):
     student = build_student(load_teacher(load_config(toys / "toy.yaml")), str(toys / "parts/student-llm"),
                             quantization="none", connector="new", say=lambda text: None, lora=Lora(rank=4))  # fmt: skip
     with pytest.raises(ValueError, match=r"whose ears_seconds is 'clip', but this run's is '30'"):
-        start_from_(student, toys / "runs/toy/student", lora=Lora(rank=4), quantization="none")
+        load_start_weights_(student, toys / "runs/toy/student", lora=Lora(rank=4), quantization="none")
 
 
 def test_cut_ears_cost_fewer_flops(toys):

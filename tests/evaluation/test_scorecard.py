@@ -10,8 +10,8 @@ from distill.cache import cache
 from distill.cli import main
 from distill.config import load_config
 from distill.evaluation import evaluate as scorecard
+from distill.evaluation.answer_cache import FOLDER
 from distill.evaluation.evaluate import evaluate_run
-from distill.evaluation.keptanswers import FOLDER
 from distill.run import run
 from shards.tars.tarwriter import TarWriter
 

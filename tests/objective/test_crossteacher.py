@@ -13,7 +13,7 @@ from distill.cache import cache
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.demo.tokenizer import train_byte_tokenizer, train_tokenizer
 from distill.distiller import Distiller
-from distill.objective.crossteacher import CrossTeacher, meet
+from distill.objective.crossteacher import CrossTeacher, match_vocab
 from distill.run import run
 from distill.teach import build_llm
 from distill.training.microbatch import Collator
@@ -96,8 +96,10 @@ def test_losses_across_tokenizers_do_not_depend_on_micro_batches(toys, tmp_path,
 def test_cached_and_online_targets_cross_alike(toys):
     student = make_student(toys)
     samples = next(iter(open_stream(toys)))
-    cached, _ = meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 2.0)
-    online, _ = meet(OnlineTeacher(load_salmonn(toys / "teacher"), k=16, temperatures=(2.0,)), student, "chunk", 2.0)
+    cached, _ = match_vocab(CachedTeacher(toys / "data" / "cache"), student, "chunk", 2.0)
+    online, _ = match_vocab(
+        OnlineTeacher(load_salmonn(toys / "teacher"), k=16, temperatures=(2.0,)), student, "chunk", 2.0
+    )
     samples, _ = cached.label(samples)
     batch = student.collate(samples)
     ours, theirs = cached.targets(batch).cross, online.targets(batch).cross
@@ -113,7 +115,7 @@ def test_other_ids_are_refused_unless_chunks_are_asked_for(toys, tmp_path):
 
 def test_equal_ids_are_compared_as_they_are_even_when_chunks_are_allowed(toys):
     student = make_student(toys, "parts/student-llm")
-    teacher, size = meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)
+    teacher, size = match_vocab(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)
     assert isinstance(teacher, CachedTeacher) and size == len(student.tokenizer)
 
 
@@ -144,11 +146,11 @@ def test_the_same_tokens_cut_in_another_way_are_refused_by_sample_or_aligned(toy
     student, teacher = make_student(toys, "parts/student-llm"), OnlineTeacher(load_salmonn(toys / "teacher"), k=8)
     student.tokenizer = student.rows.tokenizer = recut(student.tokenizer, **parts)
     batch = student.collate([tiny.make_sample(2, text=text)])
-    met, _ = meet(teacher, student, "refuse", 1.0)
+    met, _ = match_vocab(teacher, student, "refuse", 1.0)
     with pytest.raises(ValueError, match=rf"answer of sample k002 is {text!r}, which the student reads as \[.* but the "
                                          r"teacher as \[.*set loss\.cross_tokenizer=chunk"):  # fmt: skip
         met.targets(batch)
-    crossed, _ = meet(teacher, student, "chunk", 1.0)
+    crossed, _ = match_vocab(teacher, student, "chunk", 1.0)
     assert len(crossed.targets(batch).cross.is_matched_S) == batch.num_supervised
 
 
@@ -159,23 +161,23 @@ def test_a_cache_of_the_same_tokens_cut_in_another_way_names_the_tokenizer_and_c
     samples = next(filter(None, labelled))  # which keys are labelled depends on the folder's name
     batch = student.collate(samples)
     with pytest.raises(ValueError, match=rf"answer of sample {samples[0].key} is .*set loss\.cross_tokenizer=chunk"):
-        meet(teacher, student, "refuse", 1.0)[0].targets(batch)
-    assert len(meet(teacher, student, "chunk", 1.0)[0].targets(batch).cross.is_matched_S) == batch.num_supervised
+        match_vocab(teacher, student, "refuse", 1.0)[0].targets(batch)
+    assert len(match_vocab(teacher, student, "chunk", 1.0)[0].targets(batch).cross.is_matched_S) == batch.num_supervised
 
 
 def test_an_answer_that_only_ends_in_another_way_is_refused_and_its_ends_are_named(toys):
     model, student = load_salmonn(toys / "teacher"), make_student(toys, "parts/student-llm")
     student.rows.end_ids = [student.tokenizer.convert_tokens_to_ids("<unk>")]
-    met, _ = meet(OnlineTeacher(model, k=8), student, "refuse", 1.0)
+    met, _ = match_vocab(OnlineTeacher(model, k=8), student, "refuse", 1.0)
     with pytest.raises(ValueError, match=r"\[0\] <unk> of \d+ ids, but the teacher as \[2\] </s> of \d+ ids"):
         met.targets(student.collate([tiny.make_sample(1)]))
-    assert isinstance(meet(OnlineTeacher(model), student, "chunk", 1.0)[0], CrossTeacher)
+    assert isinstance(match_vocab(OnlineTeacher(model), student, "chunk", 1.0)[0], CrossTeacher)
 
 
 def test_other_prompts_of_the_student_are_no_other_answer(toys):
     model, student = load_salmonn(toys / "teacher"), make_student(toys, "parts/student-llm")
     student.rows.prompts = load_prompts(None, "ASK {} ANSWER ")
-    met, _ = meet(OnlineTeacher(model, k=8), student, "refuse", 1.0)
+    met, _ = match_vocab(OnlineTeacher(model, k=8), student, "refuse", 1.0)
     batch = student.collate([tiny.make_sample(1)])
     assert len(met.targets(batch).label_logprobs_S) == batch.num_supervised
 
@@ -184,7 +186,7 @@ def test_a_token_that_only_the_student_added_behind_the_others_takes_no_part(toy
     student = make_student(toys, "parts/student-llm")
     shared = len(student.tokenizer)
     student.tokenizer.add_tokens(["<sound>"])
-    teacher, size = meet(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
+    teacher, size = match_vocab(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
     assert isinstance(teacher, CachedTeacher) and size == shared
 
 
@@ -194,13 +196,13 @@ def test_ids_that_mean_other_tokens_in_a_vocabulary_of_the_same_size_are_refused
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
     student = build_student(load_salmonn(toys / "teacher"), str(tmp_path / "llm"), lora=Lora(rank=4), connector="new")
     with pytest.raises(ValueError, match=r"set loss\.cross_tokenizer=chunk"):
-        meet(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
-    assert isinstance(meet(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)[0], CrossTeacher)
+        match_vocab(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
+    assert isinstance(match_vocab(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)[0], CrossTeacher)
 
 
 def test_an_answer_that_one_side_cannot_spell_is_learned_by_cross_entropy_alone(toys):
     student = make_student(toys)
-    teacher, _ = meet(OnlineTeacher(load_salmonn(toys / "teacher"), k=8), student, "chunk", 1.0)
+    teacher, _ = match_vocab(OnlineTeacher(load_salmonn(toys / "teacher"), k=8), student, "chunk", 1.0)
     teacher.translator.student_pieces[student.tokenizer.encode("one")[0]] = b"another"
     with pytest.warns(UserWarning, match="learned by cross-entropy alone"):
         targets = teacher.targets(

@@ -19,7 +19,7 @@ import teachers.salmonn
 from distill.cache import cache
 from distill.config import load_config
 from distill.demo.tokenizer import train_byte_tokenizer
-from distill.doctor.doctor import build_case, doctor, examine
+from distill.doctor.doctor import build_case, doctor, run_checks
 from shards.targets.distributions import Distribution, Sparse
 from teachers.ears.convolution import _InFloat32
 from teachers.fourbit import FLAG
@@ -39,7 +39,7 @@ def faults(toys, *names: str) -> dict[str, str]:
 
 
 def failing(case, *names: str) -> dict[str, str]:
-    return {name: text for name, is_right, text in examine(case, names) if not is_right}
+    return {name: text for name, is_right, text in run_checks(case, names) if not is_right}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_a_sound_run_on_cached_frames_passes(toys, tmp_path, kind, capsys):
 def test_a_cached_teacher_is_freed_when_it_has_been_asked_and_an_online_one_is_not(toys):
     case = build_case(load_config(toys / "toy.yaml"))
     teacher = weakref.ref(case.teacher.llm)
-    assert [passed for _, passed, _ in examine(case)] == [True] * 15
+    assert [passed for _, passed, _ in run_checks(case)] == [True] * 15
     assert teacher() is None
     case = build_case(load_config(toys / "toy.yaml", ["teacher.online=true"]))
-    assert all(passed for _, passed, _ in examine(case)) and case.teacher is not None
+    assert all(passed for _, passed, _ in run_checks(case)) and case.teacher is not None
 
 
 @pytest.mark.parametrize("words", [[], ["teacher.online=true"]])
@@ -134,7 +134,7 @@ def test_a_convolution_that_is_wrong_in_the_precision_of_the_run_is_found(toys, 
 
 
 def test_the_share_in_4_bits_is_said(toys):
-    said = {name: text for name, _, text in examine(build_case(load_config(toys / "toy.yaml")), ["4 bits"])}
+    said = {name: text for name, _, text in run_checks(build_case(load_config(toys / "toy.yaml")), ["4 bits"])}
     assert re.match(r"\d+\.\d% of the LLM's weights are in 4 bits \(", said["4 bits"])
 
 

@@ -12,7 +12,7 @@ from distill.distiller import Distiller
 from students.pretrained import Student
 from students.quantize import dequantize, quantize_4bit_
 from students.student import build_student, load_student, save_student, train_own_
-from teachers.ears.hearing import has_amx_bf16
+from teachers.ears.precision import has_amx_bf16
 from teachers.files.loading import save_salmonn
 from teachers.fourbit import FLAG, bnb, pack_for_good_, packed_for_answers
 from teachers.int8 import RowEmbedding, RowLinear, narrow_head_, narrow_linears_

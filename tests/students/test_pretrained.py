@@ -10,7 +10,7 @@ import soundfile
 import tiny
 import torch
 
-from shards.audio.quiet import cut_at_quiet
+from shards.audio.segmentation import segment_at_quiet
 from students import Student, build_student, save_student
 from students.asking import load_waveform
 from teachers import Lora, load_salmonn
@@ -44,21 +44,21 @@ def with_silence(seconds: float, *silences: tuple[float, float]) -> np.ndarray:
 
 def test_a_long_recording_is_cut_in_its_silences():
     waveform_N = with_silence(5, (1.4, 1.8), (3.0, 3.4))
-    pieces = cut_at_quiet(waveform_N, 2 * RATE)
+    pieces = segment_at_quiet(waveform_N, 2 * RATE)
     assert [start for start, _ in pieces] == [0, *(end for _, end in pieces[:-1])] and pieces[-1][1] == len(waveform_N)
     assert [round(end / RATE, 1) for _, end in pieces[:2]] == [1.6, 3.2]
 
 
 @pytest.mark.parametrize("waveform_N", [np.zeros(70_000, np.float32), with_silence(7), with_silence(6.03, (0, 6.0))])
 def test_pieces_follow_each_other_and_fit_the_ears(waveform_N):
-    pieces = cut_at_quiet(waveform_N, 2 * RATE, RATE // 3)
+    pieces = segment_at_quiet(waveform_N, 2 * RATE, RATE // 3)
     assert pieces[0][0] == 0 and pieces[-1][1] == len(waveform_N)
     assert all(a[1] == b[0] for a, b in pairwise(pieces))
     assert all(RATE // 3 <= end - start <= 2 * RATE for start, end in pieces)
 
 
 def test_a_recording_that_fits_is_one_piece():
-    assert cut_at_quiet(np.zeros(100, np.float32), 100) == [(0, 100)]
+    assert segment_at_quiet(np.zeros(100, np.float32), 100) == [(0, 100)]
 
 
 def test_segments_are_the_answers_to_their_pieces(student):

@@ -10,7 +10,7 @@ from test_checkpoint import reference, samples_of  # noqa: F401 (a fixture)
 from distill.config import EvalConfig
 from distill.evaluation.answering import predict
 from teachers.salmonn import Salmonn
-from teachers.words.ending import cut_after_end, has_ended
+from teachers.words.ending import has_ended, truncate_after_end
 from teachers.words.generation import EndSequence
 
 SALMONN = {"num_beams": 4, "repetition_penalty": 1.0, "length_penalty": 1.0}  # of decode configs in both trainers
@@ -37,7 +37,7 @@ def test_salmonns_own_stop_id_gives_its_shorter_answers(reference, name):  # noq
     model, _, tensors, scenarios = reference
     batch = model.collate(samples_of(name, tensors, scenarios[name]), with_answer=False, first_prompt=True)
     ids = model.generate_ids(batch, max_new_tokens=24)[0]
-    assert cut_after_end(ids, [[2]]) == scenarios[name]["generate_beams1"][0]
+    assert truncate_after_end(ids, [[2]]) == scenarios[name]["generate_beams1"][0]
 
 
 @pytest.mark.shared
@@ -113,7 +113,7 @@ def test_greedy_with_a_repetition_penalty_is_the_plain_arithmetic(model):
         for token in set(ids):
             logits_V[token] *= 1.8 if logits_V[token] < 0 else 1 / 1.8
         ids.append(int(logits_V.argmax()))
-    assert model.generate_ids(batch, max_new_tokens=6, repetition_penalty=1.8) == [cut_after_end(ids, model.ends)]
+    assert model.generate_ids(batch, max_new_tokens=6, repetition_penalty=1.8) == [truncate_after_end(ids, model.ends)]
 
 
 def test_the_config_reaches_the_search(model):
@@ -130,8 +130,8 @@ def test_an_end_of_several_ids_ends_each_row_and_its_last_id_alone_does_not():
     rows = torch.tensor([[1, 7, 8], [7, 1, 8], [7, 8, 1]])
     assert stop(rows, None).tolist() == [True, False, False]
     assert stop(rows[:, :1], None).tolist() == [False, False, False]
-    assert cut_after_end([1, 8, 7, 8, 5], [[7, 8], [9]]) == [1, 8, 7, 8]
-    assert cut_after_end([1, 9, 7, 8], [[7, 8], [9]]) == [1, 9]
+    assert truncate_after_end([1, 8, 7, 8, 5], [[7, 8], [9]]) == [1, 8, 7, 8]
+    assert truncate_after_end([1, 9, 7, 8], [[7, 8], [9]]) == [1, 9]
     assert not has_ended([], [[9]]) and not has_ended([8], [[7, 8]])
 
 

@@ -10,9 +10,9 @@ from distill.cache import cache
 from distill.caching.identity import describe_teacher
 from distill.cli import main
 from distill.config import Config, EvalConfig, TeacherConfig, load_config
+from distill.evaluation.answer_cache import find_answer_cache
 from distill.evaluation.answering import predict
 from distill.evaluation.evaluate import evaluate_run
-from distill.evaluation.keptanswers import locate
 from distill.evaluation.metrics.scores import scored_tasks
 from distill.pipeline import make_shards
 from distill.run import run
@@ -209,10 +209,10 @@ def test_caching_and_training_ask_as_trained_and_every_answer_as_evaluated(toys,
     soundfile.write(tmp_path / "a.wav", tiny.tone(1), 16_000)
     assert main(["transcribe", str(student), str(tmp_path / "a.wav"), "--max-new-tokens", "2"]) == 0
     assert {text for _, text in asked} == {own}
-    kept = locate(config)
-    assert kept.exists() and kept != locate(load_config(toys / "toy.yaml", ["name=asked"]))
+    kept = find_answer_cache(config)
+    assert kept.exists() and kept != find_answer_cache(load_config(toys / "toy.yaml", ["name=asked"]))
     files[1].write_text(json.dumps({"asr": "Note this now."}))
-    assert locate(config) != kept
+    assert find_answer_cache(config) != kept
 
 
 def test_a_saved_model_is_asked_in_other_words_and_back(toys, files):
@@ -220,7 +220,7 @@ def test_a_saved_model_is_asked_in_other_words_and_back(toys, files):
     model = load_salmonn(files[0].parent / "model")
     sample = tiny.make_sample(1)
     rows = [model.rows.row(sample, with_answer=False, first_prompt=True).after]
-    model.ask_with("")
+    model.set_eval_prompts("")
     rows.append(model.rows.row(sample, with_answer=False, first_prompt=True).after)
     assert (
         rows[0]

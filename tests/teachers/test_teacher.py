@@ -15,7 +15,7 @@ from distill.training.resuming import compare
 from shards.targets.distributions import Distribution
 from students import build_student
 from teachers import Lora, OnlineTeacher, Targets, Teacher, Vocabulary, load_salmonn
-from teachers.ears.hearing import hear_in_
+from teachers.ears.precision import set_ear_precision_
 from teachers.teacher import NoTeacher
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_a_toy_of_the_protocol_teaches_and_its_certainty_is_the_cross_entropy(st
 
 
 CHANGED = {
-    "ears": lambda model: hear_in_(model.whisper, "bf16"),
+    "ears": lambda model: set_ear_precision_(model.whisper, "bf16"),
     "teacher_config.template": lambda model: change(model, template="Q: {}"),
     "teacher_config.front_end": lambda model: change(model, second="beats", second_kind="beats", front_end="shared"),
     "dtype": lambda model: model.llm.to(torch.bfloat16),

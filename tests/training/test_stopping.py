@@ -19,7 +19,7 @@ from distill.training import runlock, stopping
 from distill.training.checkpoint import find_checkpoint
 from distill.training.runlock import make_run_folder
 from distill.training.stopping import BadSteps, BadStepsError, HangWatch, StopRequest, warn_of_slow_save
-from distill.training.zero import describe_build_locks, say_of_build
+from distill.training.zero import describe_build_locks, report_build
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
@@ -240,14 +240,14 @@ def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys
 def test_a_lock_that_a_killed_compiler_left_is_named_with_what_to_do_and_a_first_start_said(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     told = []
-    say_of_build(told.append)
+    report_build(told.append)
     assert "compiles its operators at the first start" in told[-1]
     (tmp_path / "utils").mkdir()
     (tmp_path / "utils" / "utils.so").touch()
-    say_of_build(told.append)
+    report_build(told.append)
     assert len(told) == 1 and describe_build_locks() == ""
     (tmp_path / "utils" / "lock").touch()
-    say_of_build(told.append)
+    report_build(told.append)
     assert f"{tmp_path}/utils/lock is there since 2" in told[-1] and "remove the file" in told[-1]
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from distill.evaluation.metrics.metric import NOT_AVAILABLE, Metric, Prediction, Tally
-from distill.evaluation.metrics.wording import split_caption
+from distill.evaluation.metrics.normalization import split_caption
 
 MAX_ORDER = 4  # of n-grams
 SIGMA = 6.0  # CIDEr-D: words of length difference that cost 1 - exp(-1/2)

@@ -1,14 +1,16 @@
-"""Exact match: 1 where an answer equals a reference as `wording.plain_answer` writes both, whatever the language."""
+"""Exact match: 1 where an answer equals a reference as `normalize_answer` writes both, whatever the language."""
 
 from collections.abc import Sequence
 
 from distill.evaluation.metrics.metric import Metric, Prediction, Tally
-from distill.evaluation.metrics.wording import plain_answer
+from distill.evaluation.metrics.normalization import normalize_answer
 
 
 def count_right(predictions: Sequence[Prediction], normalise: bool) -> Tally:
     """The share of answers that are right."""
-    return Tally.of_values([plain_answer(p.hypothesis) in set(map(plain_answer, p.references)) for p in predictions])
+    return Tally.of_values(
+        [normalize_answer(p.hypothesis) in set(map(normalize_answer, p.references)) for p in predictions]
+    )
 
 
 EXACT_MATCH = Metric(
@@ -30,5 +32,5 @@ EXACT_MATCH = Metric(
         "inference_QA",
     ),
     tally=count_right,
-    plain=lambda text, normalise: plain_answer(text),
+    plain=lambda text, normalise: normalize_answer(text),
 )

@@ -7,7 +7,7 @@ import jiwer
 import numpy as np
 
 from distill.evaluation.metrics.metric import Metric, Prediction, Tally
-from distill.evaluation.metrics.wording import Normaliser, is_latin, normalise_text, plain_phones
+from distill.evaluation.metrics.normalization import Normaliser, is_latin, normalise_text, normalize_phones
 
 
 def count_errors(predictions: Sequence[Prediction], plain: Normaliser) -> Tally:
@@ -71,7 +71,7 @@ WER = Metric(
 # phones are separated by spaces, and no words, so they are never normalised
 PER = Metric(
     tasks=("phone_recognition",),
-    tally=lambda predictions, normalise: count_errors(predictions, plain_phones),
-    plain=lambda text, normalise: plain_phones(text),
+    tally=lambda predictions, normalise: count_errors(predictions, normalize_phones),
+    plain=lambda text, normalise: normalize_phones(text),
     is_error_rate=True,
 )

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from shards.telling import is_quiet
+from shards.status import is_quiet
 
 LOG_SECONDS = 20.0  # between lines where there is no terminal
 SHORT_SECONDS = 1.0  # what took less leaves no line

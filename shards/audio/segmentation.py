@@ -12,7 +12,7 @@ SMOOTH_SECONDS = 0.2  # of quiet around a cut, that is looked for
 EARLIEST = 0.5  # of the longest piece: nothing is cut before
 
 
-def cut_at_quiet(waveform_N: np.ndarray, max_samples: int, min_samples: int = 1) -> list[tuple[int, int]]:
+def segment_at_quiet(waveform_N: np.ndarray, max_samples: int, min_samples: int = 1) -> list[tuple[int, int]]:
     """Cut a recording into pieces that follow each other without a gap.
 
     Each cut is where the loudness over SMOOTH_SECONDS is least in the second half of what a piece may hold; of equal

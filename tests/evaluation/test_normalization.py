@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.evaluation.metrics.wording import is_latin, normalise_text, plain_answer, split_caption
+from distill.evaluation.metrics.normalization import is_latin, normalise_text, normalize_answer, split_caption
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ OTHER = [
 
 @pytest.mark.parametrize("text, other", SAME)
 def test_answers_that_differ_in_case_quotes_or_sentence_signs_are_one(text, other):
-    assert plain_answer(text) == plain_answer(other) != ""
+    assert normalize_answer(text) == normalize_answer(other) != ""
 
 
 @pytest.mark.parametrize("text, other", OTHER)
 def test_answers_that_say_something_else_stay_apart(text, other):
-    assert plain_answer(text) != plain_answer(other)
+    assert normalize_answer(text) != normalize_answer(other)
 
 
 # What Stanford's PTBTokenizer 3.4.1 makes of them, lower-cased, without the punctuation that pycocoevalcap 1.2 drops.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 
 
-def offer(package: str, faces: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def lazy_exports(package: str, faces: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """A package's `__getattr__` and `__dir__`.
 
     Args:

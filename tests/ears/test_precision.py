@@ -16,7 +16,7 @@ from distill.run import wrap_teacher
 from distill.teacher import load_teacher, resolve_ears
 from students.student import build_student
 from teachers.ears.beats import BeatsEar
-from teachers.ears.hearing import WEIGHTS, hear_in_
+from teachers.ears.precision import WEIGHTS, set_ear_precision_
 from teachers.files.loading import load_salmonn, save_salmonn
 
 BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -46,7 +46,7 @@ def test_ears_of_bf16_weights_have_many_times_the_error_of_fp16_autocast_and_flo
     exact = load_salmonn(toys / "teacher")
     expected, errors = frames_of(exact), {}
     for precision in WEIGHTS:
-        model = load_salmonn(toys / "teacher", dtype=torch.bfloat16, hearing=precision)
+        model = load_salmonn(toys / "teacher", dtype=torch.bfloat16, ear_precision=precision)
         assert model.llm.dtype == torch.bfloat16
         with BFLOAT16():  # as the caching job runs all of the teacher
             errors[precision] = float((frames_of(model) - expected).norm() / expected.norm())
@@ -57,12 +57,12 @@ def test_ears_of_bf16_weights_have_many_times_the_error_of_fp16_autocast_and_flo
 
 
 def test_shared_ears_bring_their_precision_with_them(toys):
-    teacher = load_salmonn(toys / "teacher", dtype=torch.bfloat16, hearing="float32")
+    teacher = load_salmonn(toys / "teacher", dtype=torch.bfloat16, ear_precision="float32")
     llm = str(toys / "parts" / "student-llm")
     student = build_student(teacher, llm, quantization="none", connector="new", dtype=torch.bfloat16)
     with BFLOAT16():
         assert torch.equal(frames_of(student), frames_of(teacher))
-    hear_in_(teacher.whisper, "bf16")
+    set_ear_precision_(teacher.whisper, "bf16")
     assert student.whisper.encoder.conv1.weight.dtype == torch.bfloat16
 
 

@@ -23,7 +23,7 @@ FIELD = re.compile(r"    (\w+): [^#]+?(?:  # (.*))?$")
 MORE = re.compile(r"    # (.*)$")  # the rest of a comment that did not fit beside its field
 
 
-def write_starter(file: Path, recipe: str | None = None) -> None:
+def write_new_config(file: Path, recipe: str | None = None) -> None:
     """Write a config to start from.
 
     Args:
@@ -94,6 +94,6 @@ def read_comments(section: type) -> dict[str, str]:
 
 def main(args: argparse.Namespace) -> int:
     """Run `distill new`."""
-    write_starter(args.file, args.recipe)
+    write_new_config(args.file, args.recipe)
     print(f"{args.file} is written; `distill pipeline {args.file}` runs it")
     return 0

@@ -26,7 +26,7 @@ VERSION = 2  # of the files, and of how answers are made
 OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "front_end", "dtype")
 
 
-def locate(config: Config) -> Path:
+def find_answer_cache(config: Config) -> Path:
     """Where the answers of the config's teacher to its test split are, if they are kept; loads no LLM."""
     of_teacher = (
         "name",
@@ -49,7 +49,7 @@ def locate(config: Config) -> Path:
     return config.cache_folder / FOLDER / f"{fingerprint([*parts, split])[:16]}.json"
 
 
-def read_answers(path: Path) -> tuple[list[Prediction], Cost] | None:
+def read_answer_cache(path: Path) -> tuple[list[Prediction], Cost] | None:
     """Answers and cost that were kept; None where there are none or the file is damaged."""
     try:
         content = read_object(path, {"answers": list, "cost": dict})
@@ -59,7 +59,7 @@ def read_answers(path: Path) -> tuple[list[Prediction], Cost] | None:
         return None
 
 
-def keep_answers(path: Path, answers: list[Prediction], cost: Cost) -> None:
+def write_answer_cache(path: Path, answers: list[Prediction], cost: Cost) -> None:
     """Keep answers and cost for the next student.
 
     Raises:

@@ -13,7 +13,7 @@ import warnings
 QUIET = "DISTILL_QUIET"  # set in the environment, so that stages and workers of a quiet command are quiet too
 
 
-def hush() -> None:
+def set_quiet() -> None:
     """From now on only results and errors are printed, here and in the processes that are started."""
     os.environ[QUIET] = "1"
     logging.disable(logging.WARNING)
@@ -25,7 +25,7 @@ def is_quiet() -> bool:
     return os.environ.get(QUIET) == "1"
 
 
-def tell(text: str) -> None:
+def print_status(text: str) -> None:
     """A line for who watches."""
     if not is_quiet():
         print(text, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ WEIGHTS = {"float32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat
 PRODUCTS = {"float32": torch.float32, "fp16": torch.float16}  # whatever autocast stands around; "bf16": as that says
 
 
-def hear_in_(ear: nn.Module, precision: str) -> None:
+def set_ear_precision_(ear: nn.Module, precision: str) -> None:
     """Let an ear hear in a precision, one of `WEIGHTS`, wherever it is shared, in place; weights are only rounded."""
     ear.to(WEIGHTS[precision])
     ear.precision = precision
@@ -28,7 +28,7 @@ def describe_precision(ear: nn.Module) -> str:
 
 
 @contextmanager
-def products_of(ear: nn.Module) -> Iterator[None]:
+def ear_autocast(ear: nn.Module) -> Iterator[None]:
     """While it is open, products are in the precision that the ear is to hear in; of one without, nothing changes."""
     dtype = PRODUCTS.get(getattr(ear, "precision", None))
     if dtype is None:

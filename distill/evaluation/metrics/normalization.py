@@ -59,12 +59,12 @@ def _basic_words(text: str) -> str:
     return regex.sub(r"(?<![\p{L}\p{N}\p{M}])\p{M}+|[\p{S}\p{P}\p{Cc}]", " ", text)
 
 
-def plain_phones(text: str) -> str:
+def normalize_phones(text: str) -> str:
     """Phones as they are, with one space between and their marks composed."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def plain_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """An answer as exact match compares it: without case, quotes, brackets (what is in them stays) and sentence signs.
 
     What says something stays: letters with their marks, symbols, a minus before a number or behind a letter (`B-`),
