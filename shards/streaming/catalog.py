@@ -249,9 +249,9 @@ def _compare_channels(policies: dict[str, str]) -> None:
 
 
 def read_channels(data: bytes) -> str:
-    """What was heard of several channels, out of an index.json; before it could be chosen it was their mean."""
+    """What was heard of several channels, out of an index.json."""
     try:
-        return json.loads(data)["options"].get("channels", "mean")
+        return json.loads(data)["options"]["channels"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return "unknown"  # `read_listing` says what is wrong
 

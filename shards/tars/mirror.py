@@ -15,7 +15,7 @@ from shards.files.usercache import user_cache
 from shards.files.write import open_atomically, write_atomically
 from shards.tars.archive import ShardError
 from shards.tars.localcopy import ShardCache
-from shards.tars.source import TARGETS_SUFFIX, is_http, is_remote, open_filesystem, read_small, remote_size, retry
+from shards.tars.source import TARGETS_SUFFIX, is_http, open_filesystem, read_small, remote_size, retry
 
 LISTING = "files.json"  # names of the small files, for http, which lists no folder
 
@@ -105,11 +105,6 @@ class Mirror:
         found = _tried(lambda: filesystem.find(root) if filesystem.exists(root) else [], self.url)
         names = [path.removeprefix(root).removeprefix("/") for path in found]
         return [name for name in names if not name.endswith((TARGETS_SUFFIX, ".part")) and ".." not in name.split("/")]
-
-
-def local_folder(place: str | Path) -> Path:
-    """A folder of this machine that holds the small files of a local or remote cache, fetched just now."""
-    return Mirror(str(place)).pull() if is_remote(str(place)) else Path(place)
 
 
 def _tried(call: Callable, name: str):

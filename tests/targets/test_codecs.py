@@ -285,7 +285,7 @@ def test_a_residual_that_was_not_measured_is_one_minus_the_rest():
     online = Distribution.from_logits(make_logits(30, 2000), 32, (1.0, 2.0))
     bare = Distribution(online.ids_SK, online.logprobs_SK, online.log_partition_S, 2000)
     for temperature in (1.0, 2.0):
-        torch.testing.assert_close(to_dense(bare, temperature), to_dense(online, temperature), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(to_dense(bare, temperature), to_dense(online, temperature), rtol=1e-4, atol=4e-6)
 
 
 @pytest.mark.parametrize(
