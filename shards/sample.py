@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from shards.lazy_imports import late
+
+if TYPE_CHECKING:
+    from shards.targets.record import TargetRecord
 
 np = late("numpy")
 
@@ -32,11 +36,11 @@ class Sample:
     source: str  # name of the data set
     sha256: str  # of the decoded int16 samples, before any augmentation
     epoch: int = 0  # which pass over the data this is
-    targets: bytes | None = None  # the key's KEY.targets.safetensors, when a target cache is joined
+    targets: TargetRecord | None = None  # the key's, when a target cache is joined; its features as they are stored
     clean_N: np.ndarray | None = None  # before augmentation, when the teacher hears that; else it hears waveform_N
     mel_mask: MelMask | None = None  # what is hidden of the log-mel that waveform_N gives
     weight: float = 1.0  # what it counts in the losses
-    student_answer: bytes | None = None  # the student's own answer and its targets, when that is learned this time
+    student_answer: TargetRecord | None = None  # the student's own answer with its targets, where that is learned
     answer_ids: tuple[int, ...] | None = None  # the answer's ids with the end token, where `text` alone tells others
 
     @property

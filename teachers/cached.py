@@ -3,7 +3,7 @@
 Shapes: B batch, S supervised positions, V vocabulary, W windows, Q queries a window, E query width, D LLM width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from shards.streaming.catalog import hash_shards
 from shards.targets.codecs.table import decode
 from shards.targets.distributions import HiddenStates
 from shards.targets.header import CacheHeader
-from shards.targets.record import TargetRecord
+from shards.targets.record import Stored, TargetRecord
 from shards.targets.store import TargetReader
 from teachers.files.cacheparts import load_head, load_rows
 from teachers.targets import FRAMES, HEAD_INPUT, QUERIES, Targets, hidden_name, identify_row
@@ -97,7 +97,7 @@ class CachedTeacher(Teacher):
             record.check(identify_row(sample, row), f"{self.cache_folder}: {sample.key}")
         device = batch.labels_S.device
         distribution = decode(*(record.payload for record in records)).to(device)
-        layers = {n: join_positions(records, hidden_name(n)).to(device) for n in self._layers}
+        layers = {n: join([r.features[hidden_name(n)] for r in records], torch.cat, device) for n in self._layers}
         hidden_SD = layers.pop(HEAD_INPUT, None)
         if isinstance(distribution, HiddenStates):
             self.head_weight_VD = self.head_weight_VD.to(device)
@@ -110,8 +110,8 @@ class CachedTeacher(Teacher):
         has_queries = all(q is not None for q in queries)
         return Targets(
             distribution=distribution,
-            queries_BWQE=pad_rows(queries).to(device) if has_queries else None,
-            num_windows_B=[len(q) for q in queries] if has_queries else [],
+            queries_BWQE=join(queries, pad, device) if has_queries else None,
+            num_windows_B=[len(q.values) for q in queries] if has_queries else [],
             label_logprobs_S=torch.cat([torch.tensor(record.label_logprobs_S) for record in records]).to(device),
             hidden=hidden_SD,
             hidden_by_layer=layers,
@@ -133,7 +133,7 @@ class CachedTeacher(Teacher):
                 f"sample {changed[0]} is augmented, but {self.cache_folder} holds the encoders' frames of the clean "
                 f"clip; cache with cache.frames=none, or train without augmentation."
             )
-        return [pad_rows([record.features[name] for record in records]).to(device) for name in names]
+        return [join([record.features[name] for record in records], pad, device) for name in names]
 
     def _record(self, sample: Sample) -> TargetRecord:
         if sample.targets is None:
@@ -141,9 +141,9 @@ class CachedTeacher(Teacher):
                 f"targets of sample {sample.key} are not there, but this run reads the cache {self.cache_folder}; "
                 f"open the stream with targets= that folder, or set teacher.online=true."
             )
-        record = TargetRecord.unpack(sample.targets)
+        record = sample.targets
         if sample.student_answer is not None:
-            return self._join_student(record, TargetRecord.unpack(sample.student_answer), sample.key)
+            return self._join_student(record, sample.student_answer, sample.key)
         if record.other is None or not learns_own_answer(sample, "both"):
             return record
         return replace(record.other, features=record.features | record.other.features)
@@ -159,11 +159,21 @@ class CachedTeacher(Teacher):
         return replace(answered, features=record.features | answered.features)
 
 
-def join_positions(records: Sequence[TargetRecord], name: str) -> Tensor:
-    """A feature of every record, one after the other."""
-    return torch.cat([torch.from_numpy(record.features[name]) for record in records])
+def join(features: Sequence[Stored], how: Callable[[list[Tensor]], Tensor], device: torch.device) -> Tensor:
+    """A feature of several records as one tensor, float32; it goes to the device as small as it is stored.
+
+    Args:
+        features: of the records.
+        how: joins tensors: `torch.cat`, or `pad`.
+        device: where it is multiplied out.
+    """
+    values = how([torch.from_numpy(feature.values) for feature in features]).to(device).float()
+    if features[0].scale is None:
+        return values
+    scale = how([torch.from_numpy(feature.scale) for feature in features]).to(device)
+    return values.mul_(scale[..., None])
 
 
-def pad_rows(rows: Sequence[np.ndarray]) -> Tensor:
+def pad(rows: list[Tensor]) -> Tensor:
     """Rows of several lengths as one tensor, zeros behind the shorter."""
-    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from shards.sample import Sample
 from shards.targets.header import CacheHeader
-from shards.targets.record import TargetRecord
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets
 from teachers.words.batch import Batch
@@ -88,7 +87,7 @@ def take_student_answer(sample: Sample) -> Sample:
     """The sample with the student's answer in the place of its text, token by token, where it comes with one."""
     if sample.student_answer is None:
         return sample
-    record = TargetRecord.unpack(sample.student_answer)
+    record = sample.student_answer
     return replace(sample, text=record.answer, answer_ids=tuple(record.answer_ids_S.tolist()))
 
 

@@ -15,7 +15,6 @@ from distill.objective.weighing import Counts, Weights, count, weigh
 from shards.sample import SAMPLE_RATE, Sample
 from shards.targets.header import CacheHeader
 from students.ears import EARS, describe_ears
-from teachers.ears.length import FULL
 from teachers.files.loading import hash_frozen_parts
 from teachers.salmonn import Salmonn
 from teachers.targets import Targets
@@ -108,8 +107,7 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
     """
     if header is None or header.identity["features"]["frames"] == "none":
         return
-    features, heard = header.identity["features"], student.config.ears_seconds
-    cached = features.get("ears_seconds", FULL)  # of a cache that was made before it was named
+    cached, heard = header.section("features")["ears_seconds"], student.config.ears_seconds
     if cached != heard:
         raise ValueError(
             f"ears_seconds of the student is {heard!r}, but the cache keeps frames of {cached!r}; cache again with "
@@ -128,7 +126,7 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
 
 def has_other_form(header: CacheHeader, student: Salmonn) -> bool:
     """Whether a student's ears are trained, or have fewer layers or bits than those whose frames are cached."""
-    teacher, is_trained = header.identity["teacher_config"], any(p.requires_grad for p in student.whisper.parameters())
+    teacher, is_trained = header.section("teacher_config"), any(p.requires_grad for p in student.whisper.parameters())
     form = ("ears_quantization", "whisper_layers")
     return is_trained or any(teacher[name] != getattr(student.config, name) for name in form)
 

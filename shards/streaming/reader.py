@@ -19,6 +19,7 @@ from shards.audio.augmentation import Augmentation
 from shards.audio.decode import AudioError, decode_audio, hash_waveform
 from shards.sample import SAMPLE_RATE, Sample
 from shards.streaming.catalog import Catalog
+from shards.targets.record import TargetRecord
 from shards.tars.archive import ShardError
 from shards.tars.localcopy import ShardCache
 
@@ -78,9 +79,9 @@ class Reader:
         try:
             fields = _parse_fields(self._read_member(name, row, "json"), f"{name}: {key}")
             waveform_N = self._read_audio(name, row, fields)
-            targets = self._read_member(catalog.target_names[shard], row, "targets") if catalog.target_names else None
+            targets = self._read_record(catalog.target_names[shard], row, "targets") if catalog.target_names else None
             is_answered = self._is_answered(row, epoch)
-            answer = self._read_member(catalog.answer_names[shard], row, "answers") if is_answered else None
+            answer = self._read_record(catalog.answer_names[shard], row, "answers") if is_answered else None
         except AudioError as error:
             return BadSample(key, name, epoch, error.reason, str(error))
         sample = Sample(
@@ -130,6 +131,14 @@ class Reader:
         if not self.catalog.attested[self.catalog.shards[row]] and hash_waveform(waveform_N) != fields["sha256"]:
             raise AudioError("changed", f"{name}: {key} decodes to other audio than was packed; pack it again.")
         return waveform_N
+
+    def _read_record(self, name: str, row: int, kind: str) -> TargetRecord:
+        """Targets, unpacked here, where no step waits for it, but for what would make them larger to carry."""
+        data = self._read_member(name, row, kind)
+        try:
+            return TargetRecord.unpack(data, as_stored=True)
+        except ValueError as error:
+            raise ShardError(f"{name}: {self.catalog.key(row)}: {error}") from error
 
     def _read_member(self, name: str, row: int, kind: str) -> bytes:
         offset, size, crc32 = self.catalog.members[kind][row].tolist()

@@ -25,8 +25,15 @@ IDENTITY_FIELDS = (
     "answers",
 )
 # fields that came later: what a cache without them had; None: it does not know, and its records are checked one by one
-LATER = {"answers.version": 1, "ends.own": None, "ends.stops": None, "features.ears_seconds": "30",
-         "teacher_config.ears_seconds": "30"}  # fmt: skip
+LATER = {
+    "answers.version": 1,
+    "ends.own": None,
+    "ends.stops": None,
+    "features.ears_seconds": "30",
+    "teacher_config.ears_seconds": "30",
+    "teacher_config.ears_quantization": "none",
+    "teacher_config.whisper_layers": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,11 @@ class CacheHeader:
         """SHA-256 of the canonical JSON of the identity and the file format."""
         text = json.dumps([FORMAT, self.identity], sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def section(self, name: str) -> dict:
+        """A part of the identity; where it lacks a later field, with what a cache then had."""
+        later = {field.removeprefix(f"{name}."): had for field, had in LATER.items() if field.startswith(f"{name}.")}
+        return {field: had for field, had in later.items() if had is not None} | self.identity[name]
 
     def check(self, expected: "CacheHeader", path: Path) -> None:
         """Refuse a cache that something else made.

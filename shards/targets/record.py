@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,20 +39,20 @@ def pack_record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) 
 
 
 def unpack_record(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors, read-only views into `data`, and metadata of a safetensors file.
+    """Tensors, views into one copy of `data`, and metadata of a safetensors file.
 
     Raises:
         ValueError: the bytes are not a whole safetensors file.
     """
     try:
         start = 8 + int.from_bytes(data[:8], "little")
-        layout = json.loads(data[8:start])
+        layout, own = json.loads(data[8:start]), memoryview(bytearray(data))  # which may be written to, as torch asks
         metadata = layout.pop("__metadata__", {})
         tensors, end = {}, 0
         for name, entry in layout.items():
             first, last = entry["data_offsets"]
             dtype = np.dtype(_DTYPES[entry["dtype"]])
-            tensors[name] = np.frombuffer(data[start + first : start + last], dtype).reshape(entry["shape"])
+            tensors[name] = np.frombuffer(own[start + first : start + last], dtype).reshape(entry["shape"])
             end = max(end, last)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"record of {len(data)} bytes is not a safetensors file; cache this sample again.") from error
@@ -80,15 +81,26 @@ def pack_features(name: str, values: np.ndarray, dtype: str) -> dict[str, np.nda
     return {name + _INT8: quantized, name + _SCALE: scale}
 
 
-def unpack_features(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every feature among a record's tensors, in float32, by name."""
+class Stored(NamedTuple):
+    """A feature as a record holds it, a quarter or half of its float32: for who has to carry it before it is used."""
+
+    values: np.ndarray  # int8 or float16
+    scale: np.ndarray | None = None  # float32, what each row of int8 is multiplied by
+
+    def to_float32(self) -> np.ndarray:
+        """The feature."""
+        return self.values.astype(np.float32) if self.scale is None else dequantize_rows(self.values, self.scale)
+
+
+def find_features(tensors: Mapping[str, np.ndarray]) -> dict[str, Stored]:
+    """Every feature among a record's tensors, by name."""
     features = {}
     for key, values in tensors.items():
         if key.endswith(_FLOAT16):
-            features[key.removesuffix(_FLOAT16)] = values.astype(np.float32)
+            features[key.removesuffix(_FLOAT16)] = Stored(values)
         elif key.endswith(_INT8):
             name = key.removesuffix(_INT8)
-            features[name] = dequantize_rows(values, tensors[name + _SCALE])
+            features[name] = Stored(values, tensors[name + _SCALE])
     return features
 
 
@@ -131,7 +143,7 @@ class TargetRecord:
         answer: the text.
         answer_source: "label", "teacher" or "student": whose answer it is.
         identity: `identify_sample` of what the teacher was given.
-        features: float32 by name, such as `queries_WQE` or `hidden_16_SD`.
+        features: float32 by name, such as `queries_WQE` or `hidden_16_SD`; in a record of the stream `Stored` ones.
         notes: further text, such as the teacher's own transcript and its WER.
         other: targets of the teacher's own answer where both are kept; without what does not depend on the answer.
     """
@@ -144,7 +156,7 @@ class TargetRecord:
     answer: str
     answer_source: str
     identity: str
-    features: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[str, np.ndarray | Stored] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     other: "TargetRecord | None" = None
 
@@ -187,14 +199,16 @@ class TargetRecord:
         return pack_record(tensors, own | {f"note.{name}": text for name, text in self.notes.items()})
 
     @classmethod
-    def unpack(cls, data: bytes) -> "TargetRecord":
-        """Read `pack`'s bytes.
+    def unpack(cls, data: bytes, *, as_stored: bool = False) -> "TargetRecord":
+        """Read `pack`'s bytes; `as_stored` leaves features as they are, to be carried and multiplied out elsewhere.
 
         Raises:
             ValueError: the bytes are cut, or lack a field.
         """
         tensors, metadata = unpack_record(data)
-        features = unpack_features(tensors)
+        features = {name.removeprefix(_FEATURE): stored for name, stored in find_features(tensors).items()}
+        if not as_stored:
+            features = {name: stored.to_float32() for name, stored in features.items()}
         try:
             return cls(
                 payload=tensors["payload"].tobytes(),
@@ -205,9 +219,9 @@ class TargetRecord:
                 answer=metadata["answer"],
                 answer_source=metadata["answer_source"],
                 identity=metadata["identity"],
-                features={name.removeprefix(_FEATURE): values for name, values in features.items()},
+                features=features,
                 notes={name.removeprefix("note."): text for name, text in metadata.items() if name.startswith("note.")},
-                other=cls.unpack(tensors[_OTHER].tobytes()) if _OTHER in tensors else None,
+                other=cls.unpack(tensors[_OTHER].tobytes(), as_stored=as_stored) if _OTHER in tensors else None,
             )
         except KeyError as error:
             raise ValueError(

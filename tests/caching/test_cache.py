@@ -12,6 +12,7 @@ import signal
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -28,11 +29,13 @@ from distill.teacher import load_teacher
 from shards.audio.augmentation import Augmentation
 from shards.packing.folder import ShardSize
 from shards.packing.pack import pack
+from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs.table import decode
-from shards.targets.header import CacheHeader
+from shards.targets.header import LATER, CacheHeader
+from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
@@ -201,6 +204,26 @@ def test_cached_frames_give_the_losses_of_ears_that_run(toys, tmp_path, windows)
     expected = train(toys, tmp_path / "a", plain, model)
     model.whisper.forward = model.whisper.encode = None  # nobody may hear, and nothing is decoded
     assert train(toys, tmp_path / "b", config, model) == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_is_unpacked_once_a_step_and_by_the_workers_where_there_are_some(toys, tmp_path, monkeypatch, workers):
+    config = make_cache(toys, tmp_path, "cache.frames=int8", "data.labelled_share=0.5", "cache.hidden_layers=[1]")
+    model, unpack, unpacked = load_salmonn(toys / "teacher"), TargetRecord.unpack, []
+    monkeypatch.setattr(TargetRecord, "unpack", lambda data, **how: unpacked.append(data) or unpack(data, **how))
+    stream = ShardStream(toys / "data" / "train", Order(batch_size=12, shuffle=False),
+                         Selection(targets=tmp_path, labelled_share=0.5), Limits(workers=workers),
+                         decode=False)  # fmt: skip
+    teacher = wrap_teacher(config, model)
+    samples, is_pseudo = teacher.label(next(iter(stream)))
+    targets = teacher.targets(model.collate(samples))
+    assert len(unpacked) == (0 if workers else 12) and 0 < sum(is_pseudo) < 12
+    records = read_records(tmp_path)
+    for b, sample in enumerate(samples):
+        frames_RE = records[sample.key].features["frames_0_RE"]
+        assert np.array_equal(targets.frames[0][b, : len(frames_RE)].numpy(), frames_RE)
+    states_SD = np.concatenate([records[sample.key].features["hidden_1_SD"] for sample in samples])
+    assert np.array_equal(targets.hidden_by_layer[1].numpy(), states_SD)
 
 
 def test_frames_of_some_windows_are_refused_for_a_student_that_reads_all(toys, tmp_path):
@@ -496,18 +519,18 @@ def test_a_cache_with_other_settings_is_refused_by_name(toys, tmp_path):
 def test_a_cache_whose_header_does_not_name_later_fields_is_read_and_completed(toys, tmp_path, monkeypatch):
     def describe_as_before(*args, **how):
         fields = {name: value for name, value in describe_teacher(*args, **how).identity.items() if name != "ends"}
-        later = (("answers", "version"), ("features", "ears_seconds"), ("teacher_config", "ears_seconds"))
-        rooms = {room: {n: x for n, x in fields[room].items() if n != name} for room, name in later}
-        return CacheHeader(fields | rooms)
+        for room in ("answers", "features", "teacher_config"):
+            fields[room] = {name: x for name, x in fields[room].items() if f"{room}.{name}" not in LATER}
+        return CacheHeader(fields)
 
     monkeypatch.setattr(cache_module, "describe_teacher", describe_as_before)
-    config = make_cache(toys, tmp_path)
+    config = make_cache(toys, tmp_path, "cache.frames=int8")
     monkeypatch.undo()
     before, model = read_files(tmp_path), load_salmonn(toys / "teacher")
     assert wrap_teacher(config, model).header != describe_teacher(model, config)
     (tmp_path / "train-000001.targets.json").unlink()
-    make_cache(toys, tmp_path)
-    assert read_files(tmp_path) == before
+    make_cache(toys, tmp_path, "cache.frames=int8")
+    assert read_files(tmp_path) == before and len(train(toys, tmp_path / "run", config, model)) == 3
     monkeypatch.setattr(identity, "ANSWERS", 2)
     with pytest.raises(ValueError, match=r"What differs:\n  answers\.version: cached 1, this run 2$"):
         wrap_teacher(config, model)

@@ -15,6 +15,7 @@ from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from shards.targets.record import TargetRecord
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
 
@@ -96,8 +97,13 @@ def test_a_shard_that_vanishes_or_changes_during_a_run_is_an_error_not_a_skip(tm
 def write_targets(path, keys):
     writer = TarWriter(path)
     for key in keys:
-        writer.add(f"{key}.targets.safetensors", f"what the teacher says of {key}".encode())
+        writer.add(f"{key}.targets.safetensors", make_record(key).pack())
     writer.close()
+
+
+def make_record(key):
+    of_each_S = np.zeros(2, np.float32)
+    return TargetRecord(b"", of_each_S, of_each_S, of_each_S, of_each_S, f"what the teacher says of {key}", "label", "")
 
 
 @pytest.fixture
@@ -114,7 +120,19 @@ def test_targets_are_joined_by_key(with_targets):
     for sample in itertools.chain.from_iterable(
         ShardStream(audio, Order(batch_size=2, epochs=1), Selection(targets=cache), Limits(workers=1))
     ):
-        assert sample.targets == f"what the teacher says of {sample.key}".encode()
+        assert sample.targets.answer == f"what the teacher says of {sample.key}"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_targets_that_are_no_record_are_named(with_targets, workers):
+    audio, cache = with_targets
+    writer = TarWriter(cache / "train-000001.targets.tar")
+    for number in (3, 4):
+        writer.add(f"{make_key(number)}.targets.safetensors", b"of another program")
+    writer.close()
+    stream = ShardStream(audio, Order(batch_size=5, epochs=1), Selection(targets=cache), Limits(workers=workers))
+    with pytest.raises(ShardError, match=r"000001\.targets\.tar: clip-0000\d: record of 18 bytes is not a safetensors"):
+        list(stream)
 
 
 def test_missing_and_foreign_targets_are_refused_by_name(with_targets):
