@@ -64,12 +64,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="of the clip that encoders are timed on")
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="that are timed")
+    parser.add_argument("--lengths", nargs="*", default=list(LENGTHS), help="that students are trained with")
     parser.add_argument("--note", default="", help="said beside the table, such as what else the machine did")
     parser.add_argument("words", nargs="*", metavar="key=value")
     args = parser.parse_args()
     config = load_config(CONFIG, args.words)
     scratch = load_config(CONFIG).run_folder / "scratch"
-    wers = {length: train_and_score(length, config, scratch) for length in LENGTHS}
+    wers = {}
+    for length in args.lengths:
+        wers[length] = train_and_score(length, config, scratch)
+        print(f"{length}: WER {wers[length]:.4f}", flush=True)
     paddings = {"30": None, "clip": 0.0, "clip+1": 1.0, "clip+3": 3.0}
     times = {name: {length: time_encoder(name, args.seconds, padding) for length, padding in paddings.items()}
              for name in args.models}  # fmt: skip
@@ -84,10 +88,11 @@ def make_table(figures: dict) -> str:
     names = [name.rpartition("/")[2] for name in times]
     lines = ["| Whisper hears | WER % on fsdd | " + " | ".join(f"{name}, s a clip" for name in names) + " |",
              "|---" * (2 + len(names)) + "|"]  # fmt: skip
-    for length, wer in figures["wer"].items():
+    for length in LENGTHS:
         cells = " | ".join(f"{found[length]:.2f}" for found in times.values())
         title = "all it takes" if length == "30" else length
-        lines.append(f"| {title} | {100 * wer:.1f} | {cells} |")
+        wer = f"{100 * figures['wer'][length]:.1f}" if length in figures["wer"] else "not trained"
+        lines.append(f"| {title} | {wer} | {cells} |")
     threads = f"{figures['threads']} thread{'s' * (figures['threads'] != 1)}"
     note = f" {figures['note']}" if figures["note"] else ""
     return "\n".join([*lines, "", f"{figures['steps']} steps, one seed; the encoders' clip lasts "
