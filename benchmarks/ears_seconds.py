@@ -46,16 +46,19 @@ def train_and_score(ears_seconds: str, config: Config, scratch: Path) -> float:
 
 @torch.no_grad()
 def time_encoder(name: str, seconds: float, padding: float | None) -> float:
-    """Seconds that a Whisper of this size takes for one clip; `padding` behind it, or None: up to 30 s."""
+    """Processor seconds that a Whisper of this size takes for one clip; `padding` behind it, or None: up to 30 s.
+
+    They are this process's own, so that other work on the machine counts little.
+    """
     sizes = model_config(name).to_dict()
     ear = WhisperEar.from_config(WhisperConfig(**sizes)).requires_grad_(False)
     mel_BMX = torch.randn(1, ear.log_mel.num_mels, ear.log_mel.num_frames)
     frames = None if padding is None else [min(1500, round((seconds + padding) * SAMPLE_RATE) // FRAME_SAMPLES)]
     found = []
     for _ in range(RUNS):
-        began = time.perf_counter()
+        began = time.process_time()
         ear.encode(mel_BMX, frames)
-        found.append(time.perf_counter() - began)
+        found.append(time.process_time() - began)
     return min(found)
 
 
@@ -86,7 +89,7 @@ def make_table(figures: dict) -> str:
     """Markdown: a row a length."""
     times = figures["encoder_seconds"]
     names = [name.rpartition("/")[2] for name in times]
-    lines = ["| Whisper hears | WER % on fsdd | " + " | ".join(f"{name}, s a clip" for name in names) + " |",
+    lines = ["| Whisper hears | WER % on fsdd | " + " | ".join(f"{name}, processor s a clip" for name in names) + " |",
              "|---" * (2 + len(names)) + "|"]  # fmt: skip
     for length in LENGTHS:
         cells = " | ".join(f"{found[length]:.2f}" for found in times.values())
