@@ -51,7 +51,7 @@ class MaterialisedAttention(GatedAttention):
         return self.out_proj((weights @ value).transpose(1, 2).flatten(2))
 
 
-def synthesise_clips(seconds: list[float]) -> list[Tensor]:
+def synthesize_clips(seconds: list[float]) -> list[Tensor]:
     """Tones that come and go over noise, float32 in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     clips = []
@@ -85,7 +85,7 @@ def original_features(clips: list[Tensor], extractor: WhisperFeatureExtractor) -
 
 def measure_front_ends(seconds: list[float], repetitions: int) -> dict:
     """Clips a CPU second of each path, and how far ours is from the original's features."""
-    clips = synthesise_clips(seconds)
+    clips = synthesize_clips(seconds)
     waveforms_BN, num_samples_B = pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips])
     extractor = WhisperFeatureExtractor(NUM_MELS)
     whisper = WhisperLogMel(NUM_MELS, 3000)
@@ -116,10 +116,10 @@ def measure_front_ends(seconds: list[float], repetitions: int) -> dict:
 
 @torch.no_grad()
 def measure_beats_attention(seconds: float, repetitions: int) -> dict:
-    """CPU seconds of BEATs at its official size with one attention call and with materialised scores."""
+    """CPU seconds of BEATs at its official size with one attention call and with materialized scores."""
     torch.manual_seed(0)
     ear = BeatsEar.from_config(BeatsConfig())
-    waveforms_BN = synthesise_clips([seconds])[0][None]
+    waveforms_BN = synthesize_clips([seconds])[0][None]
     num_samples_B = torch.tensor([waveforms_BN.shape[1]])
 
     def hear_with(attention: type[nn.Module]) -> Tensor:
@@ -128,20 +128,20 @@ def measure_beats_attention(seconds: float, repetitions: int) -> dict:
         return ear(waveforms_BN, num_samples_B)[0]
 
     paths = {
-        "materialised": lambda: hear_with(MaterialisedAttention),
+        "materialized": lambda: hear_with(MaterialisedAttention),
         "one call": lambda: hear_with(GatedAttention),
     }
     times = time_in_turn(paths, repetitions)
-    expected = paths["materialised"]()
+    expected = paths["materialized"]()
     error = float((paths["one call"]() - expected).norm() / expected.norm())
-    ratio = times["materialised"] / times["one call"]
+    ratio = times["materialized"] / times["one call"]
     return {"clip_seconds": seconds, "cpu_seconds": times, "ratio": ratio, "relative_error": error}
 
 
 def measure_approximate_effect() -> dict:
     """What the shared spectrum does to BEATs of the official size; its weights are random, a trained one differs."""
     torch.manual_seed(0)
-    clips = synthesise_clips([10.0])
+    clips = synthesize_clips([10.0])
     ear = BeatsEar.from_config(BeatsConfig())
     return measure_approximation(WhisperLogMel(NUM_MELS, 3000), ear, torch.stack(clips), torch.tensor([len(clips[0])]))
 
@@ -149,7 +149,7 @@ def measure_approximate_effect() -> dict:
 @torch.no_grad()
 def measure_gpu(batch_size: int = 32, repetitions: int = 10) -> dict:
     """Clips of 10 s a second on the GPU: front ends in float32, encoders of the official sizes in bfloat16."""
-    clips = synthesise_clips([10.0] * batch_size)
+    clips = synthesize_clips([10.0] * batch_size)
     waveforms_BN, num_samples_B = torch.stack(clips).cuda(), torch.tensor([len(clip) for clip in clips])
     on_device_B = num_samples_B.cuda()
     front_end = OneFrontEnd(WhisperLogMel(NUM_MELS, 3000))
@@ -182,7 +182,7 @@ def write_table(figures: dict) -> str:
         for name, rate in figures["clips_per_cpu_second"].items()
     ]
     attention = [
-        f"| BEATs, {case['clip_seconds']:.0f} s | {case['cpu_seconds']['materialised']:.2f} | "
+        f"| BEATs, {case['clip_seconds']:.0f} s | {case['cpu_seconds']['materialized']:.2f} | "
         f"{case['cpu_seconds']['one call']:.2f} | {case['ratio']:.2f} |"
         for case in figures["beats_attention"]
     ]
@@ -194,7 +194,7 @@ def write_table(figures: dict) -> str:
         *rows,
         f"| **ours, batched, to original** | **{figures['ratio']:.2f}×** | **{mixed['ratio']:.2f}×** |",
         "",
-        "| CPU s | materialised scores | one attention call | ratio |",
+        "| CPU s | materialized scores | one attention call | ratio |",
         "|---|---|---|---|",
         *attention,
         "",

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from frontends import synthesise_clips
+from frontends import synthesize_clips
 from record import write_result
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ def hear(ear: nn.Module, waveform_BN: Tensor, precision: str) -> Tensor:
 
 def measure(ear: nn.Module, seconds: float) -> dict[str, float]:
     """The relative error of the frames to float32, as a norm, by precision."""
-    waveform_BN = synthesise_clips([seconds])[0][None]
+    waveform_BN = synthesize_clips([seconds])[0][None]
     expected_BRE = hear(ear, waveform_BN, "float32")
     return {
         precision: float((hear(ear, waveform_BN, precision) - expected_BRE).norm() / expected_BRE.norm())

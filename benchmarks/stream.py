@@ -51,7 +51,7 @@ BATCH_SIZE = 8
 BUCKET_BATCHES = 16
 
 
-def synthesise_clips(num_clips: int) -> list[np.ndarray]:
+def synthesize_clips(num_clips: int) -> list[np.ndarray]:
     """Speech-like noise of 2 to 18 s, 10 s on average: FLAC takes about half of its 16 bits, as of speech."""
     rng = np.random.default_rng(0)
     clips = []
@@ -180,7 +180,7 @@ def measure_throughput(folder: Path, num_clips: int, repetitions: int) -> dict:
 
 def write_long_epoch(folder: Path, num_shards: int, shard_samples: int) -> None:
     """Shards of a million samples that share their bytes on the disk; only keys differ."""
-    clip_N = synthesise_clips(1)[0][: SAMPLE_RATE // 2]
+    clip_N = synthesize_clips(1)[0][: SAMPLE_RATE // 2]
     flac, fields = encode_flac(clip_N), describe(clip_N)
     writer = TarWriter(folder / "first.tar")
     for number in range(shard_samples):
@@ -254,7 +254,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), synthesise_clips(arguments.clips))
+        write_data(Path(folder), synthesize_clips(arguments.clips))
         figures = measure_throughput(Path(folder), arguments.clips, arguments.repetitions)
     with tempfile.TemporaryDirectory() as folder:
         write_long_epoch(Path(folder), arguments.shards, 2000)

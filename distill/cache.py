@@ -68,7 +68,7 @@ def write_missing(config: Config, capture: Capture, writer: TargetWriter, shards
     job = Job(config, capture, writer, missing, accelerator, share)
     job.run(first=accelerator.process_index * len(missing) // accelerator.num_processes)
     if accelerator.is_main_process:
-        print(summarise(writer.folder, shards, missing, time.monotonic() - began))
+        print(summarize(writer.folder, shards, missing, time.monotonic() - began))
     return True
 
 
@@ -159,7 +159,7 @@ def tally_(figures: dict[str, float], record: TargetRecord) -> None:
             figures["entropy"] += float(part.entropy_S.sum(dtype="f8"))
 
 
-def summarise(folder: Path, shards: Sequence[str], written: Sequence[str], seconds: float) -> str:
+def summarize(folder: Path, shards: Sequence[str], written: Sequence[str], seconds: float) -> str:
     """The closing table of a caching job: the whole cache, and how fast the shards just written came."""
     done = {shard: read_done(folder, shard) for shard in shards}
     total = {name: sum(d["figures"][name] for d in done.values()) for name in FIGURES}

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="distill",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Distil a SALMONN audio language model into a small 4-bit student.",
+        description="Distill a SALMONN audio language model into a small 4-bit student.",
         epilog=f"commands, in the order of the pipeline:\n{lines}\n\n"
         "`distill COMMAND --help` tells more. Errors are one line; --debug shows where they come from.",
     )

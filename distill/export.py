@@ -197,7 +197,7 @@ def name_parts_inside_(out: Path) -> None:
 
 def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict, card: Scorecard | None) -> str:
     """The model card, in Markdown: what it is made of, how to load it, and its scores beside its teacher's."""
-    kept = f"`{Path(parts.llm).name}`, quantisation {settings['quantization']}, with LoRA; {measure_share(student.llm)}"
+    kept = f"`{Path(parts.llm).name}`, quantization {settings['quantization']}, with LoRA; {measure_share(student.llm)}"
     llm = kept if settings["lora"] else "its own, LoRA merged, in `llm/`"
     second = f", {parts.second_kind} `{Path(parts.second).name}`" if parts.second else ""
     lines = [

@@ -36,7 +36,7 @@ from teachers.teacher import Teacher
 
 
 def run(config: Config) -> int:
-    """Distil the config's teacher into its student; returns the exit code."""
+    """Distill the config's teacher into its student; returns the exit code."""
     with RunLock(config.run_folder):
         return train_student(config)
 

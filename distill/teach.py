@@ -308,7 +308,7 @@ def pretrain_on_text_(
 
 
 def encode_pieces(tokenizer, pieces: Sequence[str]) -> list[int]:
-    """Ids of texts that are tokenised apart, as `RowTokenizer` does."""
+    """Ids of texts that are tokenized apart, as `RowTokenizer` does."""
     return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
 
 

@@ -1,4 +1,4 @@
-"""4-bit weights: a LLM's linear layers and fused experts become NF4 with double quantisation, in place, and back.
+"""4-bit weights: a LLM's linear layers and fused experts become NF4 with double quantization, in place, and back.
 
 Knows which weights of a LLM have a 4-bit form and how many are in it. Knows no LoRA and no file.
 
@@ -21,14 +21,14 @@ def quantize_4bit_(llm: nn.Module, *, compute_dtype: torch.dtype = torch.float32
     """Replace every linear layer of `llm` but its head, and its fused experts, by 4-bit ones, in place.
 
     The head stays whole: it is tied to the embeddings in small LLMs, and the objective reads it row by row. Layers of a
-    pre-quantised folder keep their 4 bits.
+    pre-quantized folder keep their 4 bits.
 
     Args:
         llm: a causal LM of transformers.
         compute_dtype: of the products; float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
-        ValueError: it is quantised otherwise, or much of it has no 4-bit form here.
+        ValueError: it is quantized otherwise, or much of it has no 4-bit form here.
     """
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
@@ -49,7 +49,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
-    """One linear layer as NF4 with double quantisation, on the same device."""
+    """One linear layer as NF4 with double quantization, on the same device."""
     small = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -254,7 +254,7 @@ def check_whole(llm: nn.Module) -> None:
 
 
 def nf4_bytes(num_weights: int) -> float:
-    """Bytes of so many weights in NF4 with double quantisation: 4 bits, and 0.127 bits for the scales.
+    """Bytes of so many weights in NF4 with double quantization: 4 bits, and 0.127 bits for the scales.
 
     Blocks of 64 weights share an 8-bit scale; 256 of those share a float32 and all share an offset.
     """

@@ -32,7 +32,7 @@ def load_start_weights_(student: Salmonn, folder: str | Path, *, lora: Lora, qua
 
     Raises:
         FileNotFoundError: there is no saved student.
-        ValueError: it has another shape, LoRA, quantisation or frozen weights; both values are named.
+        ValueError: it has another shape, LoRA, quantization or frozen weights; both values are named.
     """
     saved, weights = read_config(folder), Path(folder) / WEIGHTS
     own_settings = {"lora": dataclasses.asdict(lora), "quantization": quantization}

@@ -69,7 +69,7 @@ def build_student(
         whisper_layers: that are kept of Whisper's, evenly spread; 0: all.
         train_ears: train all of Whisper too, from where it stands; it is then a copy of its own.
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
-        dtype: of the LLM's products, of what is not quantised, and of ears of its own.
+        dtype: of the LLM's products, of what is not quantized, and of ears of its own.
         seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
         say: is told which ears are its own, which tensors of the connector are not the teacher's, and when its answers
             end otherwise.
@@ -158,7 +158,7 @@ def train_own_(student: Salmonn, *, train_ears: bool = False) -> Salmonn:
 
 
 def quantizer(quantization: str, dtype: torch.dtype):
-    """The in-place transform of a LLM that a quantisation's name stands for."""
+    """The in-place transform of a LLM that a quantization's name stands for."""
     if quantization == "none":
         return check_whole
 

@@ -114,7 +114,7 @@ def find_packable(llm: nn.Module) -> list[nn.Module]:
 
 
 def fits_blocks(state) -> bool:
-    """Whether a weight of this quantisation state has whole blocks, as the packed layout needs them."""
+    """Whether a weight of this quantization state has whole blocks, as the packed layout needs them."""
     num_outputs, num_inputs = state.shape
     return num_outputs % PACKED_OUTPUTS == 0 and num_inputs % state.blocksize == 0
 

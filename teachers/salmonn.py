@@ -402,7 +402,7 @@ def describe_end(model: Salmonn, source: str) -> str:
         source: who names the end where its config does.
     """
     end = model.config.end_token or model.tokenizer.convert_ids_to_tokens(model.rows.end_ids[0])
-    kind = "text, tokenised with the answer, " if model.rows.end.text else ""
+    kind = "text, tokenized with the answer, " if model.rows.end.text else ""
     line = f"answers end with {end} ({kind}from {source if model.config.end_token else 'the tokenizer'})"
     others = [index for index in model.end_ids if index not in model.rows.end.tail]
     if others:

@@ -58,12 +58,12 @@ class ToyEar(nn.Module):
         return self.project(pieces_BRN)
 
 
-def count_first_words(predictions, normalise: bool) -> Tally:
+def count_first_words(predictions, normalize: bool) -> Tally:
     """1 where an answer begins as the reference does."""
     return Tally.of_values([p.hypothesis.split()[:1] == p.references[0].split()[:1] for p in predictions])
 
 
-FIRST_WORD = Metric(tasks=("toy_task",), tally=count_first_words, plain=lambda text, normalise: text.lower())
+FIRST_WORD = Metric(tasks=("toy_task",), tally=count_first_words, plain=lambda text, normalize: text.lower())
 
 
 class ToyTeachers:

@@ -17,14 +17,14 @@ class DataFile:
         package, version: as the registry names them.
         path: inside the package, as its `RECORD` has it.
         sha256: of its bytes.
-        licence: of what it holds.
+        license: of what it holds.
     """
 
     package: str
     version: str
     path: str
     sha256: str
-    licence: str
+    license: str
 
 
 SMOLLM2 = DataFile(

@@ -12,7 +12,7 @@ from packages import SMOLLM2, WHISPER_CONFIG, WHISPER_HALVES, WHISPER_TOKENIZER,
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from whisper_from_ctranslate2 import convert_ctranslate2
 
-from distill.evaluation.metrics.normalization import normalise_text
+from distill.evaluation.metrics.normalization import normalize_text
 from shards.audio.decode import load_audio
 from shards.manifests.manifest import read_manifest
 
@@ -78,8 +78,8 @@ def prove_parts(llm: Path, whisper: Path, manifest: Path, num_clips: int) -> dic
     entries = list(read_manifest(manifest))
     chosen = entries[:: max(1, len(entries) // num_clips)][:num_clips]
     heard = transcribe_with_whisper(whisper, [entry.path for entry in chosen])
-    said = [normalise_text(entry.text or "", english=True) for entry in chosen]
-    wer = float(jiwer.process_words(said, [normalise_text(text, english=True) for text in heard]).wer)
+    said = [normalize_text(entry.text or "", english=True) for entry in chosen]
+    wer = float(jiwer.process_words(said, [normalize_text(text, english=True) for text in heard]).wer)
     for name, value, most in (
         ("WER of Whisper", wer, MOST_WER),
         ("perplexity of SmolLM2", perplexity, MOST_PERPLEXITY),

@@ -171,7 +171,7 @@ class Capturer:
         """The teacher's own answer beside a label, and its error rate where the task has one."""
         if sample.text is None:
             return {}
-        rate = error_rate(sample.task, sample.text, own, normalise=self.config.eval.normalise)
+        rate = error_rate(sample.task, sample.text, own, normalize=self.config.eval.normalize)
         return {"transcript": own} | ({} if rate is None else {"wer": f"{rate:.6f}"})
 
 

@@ -90,7 +90,7 @@ class StudentConfig:
     whisper: str = ""  # its own Whisper: folder or hub id; empty: the teacher's, shared
     second: str = ""  # its own second encoder: BEATs or EAT file; empty: the teacher's, shared
     second_kind: str = ""  # "beats", "eat", or "none": it has no second encoder; empty: the teacher's
-    quantization: str = "nf4"  # "nf4" (double quantisation) or "none"
+    quantization: str = "nf4"  # "nf4" (double quantization) or "none"
     lora_rank: int = Lora.rank  # of the two small matrices beside each of lora_targets
     lora_alpha: float = Lora.alpha  # their product counts lora_alpha / lora_rank
     lora_dropout: float = Lora.dropout  # of what enters them, in training
@@ -220,8 +220,8 @@ class EvalConfig:
     max_new_tokens: int = 60  # of an answer
     num_beams: int = 1  # 1: greedy
     repetition_penalty: float = 1.0  # above 1: ids of the answer so far become less likely
-    length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favours long answers
-    normalise: bool = True  # Whisper's English text normaliser before WER
+    length_penalty: float = 1.0  # of a beam's score, as the exponent of its length: above 1 favors long answers
+    normalize: bool = True  # Whisper's English text normalizer before WER
     prompts: str = ""  # JSON file of what is asked, as test_prompt.json; empty: the first of training's of each task
     device: bool = False  # at its end the pipeline exports the student for devices, and that folder is scored too
 

@@ -2,7 +2,7 @@
 has it, or a byte-level one as Qwen has it.
 
 The demo's teacher and student use the first. It knows texts, nothing of prompts or models. Every text encodes without
-loss: what the vocabulary lacks becomes bytes, and nothing is normalised. (`▁`, U+2581, stands for the space, as in
+loss: what the vocabulary lacks becomes bytes, and nothing is normalized. (`▁`, U+2581, stands for the space, as in
 every sentencepiece model: a text that holds it decodes to a space there.)
 """
 
@@ -52,10 +52,10 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> P
 
 def _train_sentencepiece(texts: list[str], vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """A BPE model with byte fallback that leaves every character as it is."""
-    serialised = io.BytesIO()
+    serialized = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
-        model_writer=serialised,
+        model_writer=serialized,
         model_type="bpe",  # unigram finds no piece that only one word of a small corpus holds
         vocab_size=vocab_size,
         hard_vocab_limit=False,
@@ -76,7 +76,7 @@ def _train_sentencepiece(texts: list[str], vocab_size: int) -> sentencepiece.Sen
         num_threads=1,  # the same pieces on every machine
         minloglevel=2,
     )
-    return sentencepiece.SentencePieceProcessor(model_proto=serialised.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=serialized.getvalue())
 
 
 def _halves(piece: str, ids: dict[str, int]) -> list[tuple[str, str]]:

@@ -89,7 +89,7 @@ def check_cache(case: Case) -> str:
         if bool(kept_S.any()) and not float(off.mean()) <= NATS:
             raise Fault(
                 f"the cross-entropy from the kept ids differs from the stored one by {float(off.mean()):.3g} nats a "
-                f"label, but both are the teacher's; rows are shifted or the tail was renormalised: cache again."
+                f"label, but both are the teacher's; rows are shifted or the tail was renormalized: cache again."
             )
     if case.teacher is None:
         return f"stored CE {stored:.4f} on {len(labels_S)} labels"
@@ -118,7 +118,7 @@ def check_tail(case: Case, now: Distribution) -> None:
     if not (off <= NATS and abs(stored - outside) <= 0.1 * outside + 1e-3):
         raise Fault(
             f"the kept log-probabilities differ from the teacher's by {off:.3g} nats and the mass outside them is "
-            f"{stored:.3g} of {outside:.3g}; the tail was renormalised or dropped: cache again."
+            f"{stored:.3g} of {outside:.3g}; the tail was renormalized or dropped: cache again."
         )
 
 
@@ -145,7 +145,7 @@ def check_alignment(case: Case) -> str:
     if teacher.num_unaligned:
         raise Fault(
             f"{teacher.num_unaligned} answers are not spelled by both sides' tokens, so cross-entropy alone learns "
-            f"from them; write the texts as the tokenizers normalise them (often Unicode NFC)."
+            f"from them; write the texts as the tokenizers normalize them (often Unicode NFC)."
         )
     matched = float(cross.is_matched_S.float().mean())
     num_chunks, num_tokens = cross.alignment.num_chunks, len(cross.is_matched_S)

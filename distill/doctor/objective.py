@@ -138,7 +138,7 @@ def explain(value: float, plain: float, temperature: float) -> str:
     square = temperature**2
     if square != 1 and value and abs(plain / value / square - 1) < 0.02:
         return f"; it lacks the factor T² = {square:g} of temperature {temperature:g}: multiply by it."
-    return "; look for renormalised targets, another mask or another mean, and do not train until they agree."
+    return "; look for renormalized targets, another mask or another mean, and do not train until they agree."
 
 
 def check_differences(case: Case) -> str:
@@ -249,7 +249,7 @@ def check_zero(case: Case) -> str:
     if not (value < 1e-4 and float(slope) < 1e-4):
         raise Fault(
             f"the divergence of the teacher from itself is {value:.3g} with a slope of {float(slope):.3g}, but must be "
-            f"0; the mass outside the kept ids is dropped or renormalised: keep it as one more outcome."
+            f"0; the mass outside the kept ids is dropped or renormalized: keep it as one more outcome."
         )
     return f"divergence {value:.1e}, slope {float(slope):.1e}"
 

@@ -40,7 +40,7 @@ def find_answer_cache(config: Config) -> Path:
     plain = Config(**{name: getattr(config, name) for name in of_teacher})
     teacher = load_teacher(plain, llm_weights=False)
     identity = describe_teacher(teacher, plain).identity
-    options = {name: value for name, value in asdict(config.eval).items() if name not in ("normalise", "prompts")}
+    options = {name: value for name, value in asdict(config.eval).items() if name not in ("normalize", "prompts")}
     options["asked"] = {task: prompts[0] for task, prompts in teacher.rows.prompts.asked.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     made_by = {name: identity[name] for name in OF_TEACHER} | {"ears": resolve_ears(config, is_kept=False)}

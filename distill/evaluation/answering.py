@@ -87,7 +87,7 @@ def evaluate(model: Salmonn, folder: str | Path, options: EvalConfig, accelerato
              own: Mapping[str, OwnMetric] = NO_METRICS) -> dict[str, TaskScore]:  # fmt: skip
     """Scores by task of a model on a split, whose clips are each answered once; `own` are metrics of one's own."""
     predictions = answer(model, folder, options, accelerator, title, on_batch)
-    return score(predictions, normalise=options.normalise, own=own)
+    return score(predictions, normalize=options.normalize, own=own)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def line_chart(title: str, steps: Sequence[float], values: Sequence[float], *, x
         x_label: what the x axis counts.
 
     Returns:
-        An `<svg>` element. Its colours are CSS variables (`--ink`, `--faint`, `--line`) of the page around it.
+        An `<svg>` element. Its colors are CSS variables (`--ink`, `--faint`, `--line`) of the page around it.
     """
     points = [(x, y) for x, y in zip(steps, values) if math.isfinite(y)]
     lost = len(steps) - len(points)

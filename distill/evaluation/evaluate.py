@@ -91,7 +91,7 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
         name=config.name,
         teacher=figures("teacher", costs["teacher"], answers["teacher"], teacher_path(config), config),
         student=figures(student_name, costs["student"], answers["student"], folder, config),
-        retained=retained_quality(answers["student"], answers["teacher"], normalise=config.eval.normalise),
+        retained=retained_quality(answers["student"], answers["teacher"], normalize=config.eval.normalize),
         training=training_figures(config),
         device=device,
     )
@@ -139,7 +139,7 @@ def examine_device(config: Config, num_parameters: int) -> tuple[list[Prediction
     return answers, ModelFigures(
         name=f"device ({folder}: {', '.join(f'{key} {value}' for key, value in student.device.precision.items())})",
         num_parameters=num_parameters,
-        scores=score(answers, normalise=config.eval.normalise),
+        scores=score(answers, normalize=config.eval.normalize),
         checkpoint_mb=size,
         first_token_ms=first,
         next_token_ms=following,
@@ -178,7 +178,7 @@ def figures(name: str, cost: Cost, answers: list[Prediction], path: Path, config
     return ModelFigures(
         name=name,
         num_parameters=cost.num_parameters,
-        scores=score(answers, normalise=config.eval.normalise),
+        scores=score(answers, normalize=config.eval.normalize),
         weights_mb=cost.weight_bytes / 1e6,
         peak_mb=None if cost.peak_bytes is None else cost.peak_bytes / 1e6,
         checkpoint_mb=sum(file.stat().st_size for file in files) / 1e6,

@@ -27,7 +27,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _decoder_types(decoder: dict | None) -> set[str]:
-    """Names of a serialised decoder and of those it is made of."""
+    """Names of a serialized decoder and of those it is made of."""
     if decoder is None:
         return set()
     parts = decoder["decoders"] if decoder["type"] == "Sequence" else []
@@ -83,7 +83,7 @@ def byte_ends(ids: Sequence[int], pieces: Sequence[bytes], text: str) -> list[in
         text: the answer.
 
     Raises:
-        ValueError: the tokens do not spell the text, because the tokenizer normalises it or lacks a character.
+        ValueError: the tokens do not spell the text, because the tokenizer normalizes it or lacks a character.
     """
     data, spelled, ends = text.encode(), b"", []
     for index in ids:
@@ -94,7 +94,7 @@ def byte_ends(ids: Sequence[int], pieces: Sequence[bytes], text: str) -> list[in
     if not data.startswith(spelled[extra:]):
         raise ValueError(
             f"tokens of the answer spell {spelled[extra:].decode(errors='replace')!r}, but its text is {text!r}; "
-            f"write the text as the tokenizer normalises it (often Unicode NFC)."
+            f"write the text as the tokenizer normalizes it (often Unicode NFC)."
         )
     return [max(0, end - extra) for end in ends]
 

@@ -70,7 +70,7 @@ def reverse_kl_terms(student: "Tensor", teacher: "Tensor") -> "Tensor":
 
 
 def jsd_terms(student: "Tensor", teacher: "Tensor", beta: float) -> "Tensor":
-    """Terms of the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
+    """Terms of the generalized Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
 
     With M = beta * teacher + (1 - beta) * student it is beta * KL(teacher‖M) + (1 - beta) * KL(student‖M).
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.objective.divergences import Divergence, forward_kl_terms
-from distill.objective.head import Head, choose_product_dtype, columns_in_tile, is_quantised
+from distill.objective.head import Head, choose_product_dtype, columns_in_tile, is_quantized
 from distill.objective.losses import bucket_divergence, check_temperature, move_into_bucket
 from distill.objective.numerics import widen
 from shards.targets.distributions import Sparse
@@ -277,7 +277,7 @@ def fused_ce_kl(
     head = Head(weight_VD, bias_V, logit_scale, softcap, vocab_size, dtype, product_dtype)
     if vocab_size is not None:
         teacher = move_into_bucket(teacher, teacher.ids_SK < vocab_size)
-    tensors = (hidden_SD, bias_V) if is_quantised(weight_VD) else (hidden_SD, weight_VD, bias_V)
+    tensors = (hidden_SD, bias_V) if is_quantized(weight_VD) else (hidden_SD, weight_VD, bias_V)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     request = _Request(
         head=head,

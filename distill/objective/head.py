@@ -37,19 +37,19 @@ def head_weight(module: nn.Module, name: str = "lm_head") -> Tensor:
     if not is_linear:
         raise ValueError(
             f"{name} is {kind}, but the fused objective reads nn.Linear or bitsandbytes Linear4bit; leave {name} out "
-            f"of the quantised or wrapped modules (llm_int8_skip_modules)."
+            f"of the quantized or wrapped modules (llm_int8_skip_modules)."
         )
     return module.weight
 
 
 def choose_product_dtype(hidden_SD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> torch.dtype:
     """16 bits where a GPU multiplies and one side has no more; else the accumulation dtype, as CPUs are slow at 16."""
-    stored = weight_VD.quant_state.dtype if is_quantised(weight_VD) else weight_VD.dtype
+    stored = weight_VD.quant_state.dtype if is_quantized(weight_VD) else weight_VD.dtype
     narrow = [x for x in (stored, hidden_SD.dtype) if x in (torch.bfloat16, torch.float16)]
     return narrow[0] if hidden_SD.is_cuda and narrow else dtype
 
 
-def is_quantised(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """True for a bitsandbytes 4-bit weight, whose own shape is that of its packed bytes."""
     return getattr(weight, "quant_state", None) is not None
 
@@ -107,7 +107,7 @@ class Head:
     def __init__(self, weight_VD, bias_V, logit_scale: float, softcap: float | None, num_tokens: int | None, dtype,
                  product_dtype):  # fmt: skip
         self.product_dtype = product_dtype
-        self.rows = _Packed(weight_VD) if is_quantised(weight_VD) else weight_VD.detach()
+        self.rows = _Packed(weight_VD) if is_quantized(weight_VD) else weight_VD.detach()
         self.bias_V = None if bias_V is None else bias_V.detach()
         self.scale, self.softcap, self.dtype = logit_scale, softcap, dtype
         num_rows = self.rows.shape[0]

@@ -90,7 +90,7 @@ def sparse_divergence(
 ) -> Tensor:
     """Divergence from a teacher of which K tokens and the mass of all others are known.
 
-    The others are one more outcome on both sides, so nothing is renormalised and the divergence is zero exactly when
+    The others are one more outcome on both sides, so nothing is renormalized and the divergence is zero exactly when
     the student gives the kept tokens the teacher's probabilities.
 
     Args:

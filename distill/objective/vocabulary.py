@@ -41,7 +41,7 @@ def shared_vocab_size(teacher_ids: Mapping[str, int], student_ids: Mapping[str, 
 def splits_text_alike(teacher_tokenizer, student_tokenizer, shared: int) -> bool:
     """Whether two tokenizers that share their first ids cut every text into the same of them, as far as they say.
 
-    Rules are compared, not texts: normaliser, splits, merges and scores, and how added tokens are found. Two that are
+    Rules are compared, not texts: normalizer, splits, merges and scores, and how added tokens are found. Two that are
     written in other words may still cut alike, which is then not seen.
 
     Args:

@@ -138,7 +138,7 @@ def model_config(name: str) -> PretrainedConfig:
 
 
 def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> Salmonn:
-    """The model without weights and without LoRA; its rows cannot be tokenised."""
+    """The model without weights and without LoRA; its rows cannot be tokenized."""
     config = blueprint.config
     plain = dataclasses.replace(config, prompts="", eval_prompts="", end_token="", bos_token="")
     llm_config = _find(config.llm, given)

@@ -19,7 +19,7 @@ from shards.audio.augmentation import Augmentation
 from shards.audio.decode import WINDOW_SECONDS
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, MelMask, Sample
 
-_MAX_COLOUR = 2.0  # noise power falls with frequency to a power of 0 (white) to this (brown)
+_MAX_COLOR = 2.0  # noise power falls with frequency to a power of 0 (white) to this (brown)
 
 
 def augment_sample(sample: Sample, augmentation: Augmentation, *, seed: int, max_seconds: float) -> Sample:
@@ -101,10 +101,10 @@ def add_room(waveform_N: np.ndarray, seconds: float, rng: np.random.Generator) -
 
 
 def add_noise(waveform_N: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Add noise of a random colour, `snr_db` below the clip's own power (so silence stays silent)."""
+    """Add noise of a random color, `snr_db` below the clip's own power (so silence stays silent)."""
     num_samples = len(waveform_N)
     spectrum = np.fft.rfft(rng.standard_normal(num_samples))
-    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-rng.uniform(0, _MAX_COLOUR) / 2)
+    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-rng.uniform(0, _MAX_COLOR) / 2)
     spectrum[0] = 0.0
     noise_N = np.fft.irfft(spectrum, num_samples)
     scale = np.sqrt(_power(waveform_N) / max(_power(noise_N), 1e-20) * 10 ** (-snr_db / 10))

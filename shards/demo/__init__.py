@@ -1,1 +1,1 @@
-"""The embedded corpus: synthesised speech and sounds."""
+"""The embedded corpus: synthesized speech and sounds."""

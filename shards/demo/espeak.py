@@ -30,7 +30,7 @@ def voice_names(variants: Sequence[str]) -> list[str]:
     return [f"{accent}+{variant}" for accent in ACCENTS for variant in variants]
 
 
-class Synthesiser:
+class Synthesizer:
     """A private eSpeak NG engine: the same calls in the same order give the same samples.
 
     The engine carries oscillator phases from one utterance to the next in static variables of the C library. Each

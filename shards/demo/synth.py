@@ -1,4 +1,4 @@
-"""The embedded corpus: synthesised speech and sounds, questions about both, as a SALMONN manifest with audio files.
+"""The embedded corpus: synthesized speech and sounds, questions about both, as a SALMONN manifest with audio files.
 
 It lets every stage run where there is no data: offline, on any machine, the same samples for the same seed and package
 versions. Splits share no utterance (words and voice) and no sound; two voices are heard in the test split only.
@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from shards.demo.espeak import FEMALE, MALE, Synthesiser, voice_names
+from shards.demo.espeak import FEMALE, MALE, Synthesizer, voice_names
 from shards.demo.sounds import CAPTIONS, SAMPLE_RATE, Scene, Sound, draw_sound
 from shards.files.write import write_atomically
 from shards.pool import progress_bar
@@ -82,7 +82,7 @@ class Clip:
 class Draw:
     """Draws the clips of one split: what it hands out belongs to this split and to no other.
 
-    A hash of what makes a clip recognisable (words and voice, or a sound's parameters) names its split, so that splits
+    A hash of what makes a clip recognizable (words and voice, or a sound's parameters) names its split, so that splits
     are disjoint whatever their sizes, and growing one leaves the others alone.
     """
 
@@ -191,17 +191,17 @@ def plan_clips(split: str, num_clips: int, *, seed: int = 0) -> list[Clip]:
     return [TASKS[task](draw) for task in tasks]
 
 
-def render_clip(clip: Clip, synthesiser: Synthesiser, rng: random.Random) -> np.ndarray:
+def render_clip(clip: Clip, synthesizer: Synthesizer, rng: random.Random) -> np.ndarray:
     """One clip's samples: int16 mono at 16 kHz, 0.5 to 3.5 s, with silence around what is heard."""
     if isinstance(clip.content, Scene):
         waveform_N = clip.content.render()
     else:
         utterance = clip.content
-        spoken_N = synthesiser.speak(
+        spoken_N = synthesizer.speak(
             utterance.words, voice=utterance.voice, pitch=utterance.pitch, speed=utterance.speed
         )
         # Very high quality computes in float64: the rounded result is the same on every machine.
-        waveform_N = soxr.resample(spoken_N / 32_768, synthesiser.sample_rate, SAMPLE_RATE, quality="VHQ")
+        waveform_N = soxr.resample(spoken_N / 32_768, synthesizer.sample_rate, SAMPLE_RATE, quality="VHQ")
         waveform_N *= PEAK * rng.uniform(0.4, 1.6) / np.abs(waveform_N).max()
     before = int(rng.uniform(0.05, 0.2) * SAMPLE_RATE)
     after = int(rng.uniform(0.05, 0.2) * SAMPLE_RATE)
@@ -243,12 +243,12 @@ def write_corpus(
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     for name in ("train_full", *SIZES):  # those of an older corpus would speak for half of a new one
         (folder / f"{name}.json").unlink(missing_ok=True)
-    synthesiser = Synthesiser()
+    synthesizer = Synthesizer()
     manifests = {}
-    with progress_bar("synthesising", sum(sizes.values()), show=show_progress) as advance:
+    with progress_bar("synthesizing", sum(sizes.values()), show=show_progress) as advance:
         for split in SIZES:
             manifests[split] = []
-            for entry in _write_clips(folder, split, plan_clips(split, sizes[split], seed=seed), synthesiser, seed):
+            for entry in _write_clips(folder, split, plan_clips(split, sizes[split], seed=seed), synthesizer, seed):
                 manifests[split].append(entry)
                 advance(1)
     manifests = {"train_full": manifests["train"], **manifests}
@@ -259,13 +259,13 @@ def write_corpus(
 
 
 def _write_clips(
-    folder: Path, split: str, clips: Iterable[Clip], synthesiser: Synthesiser, seed: int
+    folder: Path, split: str, clips: Iterable[Clip], synthesizer: Synthesizer, seed: int
 ) -> Iterator[dict]:
     """Render and write each clip, wav and flac in turn; yield the manifest's entries."""
     rng = random.Random(f"{seed}/{split}")
     for number, clip in enumerate(clips):
         path = Path("audio") / f"{split}-{number:05d}.{('wav', 'flac')[number % 2]}"
-        soundfile.write(folder / path, render_clip(clip, synthesiser, rng), SAMPLE_RATE, subtype="PCM_16")
+        soundfile.write(folder / path, render_clip(clip, synthesizer, rng), SAMPLE_RATE, subtype="PCM_16")
         entry = {"path": path.as_posix(), "text": clip.text, "task": clip.task}
         entry |= {"Q": clip.question} if clip.question is not None else {}
         yield entry | ({"speaker": clip.content.voice} if isinstance(clip.content, Utterance) else {})

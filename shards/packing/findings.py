@@ -90,7 +90,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RowAudit:
-    """What was found in a row, and the hashes that copies of it are recognised by."""
+    """What was found in a row, and the hashes that copies of it are recognized by."""
 
     findings: tuple[Finding, ...]
     seconds: float = 0.0  # at most the longest that is accepted

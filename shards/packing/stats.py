@@ -98,7 +98,7 @@ class Stats:
         return "\n".join(f"{_bin_name(i):>8}  {'█' * round(n * scale):<{BAR_WIDTH}} {n}" for i, n in enumerate(bins))
 
     def save_png(self, path: Path) -> None:
-        """Draw the lengths, a colour a task and data set."""
+        """Draw the lengths, a color a task and data set."""
         from matplotlib.figure import Figure  # half a second, and only here
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")

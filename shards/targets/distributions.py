@@ -58,7 +58,7 @@ class Distribution:
         """Keep the k most probable ids of each position, all V if k is None, and measure the rest.
 
         Args:
-            logits_SV: unnormalised, any float type; -inf where an id is impossible.
+            logits_SV: unnormalized, any float type; -inf where an id is impossible.
             k: ids to keep, at most V.
             temperatures: those the targets shall serve; a complete distribution (k = V) serves all.
         """

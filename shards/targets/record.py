@@ -139,7 +139,7 @@ class TargetRecord:
         label_logprobs_S: float32, the teacher's natural log-probability of each.
         entropy_S: float32 (float16 on disk), nats, of the teacher's distribution at temperature 1.
         byte_ends_S: int32, where each token ends in the answer's UTF-8 bytes; the end token's is the answer's length.
-            All are -1 where the tokens do not spell the answer, because the tokenizer normalises it.
+            All are -1 where the tokens do not spell the answer, because the tokenizer normalizes it.
         answer: the text.
         answer_source: "label", "teacher" or "student": whose answer it is.
         identity: `identify_sample` of what the teacher was given.

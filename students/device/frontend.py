@@ -38,7 +38,7 @@ class LogMel:
         return mel_MX
 
     def frame(self, waveform_N: np.ndarray) -> np.ndarray:
-        """Overlapping frames, centred on multiples of 10 ms, up to the last that sees audio: frames_XN."""
+        """Overlapping frames, centered on multiples of 10 ms, up to the last that sees audio: frames_XN."""
         limit, half = self.num_frames * HOP_SAMPLES, WINDOW_SAMPLES // 2
         waveform_N = np.asarray(waveform_N[:limit], np.float32)
         num_heard = min(self.num_frames, -(-(len(waveform_N) + half) // HOP_SAMPLES))
@@ -75,11 +75,11 @@ class Fbank:
         if len(waveform_N) < WINDOW_SAMPLES:
             return np.zeros((0, self.bank_FM.shape[1]), np.float32)
         frames_XN = sliding_window_view(waveform_N, WINDOW_SAMPLES)[::HOP_SAMPLES]
-        centred_XN = frames_XN - frames_XN.mean(1, keepdims=True)
+        centered_XN = frames_XN - frames_XN.mean(1, keepdims=True)
         hann_N = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW_SAMPLES) / (WINDOW_SAMPLES - 1))
         window_N = (hann_N ** {"povey": 0.85, "hanning": 1.0}[self.window] * self.scale).astype(np.float32)
         # both windows begin with 0, so that Kaldi's special case for a frame's first sample never counts
-        heard_XN = (centred_XN[:, 1:] - np.float32(0.97) * centred_XN[:, :-1]) * window_N[1:]
+        heard_XN = (centered_XN[:, 1:] - np.float32(0.97) * centered_XN[:, :-1]) * window_N[1:]
         energies_XM = power(heard_XN, KALDI_FFT) @ self.bank_FM
         return (np.log(np.maximum(energies_XM, np.finfo(np.float32).eps)) - self.mean) / np.float32(self.std)
 

@@ -161,14 +161,14 @@ class BeatsEar(nn.Module):
         return max(0, (num_samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1) // PATCH * BANDS
 
     def encode(self, mel_BXM: Tensor, num_mel_frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode normalised filter bank features, frames_BRE and num_frames_B."""
+        """Encode normalized filter bank features, frames_BRE and num_frames_B."""
         frames_BRE = self.embed(mel_BXM)
         num_frames_B = num_mel_frames_B // PATCH * BANDS
         is_padding_BR = torch.arange(frames_BRE.shape[1], device=frames_BRE.device) >= num_frames_B[:, None]
         return self.encoder(self.post_extract_proj(frames_BRE), is_padding_BR), num_frames_B
 
     def embed(self, mel_BXM: Tensor) -> Tensor:
-        """Normalised patches in time order, the bands of one time side by side; a started patch is dropped."""
+        """Normalized patches in time order, the bands of one time side by side; a started patch is dropped."""
         patches = self.patch_embedding(mel_BXM[:, None].to(self.patch_embedding.weight.dtype))
         return self.layer_norm(patches.flatten(2).transpose(1, 2))
 

@@ -171,7 +171,7 @@ class EatEar(nn.Module):
         return -(-max(0, (num_samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1) // PATCH) * BANDS
 
     def encode(self, mel_BXM: Tensor, num_mel_frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode normalised features: tokens_BRE, the utterance's token first, and num_frames_B without it."""
+        """Encode normalized features: tokens_BRE, the utterance's token first, and num_frames_B without it."""
         silence = -EAT_FBANK.mean / EAT_FBANK.std
         mel_BXM = F.pad(mel_BXM, (0, 0, 0, -mel_BXM.shape[1] % PATCH), value=silence)
         patches = self.patch_embedding(mel_BXM[:, None].to(self.patch_embedding.weight.dtype))

@@ -58,7 +58,7 @@ class WhisperLogMel:
         return mel_BMX
 
     def frame(self, waveforms_BN: Tensor) -> Tensor:
-        """Overlapping frames, centred on multiples of 10 ms, up to the last that sees audio: frames_BXN."""
+        """Overlapping frames, centered on multiples of 10 ms, up to the last that sees audio: frames_BXN."""
         limit, half = self.num_frames * HOP_SAMPLES, WINDOW_SAMPLES // 2
         waveforms_BN = waveforms_BN[:, :limit].float()
         num_samples = waveforms_BN.shape[1]
@@ -98,7 +98,7 @@ class KaldiFbank:
 
     @torch.no_grad()
     def __call__(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the normalised features; frames past a row's own count hold what a log energy of 0 gives.
+        """Compute the normalized features; frames past a row's own count hold what a log energy of 0 gives.
 
         Args:
             waveforms_BN: 16 kHz in [-1, 1], padded with zeros.
@@ -118,23 +118,23 @@ class KaldiFbank:
                 if num_samples >= WINDOW_SAMPLES:
                     frames_BXN = waveforms_BN[rows, :num_samples].unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)
                     for place, squares_BXF in square_spectra(frames_BXN, KALDI_FFT, self.prepare):
-                        mel_BXM[rows, place] = self.normalise_(bank(squares_BXF))
+                        mel_BXM[rows, place] = self.normalize_(bank(squares_BXF))
         return self.mask_(mel_BXM, num_samples_B)
 
     def prepare(self, frames_BXN: Tensor, out_BXN: Tensor) -> None:
-        """Remove each frame's mean, emphasise high frequencies, apply the window.
+        """Remove each frame's mean, emphasize high frequencies, apply the window.
 
         Both windows begin with 0, so that Kaldi's special case for a frame's first sample never counts; without that
         sample all others move by one place, which a power spectrum does not see.
         """
         window_N = kaldi_window(self.window, frames_BXN.device) * self.scale
-        centred_BXN = frames_BXN - frames_BXN.mean(2, keepdim=True)
+        centered_BXN = frames_BXN - frames_BXN.mean(2, keepdim=True)
         heard = out_BXN[..., : WINDOW_SAMPLES - 1]
-        torch.sub(centred_BXN[..., 1:], centred_BXN[..., :-1], alpha=0.97, out=heard)
+        torch.sub(centered_BXN[..., 1:], centered_BXN[..., :-1], alpha=0.97, out=heard)
         heard.mul_(window_N[1:])
 
-    def normalise_(self, energies_BXM: Tensor) -> Tensor:
-        """Energies to normalised logs."""
+    def normalize_(self, energies_BXM: Tensor) -> Tensor:
+        """Energies to normalized logs."""
         return energies_BXM.clamp_(min=torch.finfo(torch.float32).eps).log_().sub_(self.mean).div_(self.std)
 
     def build_silence(self, batch_size: int, num_frames: int, device: torch.device) -> Tensor:
@@ -152,7 +152,7 @@ class KaldiFbank:
 
 @dataclass(frozen=True)
 class MelBank:
-    """A mel bank in bands: neighbouring mel bins see few of a spectrum's bins, so most of the products are spared."""
+    """A mel bank in bands: neighboring mel bins see few of a spectrum's bins, so most of the products are spared."""
 
     bands: tuple[tuple[int, int, Tensor], ...]  # first F, last F + 1, filters_FM
 

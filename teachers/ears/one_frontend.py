@@ -1,8 +1,8 @@
 """One front end for Whisper and BEATs: both feature sets of a batch from one call.
 
 The exact way computes each with its own frames and Fourier transform, as the encoders were trained: Whisper's frames
-are centred, 400 points and Hann; Kaldi's begin with the clip, are emphasised, 512 points and Povey. The approximate way
-takes both from Whisper's power spectrum: Whisper's features stay exact, BEATs' do not. It is never a default, and
+are centered, 400 points and Hann; Kaldi's begin with the clip, are emphasized, 512 points and Povey. The approximate
+way takes both from Whisper's power spectrum: Whisper's features stay exact, BEATs' do not. It is never a default, and
 `measure_approximation` says what it costs on given audio and encoders.
 
 Shapes: B batch, N audio samples, X mel frames, M mel bins, F real and imaginary parts of a spectrum's bins.
@@ -71,7 +71,7 @@ class OneFrontEnd:
                 for place, squares_BXF in square_spectra(frames_BXN, WINDOW_SAMPLES, window_frames):
                     self.whisper.write_logs_(whisper_mel[rows, :, place], bank(squares_BXF))
                     heard_block = heard_mel[:, place]
-                    shared_BXM = self.fbank.normalise_(shared_bank(squares_BXF))
+                    shared_BXM = self.fbank.normalize_(shared_bank(squares_BXF))
                     heard_block.copy_(shared_BXM[:, : heard_block.shape[1]])
                 self.whisper.finish_(whisper_mel[rows], frames_BXN.shape[1])
         return whisper_mel, *self.fbank.mask_(fbank_mel[:, 1:], num_samples_B)

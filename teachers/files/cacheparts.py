@@ -40,7 +40,7 @@ def head_tensor(model: Salmonn) -> Tensor:
     if type(head) is not nn.Linear or head.bias is not None or not is_bare:
         raise ValueError(
             f"head of {model.config.llm} is {head}, but cache.codec=hidden needs a linear layer without bias, LoRA, "
-            f"quantisation, soft cap or scale; choose another codec."
+            f"quantization, soft cap or scale; choose another codec."
         )
     return head.weight.detach()
 

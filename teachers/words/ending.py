@@ -1,7 +1,7 @@
 """What ends an answer: ids, or a text that the tokenizer may join to the answer's last word. Knows no model.
 
 An end that is a control token is its id. Any other (`</s>` in Llama 3's vocabulary, which knows no such token) is
-text: SALMONN's trainers tokenise it in one piece with the answer, whose last character can share a token with its first
+text: SALMONN's trainers tokenize it in one piece with the answer, whose last character can share a token with its first
 (`.</`). So such an answer ends where its decoded text says the end, whatever the ids are.
 """
 
@@ -14,7 +14,7 @@ class End:
     """The end of a model's answers.
 
     Attributes:
-        text: the part that is text and is tokenised with the answer, up to the first control token; empty for an end
+        text: the part that is text and is tokenized with the answer, up to the first control token; empty for an end
             that is one.
         tail: the ids from the first control token on.
         ids: of the whole end where it stands alone, as after an answer that was cut.

@@ -102,7 +102,7 @@ def generate_without_defaults(llm: nn.Module, embeds_BTD: Tensor, mask_BT: Tenso
         processors: applied last.
         repetition_penalty: of every id that this row has said, once however often; the prompt does not count, and
             neither does padding (transformers' own processor skips as many new ids as the row has padding). A row in a
-            batch is penalised as the row alone.
+            batch is penalized as the row alone.
         min_new_tokens: before so many nothing ends.
         options: of `GenerationConfig`.
     """

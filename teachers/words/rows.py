@@ -31,7 +31,7 @@ class Row:
 
 
 class RowTokenizer:
-    """Turns a sample into a `Row`: prompt pieces are tokenised apart, without special tokens, as SALMONN does.
+    """Turns a sample into a `Row`: prompt pieces are tokenized apart, without special tokens, as SALMONN does.
 
     A control token that template or prompts spell is that token: their author means it. One that a sample's question
     or text spells is text.
@@ -98,7 +98,7 @@ class RowTokenizer:
     def answer_ids(self, text: str) -> list[int]:
         """The answer's ids with the end token.
 
-        An end that is text is tokenised in one piece with the answer, as SALMONN's trainers do, and is not written
+        An end that is text is tokenized in one piece with the answer, as SALMONN's trainers do, and is not written
         twice where the answer has it already. Only where an answer is cut it stands alone.
         """
         if self.end.text and not self.end.tail:

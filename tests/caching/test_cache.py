@@ -292,7 +292,7 @@ def test_the_teachers_own_answers_can_replace_every_label(toys, tmp_path):
 
 
 def test_transcripts_stand_beside_the_label_with_their_error_rate(toys, tmp_path):
-    make_cache(toys, tmp_path, "cache.transcripts=true", "eval.normalise=false")
+    make_cache(toys, tmp_path, "cache.transcripts=true", "eval.normalize=false")
     notes = [record.notes for record in read_records(tmp_path).values()]
     assert all("transcript" in note and float(note["wer"]) > 0 for note in notes)
 

@@ -420,7 +420,7 @@ def test_what_the_system_and_torch_say_is_put_in_the_form_of_an_error(capsys, wo
         (lambda: DataConfig(labelled_share=2), r"^data\.labelled_share is 2\.0, but is a share from 0 to 1"),
         (lambda: StudentConfig(lora_rank=0), r"^student\.lora_rank is 0, but must be above 0"),
         (lambda: CacheConfig(temperatures=[2]), r"^cache\.temperatures is \[2\.0\], but all must be above 0"),
-        (lambda: EvalConfig(normalise="no"), r"^eval\.normalise is 'no', but must be true or false"),
+        (lambda: EvalConfig(normalize="no"), r"^eval\.normalize is 'no', but must be true or false"),
         (lambda: Config(train=LossConfig()), r"^train is LossConfig\(.*, but must be a TrainConfig"),
         (
             lambda: Config(loss=LossConfig(temperature=3)),

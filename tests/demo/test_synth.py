@@ -8,7 +8,7 @@ import soundfile
 
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import score
-from shards.demo.espeak import FEMALE, MALE, Synthesiser
+from shards.demo.espeak import FEMALE, MALE, Synthesizer
 from shards.demo.sounds import CAPTIONS, SAMPLE_RATE, draw_sound, render_sound
 from shards.demo.synth import (
     HELD_OUT,
@@ -156,8 +156,8 @@ def test_a_sound_is_what_its_caption_says(kind):
     assert np.abs(waveform_N).max() <= sound.amplitude / 1_000 + 1e-9
 
 
-def test_what_was_spoken_before_does_not_change_a_new_synthesiser():
-    first, second = Synthesiser(), Synthesiser()
+def test_what_was_spoken_before_does_not_change_a_new_synthesizer():
+    first, second = Synthesizer(), Synthesizer()
     heard = first.speak("four seven", voice="en+f5")
     first.speak("stop the music", voice="en-us+m3")
     assert np.array_equal(second.speak("four seven", voice="en+f5"), heard)
@@ -166,7 +166,7 @@ def test_what_was_spoken_before_does_not_change_a_new_synthesiser():
 
 def test_a_voice_that_espeak_lacks_is_refused():
     with pytest.raises(ValueError, match="voice is 'en-xx', but eSpeak NG does not know it"):
-        Synthesiser().speak("one", voice="en-xx")
+        Synthesizer().speak("one", voice="en-xx")
 
 
 def test_an_interrupted_overwrite_leaves_no_manifest(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_an_interrupted_overwrite_leaves_no_manifest(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Synthesiser, "speak", interrupt)
+    monkeypatch.setattr(Synthesizer, "speak", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_corpus(tmp_path, seed=1, sizes=sizes)
     assert list(tmp_path.glob("*.json")) == []

@@ -95,7 +95,7 @@ def test_float16_autocast_gives_finite_frames(ear):
         assert ear(*make_batch(32_000))[0].isfinite().all()
 
 
-def test_attention_equals_the_materialised_formula(ear):
+def test_attention_equals_the_materialized_formula(ear):
     attention = ear.encoder.layers[0].self_attn
     frames_BRE = torch.randn(2, 40, ear.width)
     bias_HRR = ear.encoder.position_bias(40)

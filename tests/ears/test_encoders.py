@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_beats import TINY as TINY_BEATS
 from test_beats import make_official
-from test_frontend import pad, synthesise
+from test_frontend import pad, synthesize
 
 from teachers.ears.beats import BEATS_FBANK, BeatsEar
 from teachers.ears.encoders import ENCODERS, build_encoder, load_encoder
@@ -27,7 +27,7 @@ TINY = {
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_keeps_the_contract(name):
     encoder = build_encoder(name, TINY[name])
-    waveforms_BN, num_samples_B = pad([synthesise(40_000), synthesise(20_000)])
+    waveforms_BN, num_samples_B = pad([synthesize(40_000), synthesize(20_000)])
     frames_BRE, num_frames_B = encoder(waveforms_BN, num_samples_B)
     assert frames_BRE.shape[::2] == (2, encoder.width) and frames_BRE.dtype == torch.float32
     # 50 frames a second, give or take the patches that a clip's end cuts.
@@ -39,7 +39,7 @@ def test_every_encoder_keeps_the_contract(name):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_hears_the_same_on_a_gpu(name):
     encoder = build_encoder(name, TINY[name]).requires_grad_(False)
-    waveforms_BN, num_samples_B = pad([synthesise(40_000), synthesise(20_000)])
+    waveforms_BN, num_samples_B = pad([synthesize(40_000), synthesize(20_000)])
     frames_BRE, num_frames_B = encoder(waveforms_BN, num_samples_B)
     on_gpu, num_on_gpu = encoder.cuda()(waveforms_BN.cuda(), num_samples_B)
     assert (on_gpu.cpu() - frames_BRE).norm() < 1e-3 * frames_BRE.norm()
@@ -61,7 +61,7 @@ def test_unknown_encoders_and_paths_are_refused(tmp_path):
 
 
 def test_the_exact_front_end_is_both_front_ends():
-    waveforms_BN, num_samples_B = pad([synthesise(40_000), synthesise(20_000)])
+    waveforms_BN, num_samples_B = pad([synthesize(40_000), synthesize(20_000)])
     whisper_mel, beats_mel, num_frames_B = OneFrontEnd(WhisperLogMel(80, 400))(waveforms_BN, num_samples_B)
     expected_mel, expected_frames = BEATS_FBANK(waveforms_BN, num_samples_B)
     assert torch.equal(whisper_mel, WhisperLogMel(80, 400)(waveforms_BN, num_samples_B))
@@ -70,7 +70,7 @@ def test_the_exact_front_end_is_both_front_ends():
 
 def test_the_approximate_front_end_leaves_whisper_exact_and_its_error_is_measured_and_printed(capsys):
     torch.manual_seed(0)
-    waveforms_BN, num_samples_B = pad([synthesise(40_000), synthesise(20_000)])
+    waveforms_BN, num_samples_B = pad([synthesize(40_000), synthesize(20_000)])
     figures = measure_approximation(
         WhisperLogMel(80, 400), BeatsEar.from_config(TINY_BEATS), waveforms_BN, num_samples_B
     )

@@ -11,7 +11,7 @@ from teachers.ears.eat import EAT_FBANK
 from teachers.ears.frontend import WhisperLogMel, check_lengths
 
 
-def synthesise(num_samples: int, seed: int = 0) -> torch.Tensor:
+def synthesize(num_samples: int, seed: int = 0) -> torch.Tensor:
     """A gliding tone that fades into faint noise: loud and near-silent frames, float32 in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     time = torch.arange(num_samples) / 16_000
@@ -31,13 +31,13 @@ def extract(clips: list[torch.Tensor], num_mels: int, seconds: int) -> torch.Ten
 @pytest.mark.parametrize("num_mels", [80, 128])
 @pytest.mark.parametrize("num_samples", [1, 399, 16_000, 47_900, 48_000, 50_000])
 def test_whisper_log_mel_equals_the_extractor_at_any_length(num_mels, num_samples):
-    clip = synthesise(num_samples)
+    clip = synthesize(num_samples)
     mel_BMX = WhisperLogMel(num_mels, 300)(*pad([clip]))
     torch.testing.assert_close(mel_BMX, extract([clip], num_mels, 3), atol=1e-6, rtol=0)
 
 
 def test_whisper_log_mel_of_a_batch_equals_the_extractor_in_blocks():
-    clips = [synthesise(length, seed) for seed, length in enumerate([480_000, 90_001, 5_000])]
+    clips = [synthesize(length, seed) for seed, length in enumerate([480_000, 90_001, 5_000])]
     torch.testing.assert_close(WhisperLogMel(80, 3000)(*pad(clips)), extract(clips, 80, 30), atol=1e-6, rtol=0)
 
 
@@ -55,7 +55,7 @@ def kaldi_fbank(clip: torch.Tensor, front_end) -> torch.Tensor:
 @pytest.mark.parametrize("front_end", [BEATS_FBANK, EAT_FBANK], ids=["beats", "eat"])
 @pytest.mark.parametrize("num_samples", [400, 559, 560, 47_999])
 def test_fbank_equals_torchaudio_at_any_length(front_end, num_samples):
-    clip = synthesise(num_samples) + 0.1
+    clip = synthesize(num_samples) + 0.1
     mel_BXM, num_frames_B = front_end(clip[None], torch.tensor([num_samples]))
     expected_XM = kaldi_fbank(clip, front_end)
     assert num_frames_B.tolist() == [len(expected_XM)]
@@ -65,7 +65,7 @@ def test_fbank_equals_torchaudio_at_any_length(front_end, num_samples):
 
 @pytest.mark.parametrize("front_end", [BEATS_FBANK, EAT_FBANK], ids=["beats", "eat"])
 def test_fbank_of_a_batch_row_equals_the_row_alone(front_end):
-    clips = [synthesise(length, seed) for seed, length in enumerate([400_000, 30_007, 1_000])]
+    clips = [synthesize(length, seed) for seed, length in enumerate([400_000, 30_007, 1_000])]
     mel_BXM, num_frames_B = front_end(*pad(clips))
     for mel_XM, num_frames, clip in zip(mel_BXM, num_frames_B, clips):
         alone_XM = front_end(clip[None], torch.tensor([len(clip)]))[0][0]
@@ -75,7 +75,7 @@ def test_fbank_of_a_batch_row_equals_the_row_alone(front_end):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_features_are_the_same_inside_autocast(dtype):
-    waveforms_BN, num_samples_B = pad([synthesise(32_000) * 1.9])
+    waveforms_BN, num_samples_B = pad([synthesize(32_000) * 1.9])
     with torch.autocast("cpu", dtype=dtype):
         inside = BEATS_FBANK(waveforms_BN, num_samples_B)[0], WhisperLogMel(80, 300)(waveforms_BN, num_samples_B)
     outside = BEATS_FBANK(waveforms_BN, num_samples_B)[0], WhisperLogMel(80, 300)(waveforms_BN, num_samples_B)
@@ -85,7 +85,7 @@ def test_features_are_the_same_inside_autocast(dtype):
 
 @pytest.mark.gpu
 def test_features_on_a_gpu_equal_those_on_cpu():
-    batch = pad([synthesise(length, seed) for seed, length in enumerate([160_000, 30_007, 1_000])])
+    batch = pad([synthesize(length, seed) for seed, length in enumerate([160_000, 30_007, 1_000])])
     on_gpu = [tensor.cuda() for tensor in batch]
     whisper = WhisperLogMel(128, 3000)
     torch.testing.assert_close(whisper(*on_gpu).cpu(), whisper(*batch), atol=1e-4, rtol=0)

@@ -14,26 +14,26 @@ def asr(*pairs, task="asr"):
 
 def test_wer_is_all_errors_over_all_words_not_the_mean_over_clips():
     predictions = asr(("a b c d e f g h i", "a b c d e f g h i"), ("x", "y"))
-    assert score(predictions, normalise=False)["asr"].value == pytest.approx(1 / 10)
+    assert score(predictions, normalize=False)["asr"].value == pytest.approx(1 / 10)
 
 
 def test_substitutions_deletions_and_insertions_add_up_to_wer():
-    found = score(asr(("one two three four", "one too four five five")), normalise=False)["asr"]
+    found = score(asr(("one two three four", "one too four five five")), normalize=False)["asr"]
     kinds = [found.extra[kind] for kind in ("substitutions", "deletions", "insertions")]
     assert sum(kinds) == pytest.approx(found.value) == pytest.approx(4 / 4)
 
 
 def test_cer_counts_characters():
-    assert score(asr(("abcd", "abxd")), normalise=False)["asr"].extra["cer"] == pytest.approx(1 / 4)
+    assert score(asr(("abcd", "abxd")), normalize=False)["asr"].extra["cer"] == pytest.approx(1 / 4)
 
 
 def test_an_insertion_heavy_answer_scores_above_one():
-    assert score(asr(("one", "one one one")), normalise=False)["asr"].value == 2.0
+    assert score(asr(("one", "one one one")), normalize=False)["asr"].value == 2.0
 
 
 def test_an_empty_answer_deletes_every_word_and_a_silent_reference_counts_insertions():
     predictions = asr(("one two", ""), ("", "three"), ("", ""))
-    assert score(predictions, normalise=False)["asr"].value == pytest.approx(3 / 2)
+    assert score(predictions, normalize=False)["asr"].value == pytest.approx(3 / 2)
 
 
 def test_the_closest_of_several_references_counts():
@@ -73,8 +73,8 @@ def test_exact_match_neither_empties_nor_merges_answers(right, heard, is_right):
 
 def test_typographic_signs_and_composed_letters_are_no_word_errors():
     pairs = [("it's fine", "it’s fine"), ("well... yes", "well… yes"), ("café", "cafe\u0301"), ("ok", "ｏｋ")]
-    for normalise in (True, False):
-        assert score(asr(*pairs), normalise=normalise)["asr"].value == 0
+    for normalize in (True, False):
+        assert score(asr(*pairs), normalize=normalize)["asr"].value == 0
 
 
 def test_phones_with_marks_are_compared_composed_and_at_any_white_space():
@@ -84,8 +84,8 @@ def test_phones_with_marks_are_compared_composed_and_at_any_white_space():
 
 def test_marks_of_other_scripts_are_words_without_the_english_rules_and_these_warn():
     pairs = asr(("कि वह", "की वह"))
-    assert score(pairs, normalise=False)["asr"].value == pytest.approx(1 / 2)
-    with pytest.warns(UserWarning, match=r"not written in Latin letters, .* set eval\.normalise=false"):
+    assert score(pairs, normalize=False)["asr"].value == pytest.approx(1 / 2)
+    with pytest.warns(UserWarning, match=r"not written in Latin letters, .* set eval\.normalize=false"):
         score(pairs)
 
 
@@ -111,10 +111,10 @@ def test_the_share_of_answers_that_ended_is_reported():
 
 def test_the_interval_holds_the_value_narrows_with_clips_and_repeats_with_its_seed():
     predictions = asr(*(("one two", "one two" if i % 5 else "one too") for i in range(400)))
-    many, few = (score(part, normalise=False)["asr"] for part in (predictions, predictions[:40]))
+    many, few = (score(part, normalize=False)["asr"] for part in (predictions, predictions[:40]))
     assert many.low < many.value < many.high
     assert many.high - many.low < few.high - few.low
-    assert many == score(predictions, normalise=False)["asr"] != score(predictions, normalise=False, seed=1)["asr"]
+    assert many == score(predictions, normalize=False)["asr"] != score(predictions, normalize=False, seed=1)["asr"]
     # A proportion's: each of 400 clips has one wrong word of two with probability 0.2.
     assert many.high - many.low == pytest.approx(2 * 1.96 * math.sqrt(0.2 * 0.8 / 400) / 2, rel=0.1)
 
@@ -133,13 +133,13 @@ def test_a_student_that_answers_like_its_teacher_retains_everything():
 def test_retained_quality_is_word_accuracy_over_word_accuracy():
     teacher = asr(*(("one two", "one two"), ("three four", "three fore")) * 20)
     student = asr(*(("one two", "one too"), ("three four", "three fore")) * 20)
-    assert retained_quality(student, teacher, normalise=False)["asr"].value == pytest.approx((2 / 4) / (3 / 4))
+    assert retained_quality(student, teacher, normalize=False)["asr"].value == pytest.approx((2 / 4) / (3 / 4))
 
 
 def test_a_teacher_without_quality_has_nothing_to_retain():
     wrong, right = asr(("one", "two two"), ("three", "")), asr(("one", "one"), ("three", "three"))
     assert retained_quality(right, wrong) == {}
-    assert retained_quality(wrong, right, normalise=False)["asr"].value == 0
+    assert retained_quality(wrong, right, normalize=False)["asr"].value == 0
 
 
 def answers(task, right, heard):
@@ -150,7 +150,7 @@ def test_chance_is_the_metric_of_the_commonest_right_answer_to_every_clip():
     genders = ["Male"] * 6 + ["Female"] * 4
     assert score(answers("gender_recognition", genders, genders))["gender_recognition"].extra["chance"] == 0.6
     words = ["one", "two", "Two.", "one two three"]  # "two" to all: one, none, none and two errors of six words
-    assert score(answers("asr", words, words), normalise=False)["asr"].extra["chance"] == pytest.approx(3 / 6)
+    assert score(answers("asr", words, words), normalize=False)["asr"].extra["chance"] == pytest.approx(3 / 6)
     captions = ["a low tone then noise"] * 2 + ["birds sing in the tree"] * 2
     found = score(answers("audiocaption", captions, captions))["audiocaption"]
     assert (found.extra["chance"], found.value) == (pytest.approx(5), pytest.approx(10))
@@ -180,7 +180,7 @@ def test_an_unknown_task_is_refused_by_name():
 
 
 def test_references_without_a_word_are_refused():
-    with pytest.raises(ValueError, match="the references of task asr are 1 empty texts after normalisation"):
+    with pytest.raises(ValueError, match="the references of task asr are 1 empty texts after normalization"):
         score(asr(("[music]", "one")))
 
 

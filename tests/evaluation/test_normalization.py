@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.evaluation.metrics.normalization import is_latin, normalise_text, normalize_answer, split_caption
+from distill.evaluation.metrics.normalization import is_latin, normalize_answer, normalize_text, split_caption
 
 
 @pytest.mark.parametrize(
@@ -16,13 +16,13 @@ from distill.evaluation.metrics.normalization import is_latin, normalise_text, n
     ],
 )
 def test_english_rules_join_digits_and_the_basic_ones_do_not(text, english, basic):
-    assert normalise_text(text) == english
-    assert normalise_text(text, english=False) == basic
+    assert normalize_text(text) == english
+    assert normalize_text(text, english=False) == basic
 
 
 @pytest.mark.parametrize("text", ["हिन्दी में", "தமிழ்", "ไทยที่", "مُحَمَّد", "שָׁלוֹם", "বাংলা", "tiếng việt", "größe", "日本語"])
 def test_letters_keep_their_marks_where_the_rules_are_not_english(text):
-    assert normalise_text(text, english=False) == text.casefold()
+    assert normalize_text(text, english=False) == text.casefold()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_letters_keep_their_marks_where_the_rules_are_not_english(text):
     ],
 )
 def test_two_ways_to_write_a_word_are_one(text, other):
-    assert normalise_text(text, english=False) == normalise_text(other, english=False)
+    assert normalize_text(text, english=False) == normalize_text(other, english=False)
 
 
 def test_latin_letters_are_told_from_others():

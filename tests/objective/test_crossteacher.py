@@ -139,7 +139,7 @@ def recut(tokenizer, **parts):
     return recut
 
 
-@pytest.mark.filterwarnings("ignore:.*learned by cross-entropy alone")  # a normaliser changes the text
+@pytest.mark.filterwarnings("ignore:.*learned by cross-entropy alone")  # a normalizer changes the text
 @pytest.mark.parametrize("cut", OTHER_CUTS)
 def test_the_same_tokens_cut_in_another_way_are_refused_by_sample_or_aligned(toys, cut):
     text, parts = OTHER_CUTS[cut]

@@ -167,7 +167,7 @@ def test_a_batch_of_alignments_keeps_its_answers_apart():
     assert Alignment.concatenate([]).num_chunks == 0
 
 
-def test_a_text_that_the_tokenizer_normalises_is_refused(tokenizers):
+def test_a_text_that_the_tokenizer_normalizes_is_refused(tokenizers):
     tokenizer = byte_level(270)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     with pytest.raises(ValueError, match="NFC"):

@@ -272,7 +272,7 @@ def test_a_temperature_of_zero_is_refused():
 
 
 @pytest.mark.parametrize("compress_statistics", [False, True])
-def test_a_4_bit_head_is_the_head_it_dequantises_to(compress_statistics):
+def test_a_4_bit_head_is_the_head_it_dequantizes_to(compress_statistics):
     bnb = pytest.importorskip("bitsandbytes")
     case = Case(dtype=torch.float32, temperature=2.0)
     generator = torch.Generator().manual_seed(1)
@@ -289,8 +289,8 @@ def test_a_4_bit_head_is_the_head_it_dequantises_to(compress_statistics):
         case.weight_VD, case.hidden_SD = weight, case.hidden_SD.detach().requires_grad_()
         fused = case.fused()
         results.append((*fused, *gradients(fused.loss_S, case.upstream_S.float(), [case.hidden_SD])))
-    for packed, dequantised in zip(*results):
-        torch.testing.assert_close(packed, dequantised, rtol=0, atol=0)
+    for packed, dequantized in zip(*results):
+        torch.testing.assert_close(packed, dequantized, rtol=0, atol=0)
 
 
 def test_a_4_bit_head_whose_rows_cannot_be_read_is_refused():

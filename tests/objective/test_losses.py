@@ -173,11 +173,11 @@ def test_what_a_codec_decodes_is_zero_away_from_the_student_that_made_it():
         assert forward_kl(student_SV, targets.at(temperature), temperature).abs().max() < 2e-6
 
 
-def test_a_renormalised_tail_is_not_zero_at_equality():
+def test_a_renormalized_tail_is_not_zero_at_equality():
     student_SV = logits(6, 50)
     ids_SK, logprobs_SK, _ = top_targets(student_SV, 5, 1.0)
-    renormalised = Sparse(ids_SK, logprobs_SK.log_softmax(-1), torch.full((6,), -torch.inf))
-    assert forward_kl(student_SV, renormalised, 1.0).min() > 0.01
+    renormalized = Sparse(ids_SK, logprobs_SK.log_softmax(-1), torch.full((6,), -torch.inf))
+    assert forward_kl(student_SV, renormalized, 1.0).min() > 0.01
 
 
 @pytest.mark.parametrize("kind, parameter", KINDS)

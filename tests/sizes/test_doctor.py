@@ -178,26 +178,26 @@ def test_a_mean_of_means_is_found(toys, monkeypatch):
     assert "a mean is taken in each part" in faults(toys, "splits")["splits"]
 
 
-def test_a_renormalised_tail_is_found_in_the_loss(toys, monkeypatch):
-    def renormalised(student_SC, teacher, temperature, divergence):
+def test_a_renormalized_tail_is_found_in_the_loss(toys, monkeypatch):
+    def renormalized(student_SC, teacher, temperature, divergence):
         teacher_SK = teacher.logprobs_SK.log_softmax(-1)
         return temperature**2 * divergence(student_SC[:, :-1], teacher_SK).sum(-1)
 
-    monkeypatch.setattr(distill.objective.fused, "bucket_divergence", renormalised)
+    monkeypatch.setattr(distill.objective.fused, "bucket_divergence", renormalized)
     found = faults(toys, "KL(teacher‖teacher)", "fused = plain")
-    assert "dropped or renormalised" in found["KL(teacher‖teacher)"]
-    assert "look for renormalised targets" in found["fused = plain"]
+    assert "dropped or renormalized" in found["KL(teacher‖teacher)"]
+    assert "look for renormalized targets" in found["fused = plain"]
 
 
-def test_a_renormalised_tail_is_found_in_the_targets(toys, monkeypatch):
+def test_a_renormalized_tail_is_found_in_the_targets(toys, monkeypatch):
     true = Distribution.at
 
-    def renormalised(self, temperature):
+    def renormalized(self, temperature):
         ids_SK, logprobs_SK, residual_S = true(self, temperature)
         return Sparse(ids_SK, logprobs_SK.log_softmax(-1), torch.full_like(residual_S, -torch.inf))
 
-    monkeypatch.setattr(Distribution, "at", renormalised)
-    assert "the tail was renormalised" in faults(toys, "cache")["cache"]
+    monkeypatch.setattr(Distribution, "at", renormalized)
+    assert "the tail was renormalized" in faults(toys, "cache")["cache"]
 
 
 def test_a_stale_cache_is_found(toys, tmp_path, capsys):

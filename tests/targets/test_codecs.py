@@ -104,7 +104,7 @@ def test_the_head_is_in_order_and_to_float16():
     distribution = decode(encode(TopK(k=32, head=8), logits_SV))
     logprobs_SH, ids_SH = torch.log_softmax(logits_SV, -1).topk(8)
     assert torch.equal(distribution.ids_SK[:, :8], ids_SH)
-    # float16 holds a log-probability to 2**-11 of itself; the rest is the renormalisation by the coarser tail
+    # float16 holds a log-probability to 2**-11 of itself; the rest is the renormalization by the coarser tail
     torch.testing.assert_close(distribution.logprobs_SK[:, :8], logprobs_SH, rtol=2**-11, atol=0.02)
 
 
@@ -118,7 +118,7 @@ def test_tail_errors_stay_within_the_largest_step(codec):
     errors_SK = (distribution.logprobs_SK - exact_SK).abs().masked_fill(~is_used_SK, 0)
     least_S = exact_SK.masked_fill(~is_used_SK, torch.inf).min(1).values
     span_S = exact_SK[:, codec.head - 1] - least_S
-    # half of the curve's last step, on a span rounded up by at most 2**(1/16), and the renormalisation
+    # half of the curve's last step, on a span rounded up by at most 2**(1/16), and the renormalization
     bound_S = 0.5 * 1.5 * span_S * 2 ** (1 / 16) / (2**codec.tail_bits - 1) + 0.02
     assert (errors_SK.max(1).values <= bound_S).all()
 

@@ -107,7 +107,7 @@ def test_greedy_with_a_repetition_penalty_is_the_plain_arithmetic(model):
     batch = model.collate([sample], with_answer=False, first_prompt=True)
     prompt_BTD, ids = model.embed(batch, model.hear(batch)), []
     for _ in range(6):
-        # transformers penalises raw logits in greedy search, log-probabilities in beam search
+        # transformers penalizes raw logits in greedy search, log-probabilities in beam search
         embeds = torch.cat([prompt_BTD, model.llm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))], 1)
         logits_V = model.llm(inputs_embeds=embeds).logits[0, -1]
         for token in set(ids):

@@ -76,7 +76,7 @@ def rows_of(tokenizer, end: str = END, max_answer_tokens: int = 300) -> RowToken
     return RowTokenizer(tokenizer, Prompts({"asr": ("<SpeechHere>",)}, "{}"), end, max_answer_tokens)
 
 
-def test_an_end_that_is_text_is_tokenised_in_one_piece_with_its_answer_and_written_once():
+def test_an_end_that_is_text_is_tokenized_in_one_piece_with_its_answer_and_written_once():
     tokenizer = merging_tokenizer()
     rows = rows_of(tokenizer)
     assert len(rows.end_ids) > 1

@@ -131,8 +131,8 @@ def _longest_common(first: Words, second: Words) -> int:
     return row[-1]
 
 
-def count_captions(predictions: Sequence[Prediction], normalise: bool) -> Tally:
-    """CIDEr-D and the others; captions are always lower-cased and stripped of punctuation, whatever `normalise` is."""
+def count_captions(predictions: Sequence[Prediction], normalize: bool) -> Tally:
+    """CIDEr-D and the others; captions are always lower-cased and stripped of punctuation, whatever `normalize` is."""
     hypotheses = [prediction.hypothesis for prediction in predictions]
     references = [prediction.references for prediction in predictions]
     extra = {
@@ -163,6 +163,6 @@ CIDER_D = Metric(
         "speech_audio_coreasoning",
     ),
     tally=count_captions,
-    plain=lambda text, normalise: " ".join(split_caption(text)),
+    plain=lambda text, normalize: " ".join(split_caption(text)),
     best=CIDER_SCALE,
 )

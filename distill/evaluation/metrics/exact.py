@@ -6,7 +6,7 @@ from distill.evaluation.metrics.metric import Metric, Prediction, Tally
 from distill.evaluation.metrics.normalization import normalize_answer
 
 
-def count_right(predictions: Sequence[Prediction], normalise: bool) -> Tally:
+def count_right(predictions: Sequence[Prediction], normalize: bool) -> Tally:
     """The share of answers that are right."""
     return Tally.of_values(
         [normalize_answer(p.hypothesis) in set(map(normalize_answer, p.references)) for p in predictions]
@@ -32,5 +32,5 @@ EXACT_MATCH = Metric(
         "inference_QA",
     ),
     tally=count_right,
-    plain=lambda text, normalise: normalize_answer(text),
+    plain=lambda text, normalize: normalize_answer(text),
 )

@@ -44,7 +44,7 @@ class Metric:
 
     Args:
         tasks: whose answers it scores.
-        tally: counts the answers of one task; the flag says whether English rules apply (`eval.normalise`).
+        tally: counts the answers of one task; the flag says whether English rules apply (`eval.normalize`).
         plain: a text as the metric compares it, under the same flag.
         is_error_rate: lower is better, and quality is 1 - rate; of the others quality is the value.
         best: the value of a perfect answer, where higher is better.

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import regex
 
-Normaliser = Callable[[str], str]
+Normalizer = Callable[[str], str]
 # Typographic apostrophes, single quotes and the accents typed for them.
 _APOSTROPHES = dict.fromkeys(map(ord, "’‘‛ʼʻ′´`＇"), "'")
 _LETTER = r"[\p{L}\p{N}\p{M}_]"
 
 
 @cache
-def _build_normaliser() -> Normaliser:
+def _build_normalizer() -> Normalizer:
     """Whisper's English rules: transformers ships them, the list of words is openai/whisper's (MIT; see NOTICE)."""
     # Imported here: transformers takes seconds, and who only shows scores needs none of it.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -35,7 +35,7 @@ def is_latin(texts: Iterable[str]) -> bool:
     return 2 * len(regex.findall(r"\p{Latin}", whole)) >= len(regex.findall(r"\p{L}", whole))
 
 
-def normalise_text(text: str, english: bool = True) -> str:
+def normalize_text(text: str, english: bool = True) -> str:
     """The words of a text as word error rates compare them, with one space between.
 
     Args:
@@ -50,7 +50,7 @@ def normalise_text(text: str, english: bool = True) -> str:
     # ellipsis at the end
     text = regex.sub(r"\p{Cf}", "", unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)))
     text = regex.sub(r"\.{2,}", " ", text)
-    return " ".join((_build_normaliser()(text) if english else _basic_words(text)).split())
+    return " ".join((_build_normalizer()(text) if english else _basic_words(text)).split())
 
 
 def _basic_words(text: str) -> str:

@@ -73,13 +73,13 @@ def _tally_own(predictions: Sequence[Prediction], metric: OwnMetric) -> Tally:
     return Tally.of_values(values)
 
 
-def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: int = 0,
+def score(predictions: Iterable[Prediction], *, normalize: bool = True, seed: int = 0,
           own: Mapping[str, OwnMetric] = NO_METRICS) -> dict[str, TaskScore]:  # fmt: skip
     """Score the answers of each task.
 
     Args:
         predictions: answers of one or several tasks, in any order.
-        normalise: Whisper's English rules before `wer`, or case and punctuation only; see `normalise_text`. Say which
+        normalize: Whisper's English rules before `wer`, or case and punctuation only; see `normalize_text`. Say which
             beside a WER.
         seed: of the bootstrap; the same answers and seed give the same interval.
         own: metrics of one's own by task, in the place of the library's; the score is their mean over clips.
@@ -101,8 +101,8 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
             tally = _tally_own(group, own[task])
         else:
             metric = find_metric(task)
-            name, tally = name_metric(task), metric.tally(group, normalise)
-            figures["chance"] = metric.tally(chance_answers(group, normalise), normalise).value
+            name, tally = name_metric(task), metric.tally(group, normalize)
+            figures["chance"] = metric.tally(chance_answers(group, normalize), normalize).value
         gained_N, possible_N = _resample(tally, seed)
         low, high = _interval(gained_N / np.maximum(possible_N, 1))
         extra = {
@@ -115,17 +115,17 @@ def score(predictions: Iterable[Prediction], *, normalise: bool = True, seed: in
     return scores
 
 
-def _plain(task: str, normalise: bool, text: str) -> str:
-    return find_metric(task).plain(text, normalise)
+def _plain(task: str, normalize: bool, text: str) -> str:
+    return find_metric(task).plain(text, normalize)
 
 
-def chance_answers(predictions: Sequence[Prediction], normalise: bool = True) -> list[Prediction]:
+def chance_answers(predictions: Sequence[Prediction], normalize: bool = True) -> list[Prediction]:
     """What a model that hears nothing would answer to the clips of one task: to each the commonest right answer.
 
     The commonest is that of most clips, in the words of the task's metric; of several, the one whose words are. For a
     question with two answers that is the majority's share; for a caption, how far one sentence for all clips goes.
     """
-    plain = partial(_plain, predictions[0].task, normalise)
+    plain = partial(_plain, predictions[0].task, normalize)
     answers = [{plain(reference) for reference in prediction.references} for prediction in predictions]
     count = Counter(answer for clip in answers for answer in clip)
     clips_with = Counter(word for clip in answers for word in {word for answer in clip for word in answer.split()})
@@ -138,15 +138,15 @@ def chance_answers(predictions: Sequence[Prediction], normalise: bool = True) ->
     return [replace(prediction, hypothesis=commonest) for prediction in predictions]
 
 
-def error_rate(task: str, reference: str, hypothesis: str, *, normalise: bool = True) -> float | None:
+def error_rate(task: str, reference: str, hypothesis: str, *, normalize: bool = True) -> float | None:
     """Word or phone errors over reference words of one answer; None for a task without words, or an empty reference.
 
     Args:
-        normalise: as in `score`.
+        normalize: as in `score`.
     """
     if task not in scored_tasks() or not find_metric(task).is_error_rate:
         return None
-    return rate_of(partial(_plain, task, normalise), reference, hypothesis)
+    return rate_of(partial(_plain, task, normalize), reference, hypothesis)
 
 
 def mean_error(scores: Mapping[str, TaskScore]) -> float:
@@ -170,7 +170,7 @@ def is_above_chance(score: TaskScore) -> bool:
 
 
 def retained_quality(
-    student: Iterable[Prediction], teacher: Iterable[Prediction], *, normalise: bool = True, seed: int = 0
+    student: Iterable[Prediction], teacher: Iterable[Prediction], *, normalize: bool = True, seed: int = 0
 ) -> dict[str, Retained]:
     """How much of the teacher's quality a student keeps, by task: 1 is all of it, above 1 the student is better.
 
@@ -192,8 +192,8 @@ def retained_quality(
                 f"clips that are among the teacher's {len(keys[1])}; evaluate both on the same manifest."
             )
         metric = find_metric(task)
-        ours, theirs = (metric.tally(groups[task], normalise) for groups in (students, teachers))
-        chance = metric.tally(chance_answers(teachers[task], normalise), normalise)
+        ours, theirs = (metric.tally(groups[task], normalize) for groups in (students, teachers))
+        chance = metric.tally(chance_answers(teachers[task], normalize), normalize)
         our_N, their_N = (_resampled_quality(metric, tally, seed) for tally in (ours, theirs))
         if _interval(their_N)[0] > metric.quality(chance.value):
             our, their = (metric.quality(tally.value) for tally in (ours, theirs))

@@ -7,10 +7,10 @@ import jiwer
 import numpy as np
 
 from distill.evaluation.metrics.metric import Metric, Prediction, Tally
-from distill.evaluation.metrics.normalization import Normaliser, is_latin, normalise_text, normalize_phones
+from distill.evaluation.metrics.normalization import Normalizer, is_latin, normalize_phones, normalize_text
 
 
-def count_errors(predictions: Sequence[Prediction], plain: Normaliser) -> Tally:
+def count_errors(predictions: Sequence[Prediction], plain: Normalizer) -> Tally:
     """Errors and reference words; of several references the one with the lowest rate counts.
 
     Raises:
@@ -28,8 +28,8 @@ def count_errors(predictions: Sequence[Prediction], plain: Normaliser) -> Tally:
     num_characters = sum(c.hits + c.substitutions + c.deletions for c in characters)
     if not num_words.sum():
         raise ValueError(
-            f"the references of task {predictions[0].task} are {len(predictions)} empty texts after normalisation, but "
-            f"an error rate divides by their words; check the manifest's `text`, or set normalise to False."
+            f"the references of task {predictions[0].task} are {len(predictions)} empty texts after normalization, but "
+            f"an error rate divides by their words; check the manifest's `text`, or set normalize to False."
         )
     errors = np.array([m.substitutions + m.deletions + m.insertions for m in measures])
     extra = {kind: float(count / num_words.sum()) for kind, count in kinds.items()}
@@ -37,18 +37,18 @@ def count_errors(predictions: Sequence[Prediction], plain: Normaliser) -> Tally:
     return Tally(errors, num_words, extra)
 
 
-def count_words(predictions: Sequence[Prediction], normalise: bool) -> Tally:
+def count_words(predictions: Sequence[Prediction], normalize: bool) -> Tally:
     """Word errors; texts of other letters under English rules are said to be so."""
-    if normalise and not is_latin(reference for p in predictions for reference in p.references):
+    if normalize and not is_latin(reference for p in predictions for reference in p.references):
         warnings.warn(
-            f"texts of task {predictions[0].task} are not written in Latin letters, but eval.normalise=true applies "
-            f"English rules, which drop the marks of others; set eval.normalise=false.",
+            f"texts of task {predictions[0].task} are not written in Latin letters, but eval.normalize=true applies "
+            f"English rules, which drop the marks of others; set eval.normalize=false.",
             stacklevel=3,
         )
-    return count_errors(predictions, lambda text: normalise_text(text, english=normalise))
+    return count_errors(predictions, lambda text: normalize_text(text, english=normalize))
 
 
-def rate_of(plain: Normaliser, reference: str, hypothesis: str) -> float | None:
+def rate_of(plain: Normalizer, reference: str, hypothesis: str) -> float | None:
     """Errors over reference words of one answer; None for an empty reference."""
     if not plain(reference):
         return None
@@ -65,13 +65,13 @@ WER = Metric(
         "speaker_diarization_asr",
     ),
     tally=count_words,
-    plain=normalise_text,
+    plain=normalize_text,
     is_error_rate=True,
 )
-# phones are separated by spaces, and no words, so they are never normalised
+# phones are separated by spaces, and no words, so they are never normalized
 PER = Metric(
     tasks=("phone_recognition",),
-    tally=lambda predictions, normalise: count_errors(predictions, normalize_phones),
-    plain=lambda text, normalise: normalize_phones(text),
+    tally=lambda predictions, normalize: count_errors(predictions, normalize_phones),
+    plain=lambda text, normalize: normalize_phones(text),
     is_error_rate=True,
 )

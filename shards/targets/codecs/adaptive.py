@@ -81,7 +81,7 @@ class Adaptive(Codec):
 
     @staticmethod
     def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
-        """The ids in the layout's order, normalised again."""
+        """The ids in the layout's order, normalized again."""
         return read_top(reader, sizes, vocab_size, parameters)
 
 

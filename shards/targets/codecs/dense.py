@@ -50,7 +50,7 @@ class Dense(Codec):
 
     @staticmethod
     def read(reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]) -> Distribution:
-        """The log-probabilities, normalised again."""
+        """The log-probabilities, normalized again."""
         import torch
 
         from shards.targets.distributions import Distribution

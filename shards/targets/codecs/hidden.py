@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from shards.targets.distributions import HiddenStates
 
-GROUP = 128  # dimensions of a hidden state that share a quantisation step
+GROUP = 128  # dimensions of a hidden state that share a quantization step
 
 
 @dataclass(frozen=True)

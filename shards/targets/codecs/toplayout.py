@@ -156,7 +156,7 @@ def _read_rows(reader: Reader, dtype: str, sizes: Sequence[int], width: int) -> 
 
 
 def rebuild(ids_SK, logprobs_SK, logodds_ST, temperatures: Sequence[float], vocab_size: int) -> Distribution:
-    """Normalise rounded log-probabilities so that at every temperature they and the stored residual sum to one."""
+    """Normalize rounded log-probabilities so that at every temperature they and the stored residual sum to one."""
     import torch
 
     from shards.targets.distributions import Distribution
