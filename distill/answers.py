@@ -74,7 +74,7 @@ class Answerer:
     Args:
         student: in evaluation mode.
         capture: of the teacher.
-        config: of the run.
+        config: the configuration of the run.
 
     Raises:
         ValueError: the student has other prompts than the teacher, or another vocabulary where that is refused.
@@ -130,8 +130,8 @@ class Draw(LogitsProcessor):
     Each row has its own numbers, so that it draws the same in any batch.
 
     Args:
-        names: of the rows, whose hashes seed their numbers.
-        temperature: of the softmax.
+        names: the names of the rows, whose hashes seed their numbers.
+        temperature: the temperature of the softmax.
         num_steps: at most.
     """
 
@@ -189,7 +189,7 @@ def check_answers(config: Config, teacher: CacheHeader) -> Path:
     """The folder of the round that a run is to learn from, once it proved to be of its teacher and its own student.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         teacher: what the run's teacher is.
 
     Raises:

@@ -122,7 +122,7 @@ def given_to(stage, args: argparse.Namespace) -> dict:
     Args:
         stage: takes `tasks` where it checks a manifest's tasks, which are those of the file `args.prompts`, and
             `parsers` where it knows every command.
-        args: of the command line.
+        args: the arguments of the command line.
     """
     asked, given = inspect.signature(stage).parameters, {}
     if "parsers" in asked:

@@ -96,7 +96,7 @@ class Distiller:
         options: steps, batch sizes, learning rate, checkpoints.
         answers: how validation answers are made and counted.
         run_folder: where metrics and checkpoints go.
-        seed: of the order of samples and of dropout.
+        seed: the seed of the order of samples and of dropout.
         precision: "auto", "float32" or "bf16".
         accelerator: the processes; by default those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.

@@ -104,10 +104,10 @@ def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: 
 
     Args:
         samples: shards' folder, pattern or URL; a manifest; or what `shards.packing.items` packs.
-        folder: of the run's own data.
-        name: of the split.
+        folder: the folder of the run's own data.
+        name: the name of the split.
         student: whose prompts say which tasks there are.
-        max_seconds: of a clip.
+        max_seconds: the longest duration of a clip.
         say: is told what was packed.
     """
     is_named = isinstance(samples, str | Path)

@@ -22,9 +22,9 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
     """The config's student, which hears as its teacher or with ears of its own, at its start.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         model: the teacher.
-        dtype: of products, and of what is frozen and not in 4 bits.
+        dtype: the data type of products, and of what is frozen and not in 4 bits.
         say: is told which parts start anew.
     """
     student = build_student(

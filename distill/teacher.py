@@ -39,7 +39,7 @@ def resolve_ears(config: Config, *, is_kept: bool) -> str:
     """How the teacher's ears hear, one of `teachers.ears.precision.WEIGHTS`; the one place that says so.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         is_kept: what they hear goes to a disk, where it outlives the run, and no step waits for it.
     """
     asked = config.teacher.ears
@@ -100,7 +100,7 @@ def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") ->
     """The frozen teacher, in evaluation mode, on the CPU; evaluation asks it with `eval.prompts`.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         llm_weights: False leaves the LLM on the meta device: of a teacher whose targets are cached, ears, connector and
             names are all that a run needs. A Qwen2-Audio comes whole.
         ears: how they hear, see `teachers.ears.precision`; empty: as for a teacher whose targets are not kept.

@@ -72,9 +72,9 @@ class Listener:
         Args:
             audio: see the class.
             task: whose prompt.
-            question: of a task that asks the sample's own.
+            question: the question of a task that asks the sample's own.
             rate: samples a second of arrays.
-            max_new_tokens: of the answer to one piece.
+            max_new_tokens: the most tokens of the answer to one piece.
             batch_size: pieces at once.
 
         Raises:

@@ -84,8 +84,8 @@ def share_or_load_ears(
 
     Args:
         teacher: whose ears they may be.
-        config: of the student.
-        dtype: of those that are loaded.
+        config: the configuration of the student.
+        dtype: the data type of those that are loaded.
         train_ears: the student's Whisper is to be trained, so it is no module of the teacher's.
 
     Raises:

@@ -37,9 +37,9 @@ class Student(Listener):
 
         Args:
             name: a folder, or the id of a hub repository.
-            revision: of the repository.
+            revision: the revision of the repository.
             device: None: the GPU if there is one.
-            dtype: of the products; None: bfloat16 on a GPU, and on a processor whatever is fastest there
+            dtype: the data type of the products; None: bfloat16 on a GPU, and on a processor whatever is fastest there
                 (`students.answering`). torch.float32 is exact on every machine.
             head: of a processor's LLM and its embeddings: "auto", "whole", "bf16", or "int8", which is the smallest.
 

@@ -25,7 +25,7 @@ def quantize_4bit_(llm: nn.Module, *, compute_dtype: torch.dtype = torch.float32
 
     Args:
         llm: a causal LM of transformers.
-        compute_dtype: of the products; float32 on a CPU, bfloat16 on a GPU.
+        compute_dtype: the data type of the products; float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         ValueError: it is quantized otherwise, or much of it has no 4-bit form here.
@@ -85,7 +85,7 @@ class Experts4bit(nn.Module):
 
     Args:
         fused: a module for which `is_fused` holds; it is emptied, and keeps biases and activation.
-        compute_dtype: of the products.
+        compute_dtype: the data type of the products.
     """
 
     def __init__(self, fused: nn.Module, compute_dtype: torch.dtype):

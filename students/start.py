@@ -27,8 +27,8 @@ def load_start_weights_(student: Salmonn, folder: str | Path, *, lora: Lora, qua
 
     Args:
         student: as `build_student` makes it.
-        folder: of the saved one, from `save_student`.
-        lora, quantization: of the new one.
+        folder: the folder of the saved one, from `save_student`.
+        lora, quantization: the settings of the new one.
 
     Raises:
         FileNotFoundError: there is no saved student.

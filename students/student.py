@@ -69,8 +69,8 @@ def build_student(
         whisper_layers: that are kept of Whisper's, evenly spread; 0: all.
         train_ears: train all of Whisper too, from where it stands; it is then a copy of its own.
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
-        dtype: of the LLM's products, of what is not quantized, and of ears of its own.
-        seed: of LoRA's and the connector's random weights, so that every rank starts from the same.
+        dtype: the data type of the LLM's products, of what is not quantized, and of ears of its own.
+        seed: the seed of LoRA's and the connector's random weights, so that every rank starts from the same.
         say: is told which ears are its own, which tensors of the connector are not the teacher's, and when its answers
             end otherwise.
 
@@ -178,8 +178,8 @@ def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, for_
     """Load what `save_student` wrote, quantized as it was trained, in evaluation mode.
 
     Args:
-        folder: of the student.
-        dtype: of the products, and of what is not quantized.
+        folder: the folder of the student.
+        dtype: the data type of the products, and of what is not quantized.
         for_inference: it is to answer on a processor, as fast as that can: see `students.answering`. It is then neither
             trained nor saved.
         head: what becomes of head and embeddings then: "auto", "whole", "bf16" or "int8".

@@ -32,7 +32,7 @@ class CachedTeacher(Teacher):
     """Reads the targets that come with each sample, and checks that they belong to it.
 
     Args:
-        folder: of the cache, or its URL.
+        folder: the folder of the cache, or its URL.
         expected: what this run's teacher is; None takes the cache's word for it.
 
     Raises:

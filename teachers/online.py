@@ -32,8 +32,8 @@ class OnlineTeacher(Teacher):
         k: ids kept a position; None keeps the whole vocabulary, exact at any temperature.
         temperatures: those the targets can be had at.
         answers: whose answers are learned: "label" where a clip has one, "teacher": always its own, "both": by turns.
-        max_new_tokens: of its own answer.
-        num_beams: of it.
+        max_new_tokens: the most tokens of its own answer.
+        num_beams: the number of beams of it.
         hidden_layers: LLM blocks whose outputs its targets hold, 1 is the first.
     """
 

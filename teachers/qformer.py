@@ -19,7 +19,7 @@ class WindowQFormer(nn.Module):
         width, num_layers, num_heads, ffn_width: sizes of the transformer.
         num_queries: vectors a window gives.
         window_frames, stride_frames: length and step of a window, in frames; 0 and 0 make one window of all frames.
-        dropout: of the transformer, in training.
+        dropout: the dropout rate of the transformer, in training.
     """
 
     def __init__(

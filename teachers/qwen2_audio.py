@@ -139,9 +139,9 @@ def load_qwen2_audio(folder: str | Path, *, prompts: str = "", dtype: torch.dtyp
     """Load a folder in the published format.
 
     Args:
-        folder: of Qwen2-Audio, instructed or not.
+        folder: the folder of Qwen2-Audio, instructed or not.
         prompts: JSON file of prompts by task, with `<SpeechHere>` where audio goes; empty: the library's.
-        dtype: of the weights.
+        dtype: the data type of the weights.
         ears: how its tower hears, see `teachers.ears.precision`; empty: as `dtype` says.
 
     Raises:

@@ -41,7 +41,7 @@ class Capturer:
 
     Args:
         teacher: with the answers' settings.
-        config: of the run.
+        config: the configuration of the run.
     """
 
     def __init__(self, teacher: OnlineTeacher, config: Config):

@@ -81,7 +81,7 @@ def load_weights(path: Path, header: CacheHeader | None) -> Mapping[str, float]:
     """Weights by key; a key that is not there counts 1.
 
     Args:
-        path: of a file that `distill filter` wrote.
+        path: the path of a file that `distill filter` wrote.
         header: of the cache that is trained from; None: of none, the teacher is online.
 
     Raises:

@@ -18,7 +18,7 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
 
     Args:
         teacher: the model.
-        config: of the run.
+        config: the configuration of the run.
         is_kept: whether the targets go to a disk, as `resolve_ears` takes it.
     """
     cache = config.cache

@@ -46,9 +46,9 @@ def verify(config: Config, share: float, seed: int = 0) -> int:
     """Check the whole cache and print what was found.
 
     Args:
-        config: of the run whose cache it is.
-        share: of the batches that are computed again, 0 to 1.
-        seed: of the choice.
+        config: the configuration of the run whose cache it is.
+        share: the share of the batches that are computed again, 0 to 1.
+        seed: the seed of the choice.
 
     Returns:
         0 where all is well, else 1.

@@ -317,7 +317,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `section.key=value` words over the defaults.
 
     Args:
-        path: of the file; or a run's folder, or a recipe's name.
+        path: the path of the file; or a run's folder, or a recipe's name.
         overrides: the words.
 
     Raises:

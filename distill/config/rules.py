@@ -76,7 +76,7 @@ def check_section(name: str, section) -> None:
     """The gate of one section, called when it is made; numbers and lists take the field's own type, in place.
 
     Args:
-        name: of the section, such as `train`; empty: the config itself.
+        name: the name of the section, such as `train`; empty: the config itself.
         section: a dataclass of `distill.config`.
 
     Raises:
@@ -281,7 +281,7 @@ def check_terms(loss, num_steps: int, own: tuple[str, ...] = ()) -> None:
 
     Args:
         loss: the objective.
-        num_steps: of the run.
+        num_steps: the number of steps of the run.
         own: names of loss terms of one's own, whose weight is above 0.
     """
     ends = {}

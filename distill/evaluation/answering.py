@@ -36,7 +36,7 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
         folder: the split's shards.
         options: batch size, length and beams.
         accelerator: the processes; None: this one alone.
-        title: of the progress line.
+        title: the title of the progress line.
         on_batch: is called after each batch.
     """
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)

@@ -54,7 +54,7 @@ def measure_all(config: Config, places: Mapping[str, Path], wers: Mapping[str, f
     """Measure models of a run, one after the other, and write the figures down.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         places: folder of each model by its name; "teacher" is the run's.
         wers: word error rates that are known, by name.
     """

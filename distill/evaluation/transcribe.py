@@ -50,7 +50,7 @@ def transcribe(
         files: wav, flac, ogg or mp3.
         task: whose prompt is asked.
         question: that a task of questions asks.
-        max_new_tokens: of the answer about a piece.
+        max_new_tokens: the most tokens of the answer about a piece.
         batch_size: pieces that are answered at once.
     """
     ask = partial(student.ask, task=task, question=question, max_new_tokens=max_new_tokens, batch_size=batch_size)

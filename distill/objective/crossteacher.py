@@ -39,7 +39,7 @@ class CrossTeacher(Teacher):
     Args:
         teacher: any that knows its `rows`.
         student: the model that learns.
-        temperature: of the divergence where the tokens match.
+        temperature: the temperature of the divergence where the tokens match.
     """
 
     is_crossed = True
@@ -118,7 +118,7 @@ def match_vocab(teacher: Teacher, student: Salmonn, cross_tokenizer: str, temper
         teacher: in its own tokens.
         student: the model that learns.
         cross_tokenizer: "refuse" or "chunk".
-        temperature: of the divergence.
+        temperature: the temperature of the divergence.
 
     Raises:
         ValueError: the ids mean other tokens and `cross_tokenizer` is "refuse".

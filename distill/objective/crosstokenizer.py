@@ -50,8 +50,8 @@ def chunk_likelihood(
     Args:
         student_logprobs_S: the student's log-probability of each of its label tokens: minus its cross-entropy.
         teacher_logprobs_S: the teacher's of each of its own, from the cache.
-        alignment: of the answers' tokens.
-        temperature: of the chunk's chance; it is not that of the KL on tokens.
+        alignment: the alignment of the answers' tokens.
+        temperature: the temperature of the chunk's chance; it is not that of the KL on tokens.
 
     Returns:
         chunk_C, nats times temperature; float32, with a gradient for the student only.
@@ -105,7 +105,7 @@ def matched_targets(
     """The teacher's top-K in the student's ids, at the tokens that are the same on both sides.
 
     Args:
-        alignment: of the answers' tokens.
+        alignment: the alignment of the answers' tokens.
         twin_V: from `twin_ids`.
         teacher_labels_S: the answers' ids of the teacher.
         student_labels_S: the answers' ids of the student.
@@ -128,7 +128,7 @@ class CrossTargets:
     """What a teacher with another tokenizer says about the student's supervised positions.
 
     Attributes:
-        alignment: of the answers' tokens.
+        alignment: the alignment of the answers' tokens.
         teacher_logprobs_S: the teacher's log-probability of each of its own answer tokens, at temperature 1.
         sparse: the teacher's kept ids as the student's, at every position of the student, at the temperature of the
             loss; unused slots at positions that do not match.
@@ -223,8 +223,8 @@ def fused_cross_loss(
         ce_weight_S: what a position's cross-entropy counts.
         kl_weight_S: what its KL counts; positions that do not match count nothing whatever it is.
         chunk_weight_C: what a chunk counts.
-        temperature: of the KL, whose value holds its square.
-        chunk_temperature: of the chunks, see `chunk_likelihood`.
+        temperature: the temperature of the KL, whose value holds its square.
+        chunk_temperature: the temperature of the chunks, see `chunk_likelihood`.
         head_options: `softcap`, `logit_scale`, `bias_V` and `vocab_size` of `fused_ce_kl`.
     """
     common, sparse = (hidden_SD, weight_VD, labels_S), targets.sparse

@@ -39,8 +39,8 @@ class DivergenceKind:
         """Refuse a parameter that is missing, superfluous or out of range.
 
         Args:
-            name: of the divergence.
-            value: of its parameter; None: it is not given.
+            name: the name of the divergence.
+            value: the value of its parameter; None: it is not given.
 
         Raises:
             ValueError: naming `loss.kl_parameter`.

@@ -257,7 +257,7 @@ def fused_ce_kl(
         teacher: at `temperature`; anything where `kl_weight_S` is 0. K may be 0.
         ce_weight_S: what a position's cross-entropy counts: 0 for none, and `ce_S` is 0 there.
         kl_weight_S: what its divergence counts: 0 where the teacher said nothing, and `kl_S` is 0 there.
-        temperature: of the divergence, whose value and gradient it multiplies by its square.
+        temperature: the temperature of the divergence, whose value and gradient it multiplies by its square.
         divergence: terms of the divergence, from `divergences.build_divergence`.
         softcap: c of `c * tanh(logits / c)`, applied last. Both from `logit_transform(config)`.
         logit_scale: multiplies the head's product.

@@ -100,7 +100,7 @@ class Head:
         logit_scale: multiplies the product and the bias.
         softcap: c of `c * tanh(logits / c)`, applied last, or None.
         num_tokens: rows from here on are padding and take no part.
-        dtype: of everything that is returned.
+        dtype: the data type of everything that is returned.
         product_dtype: of what enters the matrix products: `dtype`, or 16 bits on a GPU, which adds up in float32.
     """
 

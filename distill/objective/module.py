@@ -35,11 +35,11 @@ class Objective(nn.Module):
     Args:
         student: the model that is trained.
         loss: temperature and kinds of the terms; their weights come with each micro-batch.
-        dtype: of the products; the losses are float32.
+        dtype: the data type of the products; the losses are float32.
         active: the terms that are computed.
         vocab_size: ids that teacher and student share; None: all rows of the head.
         widths: of the teacher's features, by term; where the student's differs, a projector is learned beside it.
-        seed: of the projectors.
+        seed: the seed of the projectors.
         own: terms of one's own, by name.
 
     Raises:

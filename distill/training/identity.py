@@ -31,7 +31,7 @@ def identify_fit(student: Salmonn, teacher: Teacher, loss: LossConfig, terms: di
         terms: of one's own, by name.
         given: what the caller says itself; it stands over what is found here. A student that it names has its frozen
             parts among its settings, as `identify_settings` gives them; targets that it names have their precision.
-        dtype: of the run's products.
+        dtype: the data type of the run's products.
     """
     settings = given.get("student") or {"frozen": hash_frozen_parts(student, how=identify_checkpoint)}
     found = {"loss": asdict(loss)}
@@ -47,7 +47,7 @@ def identify_settings(settings: StudentConfig, llm: str) -> dict:
     """A config's student, with the hash of what each path leads to in the path's place.
 
     Args:
-        settings: of the student.
+        settings: the settings of the student.
         llm: where its LLM lies, which the settings need not say.
     """
     student = asdict(settings) | {"llm": identify_checkpoint(llm)}

@@ -49,7 +49,7 @@ class Collator:
         teacher: whose targets go along.
         student: whose rows the batches are.
         device: where the tensors go.
-        dtype: of the products of what runs here: shared ears, an online teacher.
+        dtype: the data type of the products of what runs here: shared ears, an online teacher.
         task_weights: what the samples of a task count; 1 for one that is not named.
     """
 

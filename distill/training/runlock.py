@@ -26,7 +26,7 @@ class RunLock:
     Ranks other than the first have no part in it, and within one process the first that asks has it for all.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         pipeline: whether it is for the stages that this process starts.
         shared: whether other jobs may hold it too, that share it as well.
     """

@@ -42,7 +42,7 @@ def augment(
     Args:
         waveform_N: float32 mono at SAMPLE_RATE, finite, within [-1, 1].
         augmentation: shares and ranges.
-        seed: of this sample in this epoch, see `sample_seed`.
+        seed: the seed of this sample in this epoch, see `sample_seed`.
         max_seconds: what the ears take; a clip is slowed down only so far.
 
     Returns:

@@ -20,8 +20,8 @@ def segment_at_quiet(waveform_N: np.ndarray, max_samples: int, min_samples: int 
 
     Args:
         waveform_N: at SAMPLE_RATE.
-        max_samples: of a piece.
-        min_samples: of a piece; the last cut leaves as many.
+        max_samples: the most audio samples of a piece.
+        min_samples: the fewest audio samples of a piece; the last cut leaves as many.
 
     Returns:
         Start and end of each piece in audio samples; one piece where the recording is short enough.

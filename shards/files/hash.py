@@ -29,9 +29,9 @@ def remember_hash(path: Path, compute: Callable[[Path], str] = hash_file, name: 
     """The hash of a file, from memory where path, size, inode and times are those it was computed at.
 
     Args:
-        path: of a file that is written once, such as a model's weights.
+        path: the path of a file that is written once, such as a model's weights.
         compute: the hash, by default SHA-256 of the bytes.
-        name: of another hash than that.
+        name: the name of another hash than that.
     """
     path = Path(path).resolve()
     before, key = describe_file(path), f"{path} {name}".rstrip()

@@ -73,7 +73,7 @@ def hold(path: Path, refusal: str, *, shared: bool = False, patience: float = 0.
     """A block during which this process holds a lock.
 
     Args:
-        path: of the lock file.
+        path: the path of the lock file.
         refusal: what to say where another holds it; `{holder}` becomes who.
         shared: see `FileLock.acquire`.
         patience: seconds to wait for a holder that is about to end.

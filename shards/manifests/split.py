@@ -53,7 +53,7 @@ def split(
         by: what must not be on both sides: speaker, source (the data set) or recording.
         speaker_pattern: a regular expression whose first group is the speaker in the path, for manifests without
             `speaker`.
-        seed: of the draw.
+        seed: the seed of the draw.
         root: the folder that paths are relative to, if not the manifest's own.
 
     Raises:

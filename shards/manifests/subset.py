@@ -53,10 +53,10 @@ def subset(
         manifest: what to choose from.
         out: the manifest to write.
         tasks: those to keep; None keeps all.
-        share: of each task's rows.
+        share: the share of each task's rows.
         rows: of each task, the most.
         hours: of what is left, the most audio; needs the header of every recording.
-        seed: of the draw.
+        seed: the seed of the draw.
         root: the folder that paths are relative to, if not the manifest's own.
         workers: processes that read headers; by default one a CPU.
 

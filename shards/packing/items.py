@@ -38,8 +38,8 @@ def pack_items(items: Iterable, folder: Path, name: str, *, max_seconds: float =
             a file, an array at 16 kHz, `(array, rate)`, or `{"array": …, "sampling_rate": …}`), `text` (None: the clip
             is unlabelled), and where wanted `task` (by default asr, or QA with a question), `question`, `source`.
         folder: where the folder of the shards is made.
-        name: of the split.
-        max_seconds: of a clip; what becomes of longer ones is `shards.packing.encode`'s affair.
+        name: the name of the split.
+        max_seconds: the longest duration of a clip; what becomes of longer ones is `shards.packing.encode`'s affair.
         tasks: as `pack` takes them.
         say: is told what lies where.
 

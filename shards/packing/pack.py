@@ -68,7 +68,7 @@ def pack(
     Args:
         manifest: see `shards.manifests.manifest.read_manifest`.
         out: a folder of its own; made if need be.
-        name: of the shards; by default the manifest's.
+        name: the name of the shards; by default the manifest's.
         root: the folder that the manifest's paths are relative to, if not its own.
         tasks: those that exist.
         size: the most that a shard holds.

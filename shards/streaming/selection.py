@@ -66,7 +66,7 @@ def check_tasks(name: str, tasks: Sequence[str], known: Sequence[str]) -> None:
     """Refuse tasks that the shards do not hold.
 
     Args:
-        name: of the option that names the tasks.
+        name: the name of the option that names the tasks.
         tasks: its tasks.
         known: those of the shards.
 

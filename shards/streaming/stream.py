@@ -47,7 +47,7 @@ class ShardStream(IterableDataset):
         order: what decides the global batches.
         selection: which samples take part, and what each comes with.
         limits: processes, copies of remote shards, bad samples.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: number of ranks.
         augmentation: of the training clips; None or one that does nothing: none.
         decode: read the audio; without, a clip is silence of its length, for runs that take cached frames instead.

@@ -176,7 +176,7 @@ class TargetReader:
     """Reads records of a cache by shard and key.
 
     Args:
-        folder: of the cache, or its URL.
+        folder: the folder of the cache, or its URL.
         expected: what this run's teacher is; a fingerprint will do, but only a header can say what differs. None reads
             any cache, for tools that inspect one.
 

@@ -27,7 +27,7 @@ class Mirror:
     with the same bytes.
 
     Args:
-        url: of the remote folder.
+        url: the URL of the remote folder.
         folder: the local one; None: one of its own under the user's cache.
     """
 

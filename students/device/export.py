@@ -55,9 +55,9 @@ def write_device(student: Salmonn, out: Path, samples: Sequence[Sample], *, name
         student: in evaluation mode, in float32.
         out: is made.
         samples: clips that both answer.
-        name: of the run.
+        name: the name of the run.
         precision: of what is written; the error of each that is offered is printed.
-        max_new_tokens: of the answers.
+        max_new_tokens: the most tokens of the answers.
         say: is told each precision's error.
 
     Raises:

@@ -11,7 +11,7 @@ class DeviceTokenizer:
     """What a transformers tokenizer with a fast backend does, as far as prompts, ends and answers need it.
 
     Args:
-        path: of `tokenizer.json`.
+        path: the path of `tokenizer.json`.
         special: text of the named tokens, such as `{"eos_token": "</s>"}`; one that there is none of is left out.
     """
 

@@ -15,7 +15,7 @@ def parse_ears_seconds(text: str, name: str = "ears_seconds") -> float | None:
 
     Args:
         text: "30", "clip" or "clip+P".
-        name: of the field, for the message.
+        name: the name of the field, for the message.
 
     Raises:
         ValueError: it is none of these.

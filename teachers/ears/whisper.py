@@ -56,7 +56,7 @@ class WhisperEar(nn.Module):
         Args:
             path: folder or hub id that holds `config.json` and safetensors weights.
             num_mels: mel bins that the caller expects (80 up to large-v2, 128 for large-v3 and turbo); None: any.
-            dtype: of the weights in memory.
+            dtype: the data type of the weights in memory.
 
         Raises:
             ValueError: not a Whisper, another number of mel bins, a damaged file, missing or misshapen tensors.

@@ -22,7 +22,7 @@ def describe_model(model: Salmonn, dtype: torch.dtype) -> dict:
 
     Args:
         model: with its LLM's weights or without.
-        dtype: of the products around it.
+        dtype: the data type of the products around it.
     """
     own = {name: x.to(dtype) if name.startswith(EARS) else x for name, x in own_tensors(model).items()}
     return {

@@ -50,7 +50,7 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     Args:
         config: names of the parts and sizes.
         lora: LoRA to add to the LLM.
-        dtype: of the LLM's and the encoders' weights.
+        dtype: the data type of the LLM's and the encoders' weights.
         transform_llm_: changes the LLM in place before LoRA, such as `students.quantize.quantize_4bit_`.
         tokenizer_path: where the tokenizer lies when not with the LLM.
         ears: encoders to share instead of loading them by name, in the form that the config says.
@@ -90,7 +90,7 @@ def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Modul
 
     Args:
         path: folder or hub id.
-        dtype: of the weights.
+        dtype: the data type of the weights.
         weights: False gives the LLM on the meta device.
 
     Raises:

@@ -102,7 +102,7 @@ def load_prompts(path: str | Path | None, template: str, evaluation: str | Path 
     """Read prompts files, each of several prompts a task or of one (`{task: prompt}`).
 
     Args:
-        path: of the prompts of training, such as `train_prompt.json`; None: the library's own.
+        path: the path of the prompts of training, such as `train_prompt.json`; None: the library's own.
         template: see `Prompts`.
         evaluation: of those that evaluation asks with, such as `test_prompt.json`; of several a task the first counts.
             None: the first of training's.

@@ -81,7 +81,7 @@ def score(predictions: Iterable[Prediction], *, normalize: bool = True, seed: in
         predictions: answers of one or several tasks, in any order.
         normalize: Whisper's English rules before `wer`, or case and punctuation only; see `normalize_text`. Say which
             beside a WER.
-        seed: of the bootstrap; the same answers and seed give the same interval.
+        seed: the seed of the bootstrap; the same answers and seed give the same interval.
         own: metrics of one's own by task, in the place of the library's; the score is their mean over clips.
 
     Returns:

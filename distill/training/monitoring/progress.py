@@ -17,7 +17,7 @@ class Progress:
     """Counts towards a total; only the main process shows it.
 
     Args:
-        title: of the line.
+        title: the title of the line.
         total: units to do.
         done: units done before.
         accelerator: whose main process shows the line; None: this one.

@@ -16,7 +16,7 @@ class RunLog:
     """The callback that writes the lines.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
 
     def __init__(self, folder: Path):

@@ -38,8 +38,8 @@ class Trackers:
     """The callback that feeds the trackers.
 
     Args:
-        names: of accelerate's trackers.
-        folder: of the run.
+        names: the names of accelerate's trackers.
+        folder: the folder of the run.
         describe: gives what the run is, as plain data.
         say: is told what a user should know.
     """
