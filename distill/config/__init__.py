@@ -1,39 +1,28 @@
 """What a run is told: fields, where they are read from, and the rules they keep. Knows no model."""
 
-from distill.config.fields import (
-    SPLITS,
-    CacheConfig,
-    Config,
-    CorpusConfig,
-    DataConfig,
-    EvalConfig,
-    LossConfig,
-    OnPolicyConfig,
-    ScratchConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    fingerprint,
-    list_fields,
-    load_config,
-    to_yaml,
-)
+from shards.faces import offer
 
-__all__ = [
-    "SPLITS",
-    "CacheConfig",
-    "Config",
-    "CorpusConfig",
-    "DataConfig",
-    "EvalConfig",
-    "LossConfig",
-    "OnPolicyConfig",
-    "ScratchConfig",
-    "StudentConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "fingerprint",
-    "list_fields",
-    "load_config",
-    "to_yaml",
-]
+_FACES = dict.fromkeys(
+    (
+        "SPLITS",
+        "CacheConfig",
+        "Config",
+        "CorpusConfig",
+        "DataConfig",
+        "EvalConfig",
+        "LossConfig",
+        "OnPolicyConfig",
+        "ScratchConfig",
+        "StudentConfig",
+        "TeacherConfig",
+        "TrainConfig",
+        "fingerprint",
+        "list_fields",
+        "load_config",
+        "to_yaml",
+    ),
+    "distill.config.fields",
+)  # a name's module is imported when it is asked for: help needs none
+
+__all__ = sorted(_FACES)
+__getattr__, __dir__ = offer(__name__, _FACES)

@@ -74,7 +74,7 @@ def test_clips_that_cannot_be_read_are_left_out_of_the_answers(toys):
     assert [json.loads(line)["model"] for line in lines] == ["teacher", "teacher", "student", "student"]
 
 
-@pytest.mark.parametrize("command, key", [("plan", "candidates"), ("doctor", "checks"), ("evaluate", "retained")])
+@pytest.mark.parametrize("command, key", [("plan", "candidates"), ("doctor", "checks"), ("evaluate", "student")])
 def test_a_script_reads_plan_doctor_and_evaluate_as_json_alone(toys, capfd, command, key):
     assert main([command, str(toys / "toy.yaml"), "name=a", f"runs={toys}/runs", "--json"]) == 0
     assert json.loads(capfd.readouterr().out, parse_constant=pytest.fail)[key]
