@@ -1,8 +1,8 @@
 """What a run is told: fields, where they are read from, and the rules they keep. Knows no model."""
 
-from shards.faces import offer
+from shards.lazy_imports import lazy_exports
 
-_FACES = dict.fromkeys(
+_EXPORTS = dict.fromkeys(
     (
         "SPLITS",
         "CacheConfig",
@@ -24,5 +24,5 @@ _FACES = dict.fromkeys(
     "distill.config.fields",
 )  # a name's module is imported when it is asked for: help needs none
 
-__all__ = sorted(_FACES)
-__getattr__, __dir__ = offer(__name__, _FACES)
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
