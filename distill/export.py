@@ -1,5 +1,6 @@
 """A finished student as a folder to hand on: `distill export RUN_FOLDER OUT [--merge] [--whole] [--salmonn]`.
 
+With `--format` it is the LLM alone, LoRA merged, as another program reads it: see `distill.exporting.formats`.
 With `--device openvino` it is another folder, for processors without torch: see `distill.exporting.device`.
 
 What only training needs stays behind: checkpoints, moments, projectors. With `--merge` LoRA becomes part of the LLM's
@@ -14,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from distill.evaluation.scorecard import (
     read_scorecard,
     score_rows,
 )
+from distill.exporting.clips import read_clips
 from distill.student import NUM_CLIPS
 from shards.files.write import staged, write_atomically
 from shards.status import print_status
@@ -233,6 +236,29 @@ def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict,
     return "\n".join([*lines, "", count_clips(card), *explain_scores(card), ""])
 
 
+def export_format(run_folder: Path, out: Path, name: str) -> Path:
+    """Write the LLM of a run's student as another program reads it, and print its error; returns `out`.
+
+    Args:
+        run_folder: of a finished run.
+        out: the folder to write.
+        name: of `distill.exporting.formats.FORMATS`.
+
+    Raises:
+        FileExistsError: there is something at `out`.
+        ValueError: the format has no form for this LLM.
+    """
+    from distill.exporting.formats import HOW, write_format
+
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} holds files already, but an export starts empty; choose another folder.")
+    samples = [sample for sample in read_clips(load_config(run_folder / "config.yaml")) if sample.text is not None]
+    with staged(out, last=HOW) as stage, tempfile.TemporaryDirectory(dir=stage.parent) as folder:
+        merge_lora(load_student(run_folder / "student"), Path(folder))
+        write_format(name, load_student(run_folder / "student"), Path(folder) / LLM, stage, samples)
+    return out
+
+
 def export_for_device(args: argparse.Namespace) -> Path:
     """Run `distill export --device`.
 
@@ -258,6 +284,8 @@ def main(args: argparse.Namespace) -> int:
     """Run `distill export`."""
     if args.device:
         out = export_for_device(args)
+    elif args.format:
+        out = export_format(args.run, args.out, args.format)
     else:
         out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn, ears=args.ears_bits)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

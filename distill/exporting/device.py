@@ -7,19 +7,16 @@ compared with the trained student on the run's own clips before it has its name.
 import os
 from pathlib import Path
 
-from distill.config import SPLITS, Config, load_config
+from distill.config import load_config
 from distill.evaluation.scorecard import SCORECARD, cost_rows, count_clips, explain_scores, read_scorecard, score_rows
+from distill.exporting.clips import read_clips
 from shards.files.write import staged, write_atomically
-from shards.sample import Sample
 from shards.status import print_status
-from shards.streaming.order import Order
-from shards.streaming.stream import ShardStream
 from students.device.export import DEFAULT, Precision, write_device
 from students.device.folder import MANIFEST, Device
 from students.student import load_student
 
 CARD = "README.md"
-CLIPS = 8  # that both answer
 
 
 def export_device(run_folder: Path, out: Path, precision: Precision = DEFAULT) -> Path:
@@ -45,25 +42,6 @@ def export_device(run_folder: Path, out: Path, precision: Precision = DEFAULT) -
                               max_new_tokens=config.eval.max_new_tokens, say=print_status)  # fmt: skip
         write_atomically(stage / CARD, make_card(device, run_folder))
     return out
-
-
-def read_clips(config: Config) -> list[Sample]:
-    """The first clips of the run's test split, or of another one.
-
-    Raises:
-        FileNotFoundError: it has no shards on this machine any more.
-    """
-    for split in reversed(SPLITS):
-        place = config.shards(split)
-        if Path(place).exists():
-            stream = ShardStream(place, Order(batch_size=1, shuffle=False, epochs=1))
-            clips = [sample for samples in stream for sample in samples]
-            step = max(1, len(clips) // CLIPS)  # tasks lie side by side
-            return clips[::step][:CLIPS]
-    raise FileNotFoundError(
-        f"data.folder is {config.data.folder}, but it holds no shards, and an export is compared with its student on "
-        f"the run's clips; put them back, or give the folder's new place in {config.run_folder}/config.yaml."
-    )
 
 
 def make_card(device: Device, run_folder: Path) -> str:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import soundfile
 import tiny
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distill.cli import main
 from distill.config import load_config
@@ -22,6 +23,7 @@ from distill.evaluation.efficiency import Efficiency, make_rows, measure_all, re
 from distill.evaluation.efficiency import main as measure
 from distill.evaluation.evaluate import list_models
 from distill.evaluation.report import write_report
+from distill.exporting.gguf import to_iq4_nl, write_gguf
 from distill.run import run
 from distill.teach import build_llm
 from students.device.__main__ import main as run_device
@@ -164,7 +166,8 @@ def test_the_page_about_devices_says_what_works(exported, tmp_path, monkeypatch,
     (tmp_path / "my-device").symlink_to(exported)
     (tmp_path / "recordings").mkdir()
     soundfile.write("recordings/0.wav", tiny.tone(1), 16_000)
-    blocks = dict(re.findall(r"(?m)^```(bash|python)\n([^`]*)^```", (ROOT / "docs/device.md").read_text()))
+    found = re.findall(r"(?m)^```(bash|python)\n([^`]*)^```", (ROOT / "docs/device.md").read_text())
+    blocks = {kind: block for kind, block in reversed(found)}  # the first of each
     _, transcribe, runner = (shlex.split(line, comments=True) for line in blocks["bash"].splitlines())
     assert main(transcribe[1:]) == 0
     assert runner[:3] == ["python", "-m", "students.device"] and run_device(runner[3:]) == 0
@@ -196,6 +199,33 @@ def test_costs_of_an_answer_are_measured_in_a_process_of_its_own(finished, expor
         assert one.first_ms > 0 and one.second_ms > 0 and one.tokens_per_second > 0 and one.rtf > 0
     assert read_efficiency(finished) == found and make_rows(found)[1][0] == "device"
     assert "WER (%) against GB at the peak" in write_report(finished).read_text()
+
+
+@pytest.mark.parametrize(("form", "most"), [("vllm", 2e-2), ("bnb", 0.3), ("gguf-q8_0", 2e-2), ("gguf-iq4_nl", 0.3)])
+def test_each_other_format_is_read_back_and_its_error_said(finished, tmp_path, form, most, capfd):
+    out = tmp_path / "out"
+    assert main(["export", str(finished), str(out), "--format", form]) == 0
+    said = re.search(rf"{form}: logits (\S+) off, KL (\S+) nats", capfd.readouterr().err)
+    assert 0 < float(said[1]) < most
+    assert said[0].split(": ")[1] in (out / "USE.md").read_text()
+    assert list(out.rglob("*.gguf" if "gguf" in form else "llm/model.safetensors"))
+
+
+def test_a_gguf_file_holds_what_was_quantized_bit_by_bit(tmp_path):
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=40, tie_word_embeddings=True)  # fmt: skip
+    llm = LlamaForCausalLM(config)
+    llm.save_pretrained(tmp_path / "llm")
+    (tmp_path / "llm/tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}}))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    held = write_gguf(tmp_path / "llm", tmp_path / "llm.gguf", "Q8_0")
+    for name, parameter in llm.named_parameters():
+        array = parameter.detach().numpy()
+        expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind) if array.ndim == 2 else array
+        np.testing.assert_array_equal(held[name], expected)
+    wide = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    read = gguf.quants.dequantize(to_iq4_nl(wide), gguf.GGMLQuantizationType.IQ4_NL)
+    assert np.abs(read - wide).max() < 0.15 * np.abs(wide).max()
 
 
 SECONDS = {
