@@ -15,6 +15,7 @@ from benchmarks.house import (
     count_files,
     find_circles,
     find_climbs,
+    find_homes,
     find_unused_fields,
     import_graph,
     measure_docstrings,
@@ -65,6 +66,10 @@ def test_a_further_part_of_each_kind_takes_one_line():
 def test_every_public_name_says_what_it_is():
     said, total = measure_docstrings()
     assert said / total > 0.98
+
+
+def test_whole_files_are_written_hashed_and_locked_in_one_place_each():
+    assert {idea: places for idea, places in find_homes().items() if len(places) != 1} == {}
 
 
 def test_every_package_is_among_those_that_are_installed():
