@@ -23,8 +23,8 @@ def toys(tmp_path_factory):
 
 
 def make_cache(toys: Path, folder: Path, **changes):
-    config = load_config(toys / "toy.yaml", [f"cache.folder={folder}"])
-    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, **changes))
+    words = [f"cache.{n}={list(value) if isinstance(value, tuple) else value}" for n, value in changes.items()]
+    config = load_config(toys / "toy.yaml", [f"cache.folder={folder}", *words])
     assert cache(config) == 0
     return config
 
