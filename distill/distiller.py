@@ -24,12 +24,22 @@ from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric
 from distill.evaluation.validation import Best, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips, check_heard_alike
 from distill.objective.crossteacher import match_vocab
-from distill.objective.module import Objective, check_codec
-from distill.objective.terms.term import OwnTerm, check_own
-from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, check_tasks, loss_at, only_ce
+from distill.objective.module import Objective
+from distill.objective.schedule import build_schedules
+from distill.objective.terms import TERMS
+from distill.objective.terms.term import Term
+from distill.objective.weighing import (
+    MicroBatch,
+    active_terms,
+    check_own,
+    check_tasks,
+    count,
+    weigh,
+    without_teacher,
+)
 from distill.training import checkpoint as ckpt
 from distill.training.identity import WEIGHTS, find_start, identify_fit
-from distill.training.microbatch import Collator, MicroBatch, check_frames, split
+from distill.training.microbatch import Collator, check_frames, split
 from distill.training.monitoring.callbacks import Callbacks
 from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
@@ -115,22 +125,20 @@ class Distiller:
                  loss: LossConfig | None = None, options: TrainConfig | None = None, answers: EvalConfig | None = None,
                  run_folder: str | Path | None = None, seed: int = DEFAULTS.seed, precision: str = DEFAULTS.precision,
                  accelerator: Accelerator | None = None, identity: dict | None = None, callbacks: Sequence = (),
-                 terms: Mapping[str, OwnTerm] = MappingProxyType({}),
+                 terms: Mapping[str, Term] = MappingProxyType({}),
                  metrics: Mapping[str, OwnMetric] = NO_METRICS):  # fmt: skip
         self.loss, self.options = loss or LossConfig(), options or TrainConfig()
         if teacher is None:
-            self.loss = only_ce(self.loss)
-        self.terms, self.metrics = dict(terms), metrics
-        check_own(self.terms)
-        check_terms(self.loss, self.options.steps, tuple(name for name, term in self.terms.items() if term.weight))
+            self.loss = without_teacher(self.loss)
+        self.metrics = metrics
+        check_own(terms)
+        check_terms(self.loss, self.options.steps, terms)
         self.callbacks = Callbacks(self, callbacks).callbacks
         check_trackers(self.options.trackers)
         self.dtype = resolve_precision(precision)
         teacher, student = as_teacher(teacher, self.loss, precision), as_student(student, self.dtype)
         self.student = student
         check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
-        self.schedules = build_schedules(self.loss, self.options.steps)
-        check_codec(teacher.header, self.loss)
         check_frames(teacher.header, student)
         self.teacher, vocab_size = match_vocab(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
         self.run_folder, self.seed = Path(run_folder or DEFAULTS.run_folder), seed
@@ -141,22 +149,17 @@ class Distiller:
                 model.to(self.accelerator.device)
         self.lock = RunLock(self.run_folder).acquire()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
-        self.active = active_terms(self.loss, self.schedules, is_crossed=self.teacher.is_crossed)
+        self.schedules = build_schedules({**TERMS, **terms}, self.loss, self.options.steps)
+        self.terms = active_terms({**TERMS, **terms}, self.schedules, self.teacher)
+        widths = self.teacher.widths
         self.objective = Objective(
-            student,
-            self.loss,
-            self.dtype,
-            active=self.active,
-            vocab_size=vocab_size,
-            widths=self.teacher.widths,
-            seed=seed,
-            own=self.terms,
+            student, self.loss, self.dtype, self.terms, vocab_size=vocab_size, widths=widths, seed=seed
         )
         self.projectors = {f"projectors.{name}": p for name, p in self.objective.projectors.named_parameters()}
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
-        check_cached(teacher, self.loss, self.active, student, self.stream)
+        check_cached(teacher, self.loss, self.terms, student, self.stream)
         if valid is not None:
             valid = self._shards(valid, "valid")
             check_heard_alike(self.stream, valid)
@@ -164,7 +167,7 @@ class Distiller:
             check_split(valid, metrics)  # a wrong one is an error now, not after the first steps
         self.valid, self.answers = valid, answers or EvalConfig()
         self.identity = {"seed": seed, **identify_training(self.options)}
-        self.identity |= identify_fit(student, teacher, self.loss, self.terms, identity or {}, self.dtype)
+        self.identity |= identify_fit(student, teacher, self.loss, terms, identity or {}, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
@@ -321,42 +324,43 @@ class Distiller:
             group["lr"] = rate
         samples = next(batches)
         micro_batches = [self.collator(part) for part in split(samples, self.num_micro_batches)]
-        counts = [dataclasses.astuple(m.counts) for m in micro_batches]
-        seconds = sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE
-        local = [float(sum(values)) for values in zip(*counts)]
-        *totals, stop, seconds = sum_over_ranks(
-            self.accelerator, [*local, float(bool(self.stop) or step + 1 == self.options.stop_after), seconds]
-        )
-        loss = loss_at(self.loss, self.schedules, step)
+        counts = [count(self.terms, m) for m in micro_batches]
+        totals = sum_over_ranks(self.accelerator, {
+            **{name: sum(found[name] for found in counts) for name in self.terms},
+            "positions": sum(m.batch.num_supervised for m in micro_batches if m.is_real),
+            "audio_seconds": sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE,
+            "stop": bool(self.stop) or step + 1 == self.options.stop_after,
+        })  # fmt: skip
+        weights = {name: self.schedules[name].weight(step) for name in self.terms}
         # of dropout; here, as a stream draws a number of its own at a process' first step
         torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
-        terms = self._forward_backward(micro_batches, loss, Counts(*map(int, totals)))
-        norm = self._update(terms)
-        names = [*(name for name in TERMS if name in self.active), *self.terms]
-        sums = sum_over_ranks(self.accelerator, [terms[name] for name in names])
-        record = {"step": step + 1, "loss": sum(sums), **dict(zip(names, sums)), "learning_rate": rate,
-                  "grad_norm": norm, "positions": int(max(totals[:2])), "audio_seconds": seconds}  # fmt: skip
+        parts = self._forward_backward(micro_batches, weights, totals)
+        norm = self._update()
+        parts = sum_over_ranks(self.accelerator, parts)
+        record = {"step": step + 1, "loss": sum(parts.values()), **parts, "learning_rate": rate, "grad_norm": norm,
+                  "positions": int(totals["positions"]), "audio_seconds": totals["audio_seconds"]}  # fmt: skip
         self.bad_steps.check(record, lambda: gather(self.accelerator, [s.key for s in samples]))
-        return {**record, "seconds": time.perf_counter() - began, "stop": stop > 0}
+        return {**record, "seconds": time.perf_counter() - began, "stop": totals["stop"] > 0}
 
     def _forward_backward(
-        self, micro_batches: list[MicroBatch], loss_now: LossConfig, totals: Counts
+        self, micro_batches: list[MicroBatch], weights: dict[str, float], totals: dict[str, float]
     ) -> dict[str, float]:
+        """This rank's part of the step's loss, by term."""
         # accelerate and DeepSpeed divide by the micro-batches, DDP and ZeRO by the ranks; the weights already did
         scale = self.accelerator.num_processes * self.num_micro_batches
-        terms = dict.fromkeys((*TERMS, *self.terms), 0.0)
+        parts = dict.fromkeys(self.terms, 0.0)
         for number, m in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             context = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
             with context:
-                loss, values = self.objective(m.batch, m.targets, m.weigh(loss_now, totals), m.frames)
+                loss, found = self.objective(m, weigh(self.terms, m, self.loss, weights, totals))
                 self.accelerator.backward(loss * scale)
-            for name, value in values.items():
-                terms[name] += float(value)
-        return terms
+            for name, part in found.items():
+                parts[name] += float(part)
+        return parts
 
-    def _update(self, terms: dict[str, float]) -> float:
+    def _update(self) -> float:
         """Clip and step; a gradient that is not finite changes nothing."""
         if is_deepspeed(self.accelerator):
             norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()

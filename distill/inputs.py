@@ -1,13 +1,15 @@
 """What `Distiller` may be given, as what it works with: teachers, students and samples by object, path or content."""
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from distill.config import CacheConfig, Config, LossConfig, TeacherConfig
-from distill.objective.module import missing
+from distill.config.rules import used_terms
+from distill.objective.terms.needs import check_needs, held_by_cache
+from distill.objective.weighing import Terms
 from distill.teacher import load_teacher
 from shards.files.hash import remember_hash
 from shards.manifests.manifest import LINES_SUFFIXES, KnownTasks
@@ -16,15 +18,13 @@ from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
 from shards.streaming.catalog import check_channels
 from shards.streaming.stream import ShardStream
-from shards.targets.codecs.table import codec_of
-from shards.targets.header import HEADER
+from shards.targets.header import HEAD_INPUT, HEADER
 from shards.tars.source import expand_shards
 from students.pretrained import Student
 from students.student import load_student, train_own_
 from teachers.cached import CachedTeacher
 from teachers.online import OnlineTeacher
 from teachers.salmonn import Salmonn
-from teachers.targets import HEAD_INPUT
 from teachers.teacher import NoTeacher, Teacher
 
 NO_TEACHER = NoTeacher()
@@ -63,8 +63,7 @@ def as_teacher(teacher, loss: LossConfig, precision: str) -> Teacher:
 def as_online_teacher(model: Salmonn, loss: LossConfig) -> OnlineTeacher:
     """A model as a teacher that is asked for what the objective needs, as the command line's defaults do it."""
     cache = CacheConfig()
-    is_hidden = loss.hidden or "hidden" in loss.schedules
-    layers = [layer for layer in loss.layer_pairs if layer != HEAD_INPUT] if is_hidden else []
+    layers = [layer for layer in loss.layer_pairs if layer != HEAD_INPUT] if "hidden" in used_terms(loss) else []
     return OnlineTeacher(
         model,
         k=cache.k,
@@ -152,9 +151,7 @@ def check_heard_alike(stream: ShardStream, valid: str | Path) -> None:
     check_channels(dict.fromkeys(name.rpartition("/")[0] or "." for name in names))
 
 
-def check_cached(
-    teacher: Teacher, loss: LossConfig, active: Collection[str], student: Salmonn, stream: ShardStream
-) -> None:
+def check_cached(teacher: Teacher, loss: LossConfig, terms: Terms, student: Salmonn, stream: ShardStream) -> None:
     """Refuse a run that asks of its cache what that does not hold, or reads its samples otherwise than it was made.
 
     Raises:
@@ -163,19 +160,7 @@ def check_cached(
     if teacher.header is None:
         return
     identity, folder = teacher.header.identity, teacher.cache_folder
-    codec = codec_of(identity)
-    if "kl" in active and not codec.serves(loss.temperature):
-        kept = identity["codec"].get("temperatures", [1.0])
-        raise ValueError(
-            f"loss.temperature is {loss.temperature:g}, but {folder} keeps {list(kept)}; use one of those, or cache "
-            f"again."
-        )
-    if "feature" in active and identity["features"]["queries"] == "none":
-        raise missing("feature", "Q-Former queries", "cache.features=int8")
-    kept = {*identity["features"]["hidden_layers"], *([HEAD_INPUT] if codec.needs_head else [])}
-    for layer in loss.layer_pairs if "hidden" in active else ():
-        if layer not in kept:
-            raise missing("hidden", f"states of layer {layer}", f"cache.hidden_layers=[{layer}]")
+    check_needs(terms, loss, held_by_cache(identity))
     windows = identity["features"]["windows"]
     if windows not in (None, "all", student.config.windows):  # frames of all windows are those of some too
         raise ValueError(

@@ -10,11 +10,11 @@ from distill.training.ranks import resolve_precision
 from shards.sample import SAMPLE_RATE
 from shards.status import print_status
 from shards.targets.codecs.table import find_codec
+from shards.targets.header import HEAD_INPUT
 from teachers.ears.precision import WEIGHTS
 from teachers.kinds import KINDS, find_kind
 from teachers.online import OnlineTeacher
 from teachers.salmonn import Salmonn
-from teachers.targets import HEAD_INPUT
 
 
 def teacher_path(config: Config) -> Path:

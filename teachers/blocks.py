@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from shards.targets.header import HEAD_INPUT
 from teachers.salmonn import Salmonn
-from teachers.targets import HEAD_INPUT
 
 
 @contextmanager

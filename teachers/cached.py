@@ -17,11 +17,11 @@ from shards.sample import Sample
 from shards.streaming.catalog import hash_shards
 from shards.targets.codecs.table import decode
 from shards.targets.distributions import HiddenStates
-from shards.targets.header import CacheHeader
+from shards.targets.header import HEAD_INPUT, CacheHeader
 from shards.targets.record import Stored, TargetRecord
 from shards.targets.store import TargetReader
 from teachers.files.cacheparts import load_head, load_rows
-from teachers.targets import FRAMES, HEAD_INPUT, QUERIES, Targets, hidden_name, identify_row
+from teachers.targets import FRAMES, QUERIES, Targets, hidden_name, identify_row
 from teachers.teacher import Teacher, learns_own_answer, take_student_answer
 from teachers.words.batch import Batch
 from teachers.words.rows import RowTokenizer

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from shards.sample import Sample
 from shards.targets.distributions import Distribution, HiddenStates
+from shards.targets.header import HEAD_INPUT
 from shards.targets.record import identify_sample
 from teachers.words.rows import Row
 
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
 FRAMES = "frames_"  # beginning of the names of the encoders' frames
-HEAD_INPUT = -1  # number of the layer that enters the head
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from distill.training.ranks import resolve_precision
 from shards.sample import Sample
 from shards.targets.codecs.table import decode, find_codec
 from shards.targets.distributions import HiddenStates
+from shards.targets.header import HEAD_INPUT
 from shards.targets.record import TargetRecord
 from teachers.blocks import record_blocks
 from teachers.logits import head_logits
 from teachers.online import OnlineTeacher
 from teachers.salmonn import Heard, Salmonn
-from teachers.targets import FRAMES, HEAD_INPUT, QUERIES, hidden_name, identify_row
+from teachers.targets import FRAMES, QUERIES, hidden_name, identify_row
 from teachers.teacher import learns_own_answer
 from teachers.words.batch import Batch
 

@@ -7,14 +7,16 @@ is refused in the same words whether a file, the command line or Python gave it.
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 from distill.objective.divergences import DIVERGENCES
 from distill.objective.features import FEATURES
-from distill.objective.schedule import TERMS, parse_schedule
+from distill.objective.schedule import build_schedules, parse_schedule, weight_of
+from distill.objective.terms import TERMS
+from distill.objective.terms.needs import check_needs, held_by_config
 from distill.training.monitoring.trackers import TRACKERS
 from shards.field_types import convert_fields
-from shards.targets.codecs.codec import Codec
 from shards.targets.codecs.table import CODECS, find_codec
 from teachers.ears.encoders import second_kinds
 from teachers.ears.length import parse_ears_seconds
@@ -58,7 +60,6 @@ NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "ca
                 "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
                 "student.whisper_layers", "on_policy.temperature",
                  "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
-WEIGHTS = (*(f"loss.{term}" for term in TERMS), "loss.pseudo_ce")
 SHARES = (
     "train.decay_share",
     "data.labelled_share",
@@ -69,7 +70,6 @@ SHARES = (
 )
 BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
 LONG = sys.maxsize  # steps of a run whose length is not known yet
-HEAD_INPUT = -1  # among hidden layers
 
 
 def check_section(name: str, section) -> None:
@@ -110,7 +110,7 @@ def check_value(key: str, value) -> None:
         raise ValueError(f"{key} is {value}, but must be above 0; correct it.")
     elif key in NOT_NEGATIVE and not value >= 0:
         raise ValueError(f"{key} is {value}, but must be 0 or more; correct it.")
-    elif key in WEIGHTS and not value >= 0:
+    elif key.startswith("loss.") and key.removeprefix("loss.") in (*TERMS, "pseudo_ce") and not value >= 0:
         raise ValueError(f"{key} is {value}, but a weight is 0 or more; correct it.")
     elif key in SHARES and not 0 <= value <= 1:
         raise ValueError(f"{key} is {value}, but is a share from 0 to 1; correct it.")
@@ -136,9 +136,7 @@ def check_train(train) -> None:
 def check_loss(loss) -> None:
     """Refuse schedules that cannot be read, and a divergence without its parameter or with one it does not take."""
     for name, text in loss.schedules.items():
-        if name not in TERMS:
-            raise ValueError(f"loss.schedules names {name}, but the terms are {', '.join(TERMS)}; correct the name.")
-        parse_schedule(text, getattr(loss, name), LONG, f"loss.schedules.{name}")
+        parse_schedule(text, 1.0, LONG, f"loss.schedules.{name}")
     DIVERGENCES[loss.kl_kind].check(loss.kl_kind, loss.kl_parameter)
 
 
@@ -171,10 +169,28 @@ def check_ears(student) -> None:
 RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures, "student": check_ears}
 
 
-def uses(config, term: str) -> bool:
-    """Whether a term of the loss ever has a weight; those across tokenizers only where such are compared."""
-    loss = config.loss
-    return bool(getattr(loss, term) or term in loss.schedules) and (term != "chunk" or loss.cross_tokenizer == "chunk")
+def used_terms(loss) -> dict:
+    """The loss terms that may have a weight; those across tokenizers only where such are compared."""
+    return {
+        name: term
+        for name, term in TERMS.items()
+        if (weight_of(name, term, loss) or name in loss.schedules)
+        and (not term.only_crossed or loss.cross_tokenizer == "chunk")
+    }
+
+
+def read_by_terms() -> Iterator[tuple]:
+    """What `READ_WHERE` says, of the fields of the loss that its terms alone read."""
+    crossed = "loss.cross_tokenizer=chunk"
+    readers: dict[str, list[str]] = {}
+    for name, term in TERMS.items():
+        if term.only_crossed and term.weight is None:
+            yield (f"loss.{name}",), lambda c: c.loss.cross_tokenizer == "chunk", crossed
+        for field in term.settings:
+            readers.setdefault(f"loss.{field}", []).append(name)
+    for key, names in readers.items():
+        said = [f"{f'{crossed} and ' if TERMS[name].only_crossed else ''}loss.{name} above 0" for name in names]
+        yield (key,), lambda c, names=names: used_terms(c.loss).keys() & set(names), " or ".join(said)
 
 
 # Of the cache: what some codecs alone read, and which
@@ -189,13 +205,6 @@ READ_WHERE = (
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
     *(((f"cache.{name}",), lambda c, name=name: name in find_codec(c.cache.codec).settings, f"cache.codec={codecs}")
       for name, codecs in CODEC_FIELDS.items()),
-    (("loss.pseudo_ce",), lambda c: uses(c, "ce"), "loss.ce above 0"),
-    (("loss.kl_kind",), lambda c: uses(c, "kl"), "loss.kl above 0"),
-    (("loss.temperature",), lambda c: uses(c, "kl") or c.loss.cross_tokenizer == "chunk", "loss.kl above 0"),
-    (("loss.feature_kind",), lambda c: uses(c, "feature"), "loss.feature above 0"),
-    (("loss.hidden_kind", "loss.hidden_layers"), lambda c: uses(c, "hidden"), "loss.hidden above 0"),
-    (("loss.chunk",), lambda c: c.loss.cross_tokenizer == "chunk", "loss.cross_tokenizer=chunk"),
-    (("loss.chunk_temperature",), lambda c: uses(c, "chunk"), "loss.cross_tokenizer=chunk and loss.chunk above 0"),
     (("on_policy.clips", "on_policy.temperature", "on_policy.max_new_tokens"),
      lambda c: c.on_policy.round, "on_policy.round above 0"),
     (("eval.length_penalty",), lambda c: c.eval.num_beams > 1, "eval.num_beams above 1"),
@@ -217,7 +226,7 @@ def check_unread(config) -> None:
     Raises:
         ValueError: naming the field, and what would read it.
     """
-    for keys, is_read, where in READ_WHERE:
+    for keys, is_read, where in (*READ_WHERE, *read_by_terms()):
         for key in keys:
             section, _, name = key.partition(".")
             value, default = value_at(config, key), default_of(getattr(config, section), name)
@@ -226,11 +235,12 @@ def check_unread(config) -> None:
                     f"{key} is {show(value)}, but nothing reads it without {where}; set that, or leave {key} at "
                     f"{show(default)}."
                 )
-    if "chunk" in config.loss.schedules and config.loss.cross_tokenizer != "chunk":
-        raise ValueError(
-            "loss.schedules names chunk, but that term is there only with loss.cross_tokenizer=chunk; set that, or "
-            "leave it out."
-        )
+    for name in config.loss.schedules:
+        if TERMS[name].only_crossed and config.loss.cross_tokenizer != "chunk":
+            raise ValueError(
+                f"loss.schedules names {name}, but that term is there only with loss.cross_tokenizer=chunk; set that, "
+                f"or leave it out."
+            )
 
 
 def default_of(section, name: str):
@@ -246,10 +256,10 @@ def show(value) -> str:
 
 def check_config(config) -> None:
     """The one gate for sections that contradict each other."""
+    check_terms(config.loss, config.train.steps)
     check_unread(config)
     check_name(config)
-    check_terms(config.loss, config.train.steps)
-    check_targets(config)
+    check_needs(used_terms(config.loss), config.loss, held_by_config(config))
     check_augmentation(config)
     check_round(config)
     check_scratch(config)
@@ -276,60 +286,20 @@ def check_name(config) -> None:
         )
 
 
-def check_terms(loss, num_steps: int, own: tuple[str, ...] = ()) -> None:
-    """Refuse an objective of no term, and schedules longer than the run.
+def check_terms(loss, num_steps: int, own: Mapping = MappingProxyType({})) -> None:
+    """Refuse an objective of no term, and schedules longer than the run or of a term that there is not.
 
     Args:
         loss: the objective.
         num_steps: the number of steps of the run.
-        own: names of loss terms of one's own, whose weight is above 0.
+        own: loss terms of one's own, by name.
     """
-    ends = {}
-    for name, text in loss.schedules.items():
-        schedule = parse_schedule(text, getattr(loss, name), num_steps, f"loss.schedules.{name}")
-        ends[name] = 0.0 if schedule.kind == "constant" else schedule.end
-    terms = [name for name in TERMS if name != "chunk" or loss.cross_tokenizer == "chunk"]
-    if not own and not any(getattr(loss, name) or (name in ends and ends[name]) for name in terms):
+    schedules = build_schedules({**TERMS, **own}, loss, num_steps)
+    names = [name for name, term in TERMS.items() if not term.only_crossed or loss.cross_tokenizer == "chunk"]
+    if not any(schedules[name].is_ever_above_zero for name in (*names, *own)):
         raise ValueError(
-            f"the weights of {', '.join(f'loss.{name}' for name in terms)} are all 0, but a student learns from one at "
+            f"the weights of {', '.join(f'loss.{name}' for name in names)} are all 0, but a student learns from one at "
             f"least; set one above 0."
-        )
-
-
-def check_targets(config) -> None:
-    """Refuse an objective that the teacher's targets, as this config has them made, cannot serve."""
-    loss, cache, is_online = config.loss, config.cache, config.teacher.online
-    uses_kl = bool(loss.kl or "kl" in loss.schedules)
-    codec = find_codec(cache.codec)
-    if uses_kl and not is_online and codec.kl_kinds is not None:
-        check_divergence(codec.of(cache), loss)
-    is_kept = codec.keeps_all or loss.temperature in cache.temperatures
-    if (uses_kl or loss.cross_tokenizer == "chunk") and not is_kept:
-        raise ValueError(
-            f"loss.temperature is {loss.temperature:g}, but cache.temperatures is "
-            f"{list(cache.temperatures)} and {cache.codec} keeps no other; add it there, or change it."
-        )
-    kept = {*cache.hidden_layers, *([HEAD_INPUT] if is_online or codec.needs_head else [])}
-    lost = sorted(set(loss.layer_pairs) - kept)
-    if (loss.hidden or "hidden" in loss.schedules) and lost:
-        raise ValueError(
-            f"loss.hidden_layers names the teacher's {lost[0]}, but cache.hidden_layers is "
-            f"{list(cache.hidden_layers)}; add it there, or set loss.hidden=0."
-        )
-
-
-def check_divergence(codec: Codec, loss) -> None:
-    """Refuse a divergence that a codec's targets cannot tell, such as any but one of the teacher's draws.
-
-    Raises:
-        ValueError: naming the divergence and what the codec gives.
-    """
-    if codec.kl_kinds is not None and not codec.tells(loss.kl_kind, loss.temperature):
-        said = "draws" if codec.is_random else "targets"
-        raise ValueError(
-            f"loss.kl_kind is {loss.kl_kind} at loss.temperature {loss.temperature:g}, but {said} of the teacher "
-            f"(cache.codec={codec.name}) give {' and '.join(codec.kl_kinds)} at temperature 1 alone; use that, or "
-            f"cache.codec=topk."
         )
 
 
@@ -346,7 +316,7 @@ def check_round(config) -> None:
                 f"on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
                 f"`distill answers`, and as student.start the student that answered."
             )
-    if config.on_policy.share and not (config.loss.kl or "kl" in config.loss.schedules):
+    if config.on_policy.share and "kl" not in used_terms(config.loss):
         raise ValueError(
             f"on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
             f"cross-entropy to learn from; set loss.kl above 0, or on_policy.share=0."

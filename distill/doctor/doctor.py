@@ -36,8 +36,11 @@ from distill.doctor.objective import (
 )
 from distill.doctor.weights import check_answer, check_convolutions, check_share
 from distill.objective.crossteacher import match_vocab
-from distill.objective.module import Objective, check_codec
-from distill.objective.weighing import active_terms, build_schedules, loss_at
+from distill.objective.module import Objective
+from distill.objective.schedule import build_schedules
+from distill.objective.terms import TERMS
+from distill.objective.terms.needs import check_needs, held_by_cache
+from distill.objective.weighing import active_terms
 from distill.run import open_training_stream, wrap_teacher
 from distill.student import make_student
 from distill.teacher import load_teacher
@@ -95,19 +98,20 @@ def build_case(config: Config) -> Case:
     student = make_student(config, model, torch.float32, lambda text: say(accelerator, text)).to(accelerator.device)
     randomize_lora_(student)
     own = wrap_teacher(config, model.to(accelerator.device))
-    loss, schedules = config.loss, build_schedules(config.loss, config.train.steps)
-    check_codec(own.header, loss)
+    loss, schedules = config.loss, build_schedules(TERMS, config.loss, config.train.steps)
     check_frames(own.header, student)
     teacher, vocab_size = match_vocab(own, student, loss.cross_tokenizer, loss.temperature)
     objective = Objective(
         student,
         loss,
         torch.float32,
-        active=active_terms(loss, schedules, is_crossed=teacher.is_crossed),
+        active_terms(TERMS, schedules, teacher),
         vocab_size=vocab_size,
         widths=teacher.widths,
         seed=config.seed,
     ).eval()
+    if own.header is not None:
+        check_needs(objective.terms, loss, held_by_cache(own.header.identity))
     collate = Collator(teacher, student, accelerator.device, torch.float32, loss.task_weights)
     # the checks compare with labels, and run the ears on clips whose frames are cached
     labelled = replace(config, on_policy=OnPolicyConfig(), cache=replace(config.cache, frames="none"))
@@ -116,8 +120,9 @@ def build_case(config: Config) -> Case:
     stream.limits = replace(stream.limits, bad_samples=None)
     batches = list(islice(iter(stream), NUM_BATCHES))
     samples = choose(batches)
-    loss, dtype = loss_at(loss, schedules, config.train.steps // 2), resolve_precision(config.precision)
-    return Case(objective, collate, samples, collate(samples), loss, model, largest(batches, config.train), dtype)
+    weights = {name: schedule.weight(config.train.steps // 2) for name, schedule in schedules.items()}
+    dtype = resolve_precision(config.precision)
+    return Case(objective, collate, samples, collate(samples), weights, model, largest(batches, config.train), dtype)
 
 
 def choose(batches: Sequence[list[Sample]], most: int = 4) -> list[Sample]:

@@ -51,7 +51,7 @@ def measure(case: Case, samples: Sequence[Sample]) -> tuple[int, int, float]:
     """Bytes before a micro-batch and at its peak, and its seconds."""
     began, base = time.monotonic(), reset_peak(case)
     m = case.collate(list(samples))
-    case.compute(m, case.loss, m.counts).backward()
+    case.compute(m, case.weights).backward()
     case.objective.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated(case.student.device) if is_on_gpu(case) else peak_resident()
     return base, peak, time.monotonic() - began

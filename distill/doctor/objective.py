@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
-from distill.doctor.plain import answer_of, plain_terms
+from distill.doctor.plain import PLAIN, answer_of, say_plainly
 from distill.objective.fused import fused_ce_kl
 from distill.objective.module import Objective
-from distill.objective.weighing import TERMS, Counts, weigh
-from distill.training.microbatch import Collator, MicroBatch, split
+from distill.objective.terms import TERMS
+from distill.objective.weighing import MicroBatch, Terms, count, weigh
+from distill.training.microbatch import Collator, split
 from shards.sample import Sample
 from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
@@ -40,7 +41,7 @@ class Case:
     collate: Collator
     samples: list[Sample]
     whole: MicroBatch  # all of them
-    loss: LossConfig
+    weights: dict[str, float]  # of the terms, in the middle of the run
     teacher: Salmonn | None  # the model itself, where there is one
     micro_batch: list[Sample]  # as the run has them
     dtype: torch.dtype  # of the run's products; the checks' own are in float32
@@ -79,9 +80,24 @@ class Case:
     def trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
-    def compute(self, m: MicroBatch, loss: LossConfig, totals: Counts) -> Tensor:
-        """The part of a micro-batch in the step's loss, with its gradient."""
-        return self.objective(m.batch, m.targets, m.weigh(loss, totals), m.frames)[0]
+    @property
+    def loss(self) -> LossConfig:
+        """The settings of the objective."""
+        return self.objective.loss
+
+    @property
+    def terms(self) -> Terms:
+        """Those of the objective, and cross-entropy, whose positions are looked at in every run."""
+        return {"ce": TERMS["ce"], **self.objective.terms}
+
+    def compute(self, m: MicroBatch, weights: dict[str, float], totals: dict[str, int] | None = None) -> Tensor:
+        """The part of a micro-batch in the loss of a step with these counts, or of its own, with its gradient."""
+        totals = count(self.terms, m) if totals is None else totals
+        return self.objective(m, weigh(self.terms, m, self.loss, weights, totals))[0]
+
+    def only(self, term: str) -> dict[str, float]:
+        """Weights of which one is 1 and the others 0."""
+        return {name: float(name == term) for name in self.terms}
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """The gradient of every trainable tensor, zeros where there is none."""
@@ -96,20 +112,16 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return (difference / max(sum(float(g.double().square().sum()) for g in b.values()), 1e-30)) ** 0.5
 
 
-def only(loss: LossConfig, term: str) -> LossConfig:
-    """The objective with one term of weight 1."""
-    return replace(loss, **dict.fromkeys(TERMS, 0.0) | {term: 1.0})
-
-
 def check_plain(case: Case) -> str:
     """The fused, batched objective is the plain one, in value and gradient, for each of its terms."""
-    m, size = case.whole, case.objective.vocab_size
-    plain = plain_terms(case.student, m.batch.samples, m.targets, case.loss, size, m.frames)
-    texts = []
-    for term, value in plain.items():
-        if term not in case.objective.active:
+    m, texts = case.whole, []
+    said, ones = say_plainly(case.objective, m), [1.0] * len(m.batch.samples)
+    unweighted = replace(m, is_pseudo=[False] * len(ones), sample_weights=ones)
+    for term in case.objective.terms:
+        if term not in PLAIN:
+            texts.append(f"{term} is not written plainly")
             continue
-        own = compute_unweighted(case, only(case.loss, term))
+        own, value = case.compute(unweighted, case.only(term)), PLAIN[term](said)
         a, b = float(own.detach()), float(value.detach())
         if not abs(a - b) <= VALUE * max(abs(b), 1.0):
             raise Fault(f"{term} is {a:.6g}, but written plainly it is {b:.6g}{explain(a, b, case.loss.temperature)}")
@@ -125,14 +137,6 @@ def check_plain(case: Case) -> str:
     return ", ".join(texts)
 
 
-def compute_unweighted(case: Case, loss: LossConfig) -> Tensor:
-    """The loss of all samples where each counts 1."""
-    m = case.whole
-    ones = [1.0] * len(m.batch.samples)
-    weights = weigh(m.batch, m.targets, [False] * len(ones), ones, loss, m.counts, True)
-    return case.objective(m.batch, m.targets, weights, m.frames)[0]
-
-
 def explain(value: float, plain: float, temperature: float) -> str:
     """The rest of a fault's text: what the ratio looks like."""
     square = temperature**2
@@ -144,18 +148,18 @@ def explain(value: float, plain: float, temperature: float) -> str:
 def check_differences(case: Case) -> str:
     """The gradient is the slope of the loss: a step along random coordinates changes it as the gradient says."""
     m, named = case.whole, case.trainable
-    gradients = case.gradients(case.compute(m, case.loss, m.counts))
+    gradients = case.gradients(case.compute(m, case.weights))
     generator = torch.Generator().manual_seed(0)
     step = {n: g * (torch.rand(g.shape, generator=generator) < 0.5).to(g) for n, g in gradients.items()}
     slope = sum(float((g * step[n]).double().sum()) for n, g in gradients.items())
-    loss = float(case.compute(m, case.loss, m.counts).detach())
+    loss = float(case.compute(m, case.weights).detach())
     size = 2e-3 * max(abs(loss), 1e-3) / slope if slope else 0.0
     values = []
     with torch.no_grad():
         for sign in (1, -2, 1):
             for name, parameter in named.items():
                 parameter += sign * size * step[name]
-            values.append(float(case.compute(m, case.loss, m.counts)))
+            values.append(float(case.compute(m, case.weights)))
     measured, predicted = values[0] - values[1], 2 * size * slope
     if not abs(measured - predicted) <= 0.05 * abs(predicted):
         raise Fault(
@@ -176,7 +180,7 @@ def check_positions(case: Case) -> str:
 
     handle = case.student.llm.base_model.register_forward_hook(keep, with_kwargs=True)
     try:
-        case.compute(m, only(case.loss, "ce"), m.counts).backward()
+        case.compute(m, case.only("ce")).backward()
     finally:
         handle.remove()
         case.objective.zero_grad(set_to_none=True)
@@ -219,9 +223,9 @@ def check_splits(case: Case) -> str:
 def step_of(case: Case, parts: Sequence[Sequence[Sample]]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of a step that is cut in these parts; empty ones are stand-ins, as in training."""
     micro_batches = [case.collate(list(part)) for part in parts]
-    fields = [vars(m.counts) for m in micro_batches]
-    totals = Counts(**{name: sum(f[name] for f in fields) for name in TERMS})
-    losses = [case.compute(m, case.loss, totals) for m in micro_batches]
+    counts = [count(case.terms, m) for m in micro_batches]
+    totals = {name: sum(found[name] for found in counts) for name in case.terms}
+    losses = [case.compute(m, case.weights, totals) for m in micro_batches]
     return float(sum(losses).detach()), case.gradients(sum(losses))
 
 
@@ -274,7 +278,7 @@ def check_gradients(case: Case) -> str:
                 f"{name} is {state}, but LoRA and connector are trained and nothing else; set requires_grad so before "
                 f"the optimizer is built."
             )
-    case.compute(case.whole, case.loss, case.whole.counts).backward()
+    case.compute(case.whole, case.weights).backward()
     grads = {name: p.grad for name, p in case.objective.named_parameters() if p.requires_grad or p.grad is not None}
     case.objective.zero_grad(set_to_none=True)
     for name, grad in grads.items():

@@ -3,18 +3,26 @@
 `doctor` holds the fused, batched objective to it. Nothing here is shared with what it judges: rows are laid out again,
 the LLM's own forward makes the logits, and divergences are the formulas of probabilities, in float64.
 
-Shapes: T positions of one clip, S supervised positions, K kept ids, C = K + 1 outcomes, V vocabulary.
+Shapes: T positions of one clip, S supervised positions, K kept ids, C = K + 1 outcomes, V vocabulary, W windows of one
+clip, Q queries a window, E width.
 """
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.config import LossConfig
-from distill.objective.crossteacher import CrossedTargets
 from distill.objective.divergences import build_divergence, plain_kl
+from distill.objective.features import FEATURES
+from distill.objective.module import Objective
+from distill.objective.weighing import MicroBatch
 from shards.sample import Sample
 from shards.targets.distributions import Sparse
+from shards.targets.header import HEAD_INPUT
+from teachers.blocks import record_blocks
 from teachers.salmonn import Salmonn
 
 
@@ -27,18 +35,46 @@ def answer_of(student: Salmonn, sample: Sample) -> list[int]:
     return rows.text.encode(sample.text + rows.end.text) + list(rows.end.tail)
 
 
-def answer_logits(student: Salmonn, sample: Sample, vocab_size: int, frames: list[Tensor] | None) -> Tensor:
-    """Logits of one clip's answer, by the LLM's own forward on a row without padding: logits_SV."""
+@dataclass(frozen=True)
+class Said:
+    """What the student says of a few clips, one after the other, and what its teacher says of them."""
+
+    logits_SV: Tensor  # at the answers' tokens
+    labels_S: Tensor
+    sizes: list[int]  # of each answer, in tokens
+    queries_WQE: list[Tensor]  # of each clip
+    states_SD: dict[int, Tensor]  # by layer, -1 the input of the head
+    targets: object  # the teacher's, or None
+    loss: LossConfig
+    projectors: Mapping[str, nn.Module]
+
+    def project(self, name: str, features: Tensor) -> Tensor:
+        """The student's features times the matrix of a projector, where there is one."""
+        if name not in self.projectors:
+            return features.double()
+        return features.double() @ self.projectors[name].weight.double().T
+
+
+def answer_clip(objective: Objective, sample: Sample, frames: list[Tensor] | None) -> tuple[Tensor, Tensor, dict]:
+    """One clip's answer by the LLM's own forward on a row without padding: logits, queries and states by layer."""
+    student = objective.student
     batch = student.collate([sample]).to(student.device)
-    queries_WE = student.hear(batch, frames).queries_BWQE[0].flatten(0, 1)[: batch.rows[0].num_audio_tokens]
+    windows_WQE = student.hear(batch, frames).queries_BWQE[0]
+    queries_WE = windows_WQE.flatten(0, 1)[: batch.rows[0].num_audio_tokens]
     embed = student.llm.get_input_embeddings()
     row, answer = batch.rows[0], answer_of(student, sample)
     before, after, said = (
         embed(torch.tensor(ids, dtype=torch.long, device=student.device)) for ids in (row.before, row.after, answer)
     )
     row_TD = torch.cat([before, student.project(queries_WE).to(before.dtype), after, said])
-    logits_TV = student.llm(inputs_embeds=row_TD[None], use_cache=False).logits[0]
-    return logits_TV[-len(answer) - 1 : -1, :vocab_size].double()
+    place = slice(-len(answer) - 1, -1)
+    with record_blocks(student, objective.blocks) as states:
+        keep = student.llm.get_output_embeddings().register_forward_pre_hook
+        handle = keep(lambda _, args: states.update({HEAD_INPUT: args[0]}))
+        logits_TV = student.llm(inputs_embeds=row_TD[None], use_cache=False).logits[0]
+    handle.remove()
+    states = {layer: x_BTD[0, place] for layer, x_BTD in states.items()}
+    return logits_TV[place].double(), windows_WQE[: len(queries_WE) // windows_WQE.shape[1]], states
 
 
 def outcomes(logits_SV: Tensor, teacher: Sparse, temperature: float) -> tuple[Tensor, Tensor]:
@@ -54,54 +90,89 @@ def outcomes(logits_SV: Tensor, teacher: Sparse, temperature: float) -> tuple[Te
     return torch.cat([q_SK, (q_SV * is_outside_SV).sum(-1, keepdim=True)], 1), p_SC
 
 
-def chunk_values(student_logprobs_S: Tensor, targets: CrossedTargets, temperature: float) -> Tensor:
-    """For each chunk, temperature times the KL of two coins: that the chunk is said, to the power 1 / temperature."""
-    alignment = targets.cross.alignment
+def plain_ce(said: Said) -> Tensor:
+    """Mean over the labels of minus their log-probability."""
+    return F.cross_entropy(said.logits_SV, said.labels_S)
+
+
+def plain_divergence(said: Said) -> Tensor:
+    """Mean over the positions of which the teacher says something."""
+    loss, cross = said.loss, said.targets.cross
+    sparse = said.targets.distribution.at(loss.temperature) if cross is None else cross.sparse
+    rows = torch.ones_like(said.labels_S, dtype=torch.bool) if cross is None else cross.is_matched_S
+    measure = build_divergence(loss.kl_kind, loss.kl_parameter, plain=True)
+    value_S = loss.temperature**2 * measure(*outcomes(said.logits_SV, sparse, loss.temperature))
+    return value_S[rows].sum() / max(int(rows.sum()), 1)
+
+
+def plain_chunk(said: Said) -> Tensor:
+    """Mean of temperature times the KL of two coins: that a chunk is said, to the power 1 / temperature."""
+    cross, temperature = said.targets.cross, said.loss.chunk_temperature
+    own_S = -F.cross_entropy(said.logits_SV, said.labels_S, reduction="none")
     coins = []
     for logprobs_S, chunk_S in (
-        (student_logprobs_S, alignment.student_chunk_S),
-        (targets.cross.teacher_logprobs_S.double(), alignment.teacher_chunk_S),
+        (own_S, cross.alignment.student_chunk_S),
+        (cross.teacher_logprobs_S.double(), cross.alignment.teacher_chunk_S),
     ):
-        sums = [logprobs_S[chunk_S == chunk].sum() for chunk in range(alignment.num_chunks)]
+        sums = [logprobs_S[chunk_S == chunk].sum() for chunk in range(cross.alignment.num_chunks)]
         p_C = (torch.stack(sums).clamp(max=-1e-6) / temperature).exp() if sums else logprobs_S[:0]
         coins.append(torch.stack([p_C, 1 - p_C], 1))
-    return temperature * plain_kl(coins[1], coins[0])
+    own, teachers = coins
+    return temperature * plain_kl(teachers, own).sum() / max(len(own), 1)
 
 
-def plain_terms(
-    student: Salmonn,
-    samples: list[Sample],
-    targets,
-    loss: LossConfig,
-    vocab_size: int,
-    frames: list[Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Each term that the head computes: the mean over all its elements, weights left out, with a gradient.
+def plain_feature(said: Said) -> Tensor:
+    """Mean over the windows that both have, clip by clip."""
+    measure, values = FEATURES[said.loss.feature_kind].plain, []
+    for own_WQE, theirs_WQE, num_windows in zip(
+        said.queries_WQE, said.targets.queries_BWQE, said.targets.num_windows_B
+    ):
+        num_shared = min(len(own_WQE), num_windows)
+        values.append(measure(said.project("feature", own_WQE[:num_shared]), theirs_WQE[:num_shared].double()))
+    return torch.cat(values).mean()
+
+
+def plain_hidden(said: Said) -> Tensor:
+    """Mean over the answers' tokens and the pairs of layers, clip by clip."""
+    measure, means = FEATURES[said.loss.hidden_kind].plain, []
+    theirs = said.targets.hidden_by_layer | {HEAD_INPUT: said.targets.hidden}
+    for layer, own_layer in said.loss.layer_pairs.items():
+        own_SD = said.project(f"hidden{layer}", said.states_SD[own_layer])
+        clips = zip(own_SD.split(said.sizes), theirs[layer].double().split(said.sizes))
+        means.append(torch.cat([measure(*clip) for clip in clips]).mean())
+    return torch.stack(means).mean()
+
+
+# By term: its second writing, a mean over all its elements with weights left out. A term without one is not compared.
+PLAIN: dict[str, Callable[[Said], Tensor]] = {
+    "ce": plain_ce,
+    "kl": plain_divergence,
+    "chunk": plain_chunk,
+    "feature": plain_feature,
+    "hidden": plain_hidden,
+}
+
+
+def say_plainly(objective: Objective, m: MicroBatch) -> Said:
+    """The clips of a micro-batch once more, one at a time, with a gradient.
 
     Args:
-        samples: with their texts.
-        targets: the teacher's of the same samples, or None.
-        loss: kinds and temperatures.
-        vocab_size: ids that take part.
-        frames: of the encoders, a row a sample, where they are cached; None: the ears run.
+        objective: whose student is asked.
+        m: samples with their texts, the teacher's targets of them, and the encoders' frames where they are cached.
     """
-    heard = [None if frames is None else [x_BRE[b : b + 1] for x_BRE in frames] for b in range(len(samples))]
-    logits_SV = torch.cat([answer_logits(student, s, vocab_size, own) for s, own in zip(samples, heard)])
-    answers = [token for sample in samples for token in answer_of(student, sample)]
-    labels_S = torch.tensor(answers, device=logits_SV.device)
-    logprobs_S = -F.cross_entropy(logits_SV, labels_S, reduction="none")
-    terms = {"ce": -logprobs_S.mean()}
-    if targets is None:
-        return terms
-    if targets.cross is not None:
-        cross = targets.cross
-        sparse, rows = cross.sparse, cross.is_matched_S
-        chunk_C = chunk_values(logprobs_S, targets, loss.chunk_temperature)
-        terms["chunk"] = chunk_C.sum() / max(len(chunk_C), 1)
-    else:
-        sparse = targets.distribution.at(loss.temperature)
-        rows = torch.ones_like(labels_S, dtype=torch.bool)
-    q_SC, p_SC = outcomes(logits_SV, sparse, loss.temperature)
-    value_S = loss.temperature**2 * build_divergence(loss.kl_kind, loss.kl_parameter, plain=True)(q_SC, p_SC)
-    terms["kl"] = value_S[rows].sum() / max(int(rows.sum()), 1)
-    return terms
+    student, clips = objective.student, []
+    for b, sample in enumerate(m.batch.samples):
+        frames = None if m.frames is None else [x_BRE[b : b + 1] for x_BRE in m.frames]
+        clips.append(answer_clip(objective, sample, frames))
+    logits, queries, states = zip(*clips)
+    answers = [answer_of(student, sample) for sample in m.batch.samples]
+    return Said(
+        logits_SV=torch.cat(logits)[:, : objective.vocab_size],
+        labels_S=torch.tensor([token for answer in answers for token in answer], device=student.device),
+        sizes=[len(answer) for answer in answers],
+        queries_WQE=list(queries),
+        states_SD={layer: torch.cat([clip[layer] for clip in states]) for layer in states[0]},
+        targets=m.targets,
+        loss=objective.loss,
+        projectors=objective.projectors,
+    )

@@ -23,22 +23,14 @@ from distill.evaluation.scorecard import (
     score_rows,
     show_training,
 )
+from distill.objective.terms import TERMS
+from distill.objective.terms.term import RECORD
 from distill.training.monitoring.runlog import METRICS, read_metrics
 from shards.files.write import write_atomically
 
 REPORT = "report.html"
-# Of metrics.jsonl: what is drawn, with its title. A curve that the run has not is left out.
-CURVES = {
-    "loss": "Loss",
-    "ce": "Cross-entropy (nat a token)",
-    "kl": "Divergence from the teacher (nat a token)",
-    "chunk": "Likelihood of chunks",
-    "feature": "Feature loss",
-    "hidden": "Distance of hidden states",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "seconds": "Seconds a step",
-}
+# Of metrics.jsonl: what is drawn beside the terms of the loss, with its title
+TITLES = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm", "seconds": "Seconds a step"}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -60,7 +52,7 @@ def write_report(run_folder: Path) -> Path:
         parts += _scorecard_html(read_scorecard(run_folder))
     parts += _efficiency_html(read_efficiency(run_folder))
     parts += ["<h2>Training</h2>", f"<p>{len(records):,} steps.{_warn(num_unreadable)}</p>", '<div class="curves">']
-    for key, title in CURVES.items():
+    for key, title in curves_of(records).items():
         drawn = [(record["step"], record[key]) for record in records if key in record]
         # A term of weight 0 is a flat line at 0: nothing to see.
         if any(value for _, value in drawn):
@@ -72,6 +64,13 @@ def write_report(run_folder: Path) -> Path:
     page = _PAGE.format(title=html.escape(run_folder.resolve().name), body="\n".join(parts))
     write_atomically(run_folder / REPORT, page)
     return run_folder / REPORT
+
+
+def curves_of(records: Iterable[dict]) -> dict[str, str]:
+    """What is drawn of a run's steps, with its title: the loss, each of its terms as the steps name it, the rest."""
+    titles = {name: term.title or name for name, term in TERMS.items()}
+    names = dict.fromkeys(name for record in records for name in record if name not in RECORD)
+    return {"loss": TITLES["loss"]} | {name: titles.get(name, name) for name in names} | TITLES
 
 
 def _warn(num_unreadable: int) -> str:

@@ -1,7 +1,7 @@
-"""How the weight of a loss term changes over the steps of a run, and what one sample of it counts.
+"""How the weights of the loss terms change over the steps of a run, and what one sample counts.
 
 A schedule is a pure function of the step, so a resumed run needs no state of it. What a weight multiplies is not known
-here.
+here, and torch is not needed.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TERMS = ("ce", "kl", "feature", "hidden", "chunk")  # of the objective
+from distill.objective.terms.term import Term
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Schedule:
     """A weight over the steps of a run: a linear climb to `start`, then from `start` to `end` at the last step.
 
     Args:
-        kind: "constant" (stays at `start`, `end` is not used), "linear" or "cosine".
+        kind: "constant" (stays at `start`, which `end` must be), "linear" or "cosine".
         start: the weight after the climb.
         end: the weight at the end of the run.
         warmup_steps: optimizer steps below `start`; 0 for none.
@@ -45,6 +45,11 @@ class Schedule:
                 f"warmup_steps is {self.warmup_steps}, but it must lie between 0 and the run's {self.num_steps} steps; "
                 f"shorten the warm-up."
             )
+
+    @property
+    def is_ever_above_zero(self) -> bool:
+        """Whether the weight is above 0 at some step."""
+        return bool(self.start or self.end)
 
     def weight(self, step: int) -> float:
         """The weight of the update that follows `step` finished ones."""
@@ -77,6 +82,35 @@ def parse_schedule(text: str, start: float, num_steps: int, name: str) -> Schedu
         return Schedule(match[1], start, float(match[2] or start), int(match[3] or 0), num_steps)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def weight_of(name: str, term: Term, loss) -> float:
+    """A term's weight without a schedule: what LossConfig's field of its name says, or the term itself.
+
+    Args:
+        name: of the term.
+        term: the term.
+        loss: the settings.
+    """
+    return getattr(loss, name) if term.weight is None else term.weight
+
+
+def build_schedules(terms: Mapping[str, Term], loss, num_steps: int) -> dict[str, Schedule]:
+    """The weight of every term over the steps of a run.
+
+    Raises:
+        ValueError: a schedule is longer than the run, or of a term that there is not.
+    """
+    for name in loss.schedules:
+        if name not in terms:
+            raise ValueError(f"loss.schedules names {name}, but the terms are {', '.join(terms)}; correct the name.")
+    found = {}
+    for name, term in terms.items():
+        weight = weight_of(name, term, loss)
+        found[name] = Schedule("constant", weight, weight, 0, num_steps)
+        if name in loss.schedules:
+            found[name] = parse_schedule(loss.schedules[name], weight, num_steps, f"loss.schedules.{name}")
+    return found
 
 
 SHAPES = {

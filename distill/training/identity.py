@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from distill.config import LossConfig, StudentConfig
-from distill.objective.terms.term import OwnTerm
+from distill.objective.weighing import Terms
 from distill.training.checkpoint import STATE
 from students.start import identify_student
 from teachers.files.loading import hash_frozen_parts, hash_tensors, identify_checkpoint, own_tensors
@@ -20,7 +20,7 @@ from teachers.teacher import Teacher
 WEIGHTS = "weights"  # in a checkpoint's state: the hash of the student's own tensors, as `student.own` at its start
 
 
-def identify_fit(student: Salmonn, teacher: Teacher, loss: LossConfig, terms: dict[str, OwnTerm], given: dict,
+def identify_fit(student: Salmonn, teacher: Teacher, loss: LossConfig, terms: Terms, given: dict,
                  dtype: torch.dtype = torch.float32) -> dict:  # fmt: skip
     """The identity of a run.
 
@@ -36,7 +36,7 @@ def identify_fit(student: Salmonn, teacher: Teacher, loss: LossConfig, terms: di
     settings = given.get("student") or {"frozen": hash_frozen_parts(student, how=identify_checkpoint)}
     found = {"loss": asdict(loss)}
     if terms:
-        found["terms"] = {name: {"weight": term.weight, "value": name_of(term.value)} for name, term in terms.items()}
+        found["terms"] = {name: term.identity for name, term in terms.items()}
     if "targets" not in given:
         found["precision"] = str(dtype).removeprefix("torch.")
         found |= {"targets": teacher.identity} if teacher.has_targets else {}
@@ -57,11 +57,6 @@ def identify_settings(settings: StudentConfig, llm: str) -> dict:
     if student["start"]:
         student["start"] = identify_student(student["start"])
     return student
-
-
-def name_of(function) -> str:
-    """A function's name, with its class."""
-    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def find_start(run_folder: Path, own: str) -> str:

@@ -1,7 +1,6 @@
 """A step's samples cut into micro-batches, collated, with the teacher's targets beside them. Knows no optimizer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -9,37 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config import LossConfig
 from distill.objective.schedule import sample_weight
-from distill.objective.weighing import Counts, Weights, count, weigh
+from distill.objective.weighing import MicroBatch
 from shards.sample import SAMPLE_RATE, Sample
 from shards.targets.header import CacheHeader
 from students.ears import EARS, describe_ears
 from teachers.files.loading import hash_frozen_parts
 from teachers.salmonn import Salmonn
-from teachers.targets import Targets
 from teachers.teacher import Teacher
 from teachers.words.batch import Batch
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One backward's worth of a step, on this rank."""
-
-    batch: Batch
-    targets: Targets | None
-    is_pseudo: list[bool]  # whether a sample's answer is the teacher's own
-    sample_weights: list[float]  # what a sample counts in every term
-    is_real: bool  # False: a silent stand-in that keeps the ranks in step
-    frames: list[Tensor] | None  # of ears that teacher and student share
-
-    @property
-    def counts(self) -> Counts:
-        return count(self.batch, self.targets, self.is_real)
-
-    def weigh(self, loss: LossConfig, totals: Counts) -> Weights:
-        """What its elements count, given the terms' weights at this step and the counts of the whole step."""
-        return weigh(self.batch, self.targets, self.is_pseudo, self.sample_weights, loss, totals, self.is_real)
 
 
 class Collator:

@@ -45,14 +45,16 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.state.deepspeed_plugin is not None
 
 
-def sum_over_ranks(accelerator: Accelerator, values_: list[float]) -> list[float]:
-    """Each value summed over all ranks, in float64; every rank must call it."""
+def sum_over_ranks(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over all ranks, in float64; every rank must call it, with the same names."""
     if accelerator.num_processes == 1:
-        return values_
+        return values
     device = accelerator.device if accelerator.device.type == "cuda" else "cpu"
-    summed = torch.tensor(values_, dtype=torch.float64, device=device)
+    names = sorted(values)
+    summed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(summed)
-    return summed.tolist()
+    found = dict(zip(names, summed.tolist()))
+    return {name: found[name] for name in values}
 
 
 def average_gradients_over_ranks_(accelerator: Accelerator | None, parameters: Sequence[nn.Parameter]) -> None:

@@ -11,6 +11,7 @@ from shards.jsonfile import ShapeError, read_object
 
 HEADER = "cache.json"
 FIELDS = {"fingerprint": str, "identity": dict}  # of it
+HEAD_INPUT = -1  # number of the layer that enters the head, among those of hidden states
 FORMAT = 1  # of the cache's files; part of every fingerprint
 # a cache that does not name all of these could be taken for another teacher's
 IDENTITY_FIELDS = (

@@ -126,9 +126,9 @@ def test_a_cache_of_every_codec_gives_the_losses_of_the_teacher_itself(toys, tmp
 @pytest.mark.parametrize(
     ("codec", "refusal"),
     [
-        ("topk", r"loss\.temperature is 3, but .*/cache keeps \[1\.0, 2\.0\]; use one of those"),
-        ("adaptive", r"loss\.temperature is 3, but .*/cache keeps \[1\.0, 2\.0\]; use one of those"),
-        ("sampled", r"temperature 3, but draws of the teacher .* give the forward KL at temperature 1 alone"),
+        ("topk", r"loss\.temperature is 3, but the teacher's targets are kept at 1, 2 alone; use one of those"),
+        ("adaptive", r"loss\.temperature is 3, but the teacher's targets are kept at 1, 2 alone; use one of those"),
+        ("sampled", r"temperature 3, but draws of the teacher .* give forward_kl at temperature 1 alone"),
     ],
 )
 def test_a_temperature_that_was_not_cached_is_refused_with_both_values(toys, tmp_path, codec, refusal):

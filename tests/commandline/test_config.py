@@ -72,12 +72,12 @@ def test_every_recipe_loads(path):
         ("cache.temperatures=[]", r"cache\.temperatures is \[\], but all must be above 0 and 1\.0 among them"),
         ("cache.temperatures=[2]", r"cache\.temperatures is \[2\.0\], but all must be above 0 and 1\.0 among them"),
         ("cache.temperatures=[1,0]", r"cache\.temperatures is \[1\.0, 0\.0\], but all must be above 0"),
-        ("loss.temperature=3", r"loss\.temperature is 3, but cache\.temperatures is \[1\.0, 2\.0\] and topk keeps no"),
+        ("loss.temperature=3", r"loss\.temperature is 3, but the teacher's targets are kept at 1, 2 alone; use"),
         ("loss.kl_parameter=0.5", r"loss\.kl_parameter is 0\.5, but forward_kl takes none"),
         ("loss.kl_kind=jsd", r"loss\.kl_parameter is None, but jsd takes one strictly between 0 and 1"),
         (
             "loss.hidden=1",
-            r"loss\.hidden_layers names the teacher's -1, but cache\.hidden_layers is \[\]; add it there",
+            r"loss\.hidden is above 0, but the teacher's targets hold no states of layer -1; cache again",
         ),
         ("loss.schedules.klo=linear 0", r"loss\.schedules names klo, but the terms are ce, kl, feature, hidden, chunk"),
         ("loss.schedules.kl=line 0", r"demo\.yaml: loss\.schedules\.kl: schedule is 'line', but it must be one of"),
@@ -424,7 +424,7 @@ def test_what_the_system_and_torch_say_is_put_in_the_form_of_an_error(capsys, wo
         (lambda: Config(train=LossConfig()), r"^train is LossConfig\(.*, but must be a TrainConfig"),
         (
             lambda: Config(loss=LossConfig(temperature=3)),
-            r"^loss\.temperature is 3, but cache\.temperatures is \[1",
+            r"^loss\.temperature is 3, but the teacher's targets are kept at 1, 2 alone",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +12,9 @@ import torch
 from distill.cache import cache
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
-from distill.objective.weighing import TERMS, Counts, active_terms, build_schedules, loss_at
+from distill.objective.schedule import build_schedules
+from distill.objective.terms import TERMS
+from distill.objective.weighing import active_terms, count, weigh
 from distill.training.microbatch import Collator, split
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
@@ -22,6 +25,7 @@ from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn, read_names
 from teachers.lora import Lora
 from teachers.online import OnlineTeacher
+from teachers.teacher import NoTeacher
 
 OPTIONS = TrainConfig(steps=4, batch_size=4, micro_batch_size=4, learning_rate=2e-3, warmup_steps=1, save_every=100)
 LORA = Lora(rank=4)
@@ -46,8 +50,10 @@ def gradients(run: Distiller, samples, parts: int) -> tuple[float, dict[str, tor
     """Loss and gradient of a step cut in so many micro-batches, dropout off."""
     collate = Collator(run.teacher, run.student, torch.device("cpu"), torch.float32, run.loss.task_weights)
     micro_batches = [collate(part) for part in split(samples, parts)]
-    totals = Counts(**{name: sum(getattr(m.counts, name) for m in micro_batches) for name in TERMS})
-    loss = sum(run.objective(m.batch, m.targets, m.weigh(run.loss, totals), m.frames)[0] for m in micro_batches)
+    counts = [count(run.terms, m) for m in micro_batches]
+    totals = {name: sum(found[name] for found in counts) for name in run.terms}
+    weights = {name: run.schedules[name].start for name in run.terms}
+    loss = sum(run.objective(m, weigh(run.terms, m, run.loss, weights, totals))[0] for m in micro_batches)
     names = list(run.named)
     found = torch.autograd.grad(loss, [run.named[name] for name in names], allow_unused=True)
     return float(loss.detach()), {n: torch.zeros_like(run.named[n]) if g is None else g for n, g in zip(names, found)}
@@ -140,13 +146,20 @@ def test_a_schedule_moves_a_terms_weight_and_a_resumed_run_goes_on_with_it(toys,
 
 def test_schedules_give_each_step_its_weights():
     loss = LossConfig(ce=1.0, kl=0.5, schedules={"kl": "cosine 1.5", "ce": "constant warmup 3"})
-    schedules = build_schedules(loss, 101)
-    assert loss_at(loss, schedules, 50).kl == pytest.approx(1.0)
-    assert [loss_at(loss, schedules, step).ce for step in (0, 1, 2, 3, 100)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert active_terms(loss, schedules, is_crossed=False) == {"ce", "kl", "feature"}
-    assert active_terms(loss, schedules, is_crossed=True) == {"ce", "kl", "feature", "chunk"}
-    never = LossConfig(kl=0.0, schedules={"kl": "constant warmup 2"})
-    assert "kl" not in active_terms(never, build_schedules(never, 9), is_crossed=False)
+    schedules = build_schedules(TERMS, loss, 101)
+    assert schedules["kl"].weight(50) == pytest.approx(1.0)
+    assert [schedules["ce"].weight(step) for step in (0, 1, 2, 3, 100)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert schedules["feature"].weight(7) == loss.feature
+
+    def names(loss, teacher):
+        return set(active_terms(TERMS, build_schedules(TERMS, loss, 101), teacher))
+
+    teacher = SimpleNamespace(has_targets=True, is_crossed=False)
+    crossed = SimpleNamespace(has_targets=True, is_crossed=True)
+    assert names(loss, teacher) == {"ce", "kl", "feature"}
+    assert names(loss, crossed) == {"ce", "kl", "feature", "chunk"}
+    assert names(loss, NoTeacher()) == {"ce"}
+    assert "kl" not in names(LossConfig(kl=0.0, schedules={"kl": "constant warmup 2"}), teacher)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +188,7 @@ def test_an_objective_that_cannot_be_is_refused_before_anything_starts(toys, tmp
     ],
 )
 def test_a_term_without_targets_is_an_error_and_not_zero(toys, tmp_path, loss, message):
-    words = [f"cache.folder={tmp_path / 'cache'}", "cache.features=none"]
+    words = [f"cache.folder={tmp_path / 'cache'}", "cache.features=none", "loss.feature=0"]
     cache(load_config(toys / "toy.yaml", words))
     stream = ShardStream(toys / "data" / "train", Order(batch_size=4), Selection(targets=tmp_path / "cache"))
     with pytest.raises(ValueError, match=message):

@@ -170,11 +170,10 @@ def test_a_missing_square_of_the_temperature_is_found(toys, monkeypatch):
 def test_a_mean_of_means_is_found(toys, monkeypatch):
     true = distill.objective.weighing.weigh
 
-    def by_its_own_counts(batch, targets, is_pseudo, sample_weights, loss, totals, is_real):
-        own = distill.objective.weighing.count(batch, targets, is_real)
-        return true(batch, targets, is_pseudo, sample_weights, loss, own, is_real)
+    def by_its_own_counts(terms, m, loss, weights, totals):
+        return true(terms, m, loss, weights, distill.objective.weighing.count(terms, m))
 
-    monkeypatch.setattr(distill.training.microbatch, "weigh", by_its_own_counts)
+    monkeypatch.setattr(distill.doctor.objective, "weigh", by_its_own_counts)
     assert "a mean is taken in each part" in faults(toys, "splits")["splits"]
 
 

@@ -10,6 +10,7 @@ import torch
 from distill.config import LossConfig, TrainConfig
 from distill.config.rules import CHOICES
 from distill.distiller import Distiller
+from distill.objective.weighing import count, weigh
 from distill.training.microbatch import Collator
 from distill.training.optimizer import FALLS, build_optimizer, learning_rate
 from distill.training.recompute import keep_outputs_, recompute_blocks_
@@ -64,6 +65,12 @@ def test_every_schedule_may_be_named_in_a_config():
     assert CHOICES["train.schedule"] == tuple(FALLS)
 
 
+def weigh_alone(run: Distiller, made) -> dict[str, torch.Tensor]:
+    """What the elements of a step's only micro-batch count."""
+    weights = {name: run.schedules[name].start for name in run.terms}
+    return weigh(run.terms, made, run.loss, weights, count(run.terms, made))
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_the_gradient_of_recomputed_blocks_is_the_same_to_the_last_bit(toys, tmp_path, quantization):
     run = make_run(toys, tmp_path, LossConfig(hidden=0.5, hidden_layers={1: 1}), quantization)
@@ -74,7 +81,7 @@ def test_the_gradient_of_recomputed_blocks_is_the_same_to_the_last_bit(toys, tmp
     def gradient(change_) -> list[torch.Tensor]:
         change_(run.student.llm)
         torch.manual_seed(5)  # of LoRA's dropout
-        loss, _ = run.objective(made.batch, made.targets, made.weigh(run.loss, made.counts), made.frames)
+        loss, _ = run.objective(made, weigh_alone(run, made))
         return torch.autograd.grad(loss, list(run.named.values()), allow_unused=True)
 
     kept, recomputed = gradient(keep_outputs_), gradient(recompute_blocks_)
@@ -92,7 +99,7 @@ def saved_bytes(run: Distiller, made) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run.objective(made.batch, made.targets, made.weigh(run.loss, made.counts), made.frames)
+        run.objective(made, weigh_alone(run, made))
     return sum(sizes.values())
 
 

@@ -1,19 +1,28 @@
-"""A loss term of one's own: what it may look at, and what it gives back. Knows no other term.
+"""What a term of the loss is, what it sees of a micro-batch, and what a term of one's own gives back.
 
-Shapes: S supervised positions, V vocabulary, D LLM width.
+A term is the mean of its values over its own elements of a whole step, over micro-batches and ranks. It knows which
+elements it has and what each is worth; weights, schedules, counts, the log and the report are loops over terms.
+
+Importing this, and every term, costs no torch: a config's rules read names and needs here. What computes is imported
+where it computes.
+
+Shapes: B batch, S supervised positions, X elements of a term, V vocabulary, D LLM width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from distill.objective.terms.needs import Held
+from shards.targets.header import HEAD_INPUT
 
-from distill.objective.schedule import TERMS
-from teachers.logits import head_logits
-from teachers.salmonn import Heard, Salmonn
-from teachers.targets import Targets
-from teachers.words.batch import Batch
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from teachers.salmonn import Heard, Salmonn
+    from teachers.targets import Targets
+    from teachers.words.batch import Batch
 
 RECORD = ("step", "loss", "learning_rate", "grad_norm", "positions", "audio_seconds", "seconds", "stop")  # of a step
 
@@ -22,31 +31,100 @@ RECORD = ("step", "loss", "learning_rate", "grad_norm", "positions", "audio_seco
 class Seen:
     """One micro-batch as the student saw it, with gradients."""
 
-    student: Salmonn
-    batch: Batch
-    heard: Heard  # the Q-Former's queries
-    hidden_SD: Tensor  # what enters the head
-    targets: Targets | None  # the teacher's; None: there is no teacher, or the batch only keeps the ranks in step
+    student: "Salmonn"
+    batch: "Batch"
+    heard: "Heard"  # the Q-Former's queries
+    hidden_SD: "Tensor"  # what enters the head
+    targets: "Targets | None"  # the teacher's; None: there is no teacher, or the batch only keeps the ranks in step
+    loss: object  # the settings, a LossConfig
+    blocks: "Mapping[int, Tensor]"  # outputs of the LLM's blocks that a term asked for, by number: [B, T, D]
+    projectors: "Mapping[str, nn.Module]"  # learned maps to the teacher's widths, by the names of `Term.projections`
 
     @cached_property
-    def logits_SV(self) -> Tensor:
+    def logits_SV(self) -> "Tensor":
         """The student's logits at the supervised positions, float32; the built-in terms never hold them all."""
+        from teachers.logits import head_logits
+
         return head_logits(self.student.llm, self.hidden_SD)
+
+    def states(self, layer: int) -> "Tensor":
+        """The hidden states of a layer at the supervised positions, [S, D]."""
+        return self.hidden_SD if layer == HEAD_INPUT else self.blocks[layer].flatten(0, 1)[self.batch.predicting_S]
+
+    def project(self, name: str, x: "Tensor") -> "Tensor":
+        """Features of the student at the teacher's width, float32."""
+        return self.projectors[name](x.float()) if name in self.projectors else x.float()
+
+
+class Term:
+    """A term of the loss; what stands here is that of one with a value a supervised position and no teacher.
+
+    `m` is a micro-batch (`weighing.MicroBatch`), `loss` the settings, a LossConfig, whose field of the term's name is
+    its weight.
+    """
+
+    title = ""  # of its curve; empty: its name
+    weight: float | None = None  # where LossConfig has no field of its name
+    needs_teacher = False  # whether there is nothing of it where no teacher speaks
+    only_crossed = False  # whether it is there only where teacher and student have other tokenizers
+    is_of_head = False  # whether its values come out of the head's one pass over the vocabulary, and not of `values`
+    settings: Collection[str] = ()  # fields of LossConfig that nothing reads where it has no weight
+
+    @property
+    def identity(self) -> dict:
+        """What must stay as it was for a run to go on, of a term that LossConfig does not know."""
+        return {"weight": self.weight, "value": type(self).__qualname__}
+
+    def lacks(self, loss, held: Held) -> str | None:
+        """Why targets that hold no more cannot serve it, and what to do, as an error says it; None: they can."""
+        return None
+
+    def rows(self, m) -> "Tensor":
+        """The batch row of each of its elements: row_X."""
+        return m.batch.row_S
+
+    def count(self, m) -> int:
+        """How many elements it is the mean of."""
+        return len(self.rows(m))
+
+    def factors(self, m, loss) -> list[float]:
+        """What it counts on each sample, beside the sample's own weight."""
+        return [1.0] * len(m.batch.samples)
+
+    def values(self, seen: Seen) -> "Tensor":
+        """Its value at each element, differentiable in the student, float32: value_X."""
+        raise NotImplementedError(f"{type(self).__name__} has no values; give it some, or set is_of_head.")
+
+    def layers(self, loss) -> Collection[int]:
+        """The student's LLM blocks whose outputs it looks at, from 1."""
+        return ()
+
+    def projections(self, student: "Salmonn", loss) -> dict[str, tuple[str, int]]:
+        """The features that it compares with the teacher's: by a name of one's own, the distance and their width."""
+        return {}
 
 
 @dataclass(frozen=True)
-class OwnTerm:
-    """A term of the objective: its mean over all supervised positions of a step, over micro-batches and ranks.
+class OwnTerm(Term):
+    """A term of one's own, with one value a supervised position.
 
     Attributes:
         weight: what the mean counts in the loss.
         value: gives one value a supervised position, value_S, differentiable in the student.
     """
 
-    weight: float
-    value: Callable[[Seen], Tensor]
+    weight: float = field()  # without the default of a `Term`
+    value: "Callable[[Seen], Tensor]"
 
-    def __call__(self, seen: Seen) -> Tensor:
+    @property
+    def identity(self) -> dict:
+        """Its weight and the name of its function."""
+        return {
+            "weight": self.weight,
+            "value": getattr(self.value, "__qualname__", type(self.value).__qualname__),
+        }
+
+    def values(self, seen: Seen) -> "Tensor":
         """Its values, value_S.
 
         Raises:
@@ -60,18 +138,3 @@ class OwnTerm:
                 f"a position."
             )
         return value_S.float()
-
-
-def check_own(terms: dict[str, OwnTerm]) -> None:
-    """Refuse names that are taken, weights that cannot be, and what is no term.
-
-    Raises:
-        ValueError: naming the term.
-    """
-    for name, term in terms.items():
-        if name in TERMS or name in RECORD:
-            raise ValueError(f"terms names {name!r}, but that name is taken; choose another.")
-        if not isinstance(term, OwnTerm):
-            raise ValueError(f"terms[{name!r}] is {term!r}, but must be an OwnTerm; give OwnTerm(weight, function).")
-        if not 0 <= term.weight < float("inf"):
-            raise ValueError(f"terms[{name!r}].weight is {term.weight}, but a weight is 0 or more; correct it.")
