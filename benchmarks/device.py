@@ -246,8 +246,9 @@ def measure_model(words: tuple, empty_gb: float) -> dict:
         "next_ms": llm["next_ms"],
     }
     figures["rtf"] = (figures["first_ms"] + 31 * figures["next_ms"]) / 10_000  # an answer of 32 tokens
-    fidelity = {"logit_error": llm["logit_error"], "top1": llm["top1"], "texts_equal": None}
-    return {**figures, **({"fidelity": fidelity} if "logit_error" in llm else {})}
+    if "logit_error" in llm:  # of random weights a text says nothing
+        figures["fidelity"] = {"logit_error": llm["logit_error"], "top1": llm["top1"], "texts_equal": None}
+    return figures
 
 
 def make_table(models: dict[str, dict]) -> str:
@@ -284,6 +285,11 @@ def main() -> None:
     for name, words in MODELS.items():
         models[name] = measure_model(words, empty_gb)
         print(name, models[name], flush=True)
+        write(models)  # what is measured stays, should the rest not come to an end
+
+
+def write(models: dict[str, dict]) -> None:
+    """Write down what has been measured."""
     exports = {name: found for name, found in models.items() if name != "teacher"}
     fidelity = {name: found["fidelity"] for name, found in exports.items() if "fidelity" in found}
     plain = {name: {k: v for k, v in found.items() if k != "fidelity"} for name, found in exports.items()}

@@ -199,10 +199,11 @@ def test_what_a_later_stage_would_miss_is_refused_before_anything_is_packed(tmp_
 
 # All that a run has to say, and a bar of what took more than a second
 TELLING = re.compile(
-    r"teacher .*: answers end with |\w[\w ]* ━+ \d+/\d+ \d+ samples/s|— (teach|cache|run)$|"
+    r"teacher .*: answers end with |\w[\w ]* ━+ \d+/\d+ \d+ samples/s|— (teach|cache|run|export)$|"
     r"corpus: |teacher: |student: |connector: |.*: \d+ shards \(\d+ were done\), \d+ samples|"
     r".* holds no checkpoint to go on from: step 1 is next$|warning: the teacher's cross-entropy on the answers|"
-    r"\w[\w -]*: \d+/\d+, [\d.]+ (steps|clips|samples|shards)/s, \d+ s left|all stages: "
+    r"\w[\w -]*: \d+/\d+, [\d.]+ (steps|clips|samples|shards)/s, \d+ s left|all stages: |"
+    r"head \w+, ears \w+, products \w+: logits "
 )
 
 
@@ -215,13 +216,13 @@ def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_
     demo = str(Path(__file__).resolve().parents[1] / "configs" / "demo.yaml")
     run_pipeline(demo, words, None)
     card = json.loads((tmp_path / "runs" / "demo" / "scorecard.json").read_text())
-    assert card["training"]["steps"] == 2
+    assert card["training"]["steps"] == 2 and card["device"]["scores"].keys() == card["student"]["scores"].keys()
     said = capfd.readouterr().err
     noise = [line for line in said.splitlines() if not TELLING.match(line)]
     assert not noise, noise
     run_pipeline(demo, words, None)
     said = capfd.readouterr().err
-    for stage in ("corpus: ", "teacher: ", "cache: "):
+    for stage in ("corpus: ", "teacher: ", "cache: ", "device: "):
         assert any(line.startswith(stage) and line.endswith("used again") for line in said.splitlines()), stage
     assert "demo is trained, used again: after step 2" in said
     assert json.loads((tmp_path / "runs" / "demo" / "scorecard.json").read_text())["retained"] == card["retained"]

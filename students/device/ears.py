@@ -4,8 +4,10 @@ Knows no LLM. Shapes: B batch, M mel bins, X mel frames, R encoder frames, E enc
 window, D LLM width.
 """
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import openvino as ov
@@ -89,8 +91,7 @@ def convert(module: nn.Module, inputs: dict[str, Tensor], shapes: Sequence[tuple
 
     OpenVINO's front end is called itself: `openvino.convert_model` reports each call to its makers.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: shapes that are checked in Python are those of any input
+    with hushed():
         traced = torch.jit.trace(module.eval(), tuple(inputs.values()), check_trace=False)
     front_end = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs.values()))  # nothing else keeps it alive
@@ -103,6 +104,20 @@ def convert(module: nn.Module, inputs: dict[str, Tensor], shapes: Sequence[tuple
         found.set_names({name})
     graph.outputs[0].set_names({output})
     return graph
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without what tracing says: that sizes are checked in Python, and that a Q-Former has no loss."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def to_8_bits_(graph: ov.Model) -> None:
