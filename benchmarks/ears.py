@@ -1,8 +1,8 @@
 """What small ears of its own cost a student, and what teaches them: WER on real spoken digits, three seeds.
 
 Teacher and shards are those of `benchmarks/fsdd.py`, which comes first. The small ears have two thirds of the teacher's
-width and layers and are pre-trained as its were, by CTC: `python benchmarks/ears.py [key=value …]`. Students that were
-made before are used again.
+width and layers and are pre-trained as its were, by CTC; some are trained with the student, or are layers of the
+teacher's: `python benchmarks/ears.py [--variants NAME …] [key=value …]`. Students made before are used again.
 """
 
 import argparse
@@ -32,6 +32,10 @@ VARIANTS = {  # title, whether the ears are its own, words
     "inherited": ("own ears, the teacher's connector", True, ["student.connector=teacher", "loss.feature=0"]),
     "inherited_feature": ("own ears, the teacher's connector, feature loss", True,
                           ["student.connector=teacher", "loss.feature=1"]),
+    "trained": ("own ears, trained, the teacher's connector, feature loss", True,
+                ["student.connector=teacher", "loss.feature=1", "student.train_ears=true"]),
+    "layers": ("1 of 3 layers of the teacher's ears, trained, feature loss", False,
+               ["student.connector=teacher", "loss.feature=1", "student.train_ears=true", "student.whisper_layers=1"]),
 }  # fmt: skip
 
 
@@ -60,8 +64,10 @@ def train_and_score(variant: str, seed: int, ears: Path, common: list[str]) -> t
 def main() -> None:
     """Make the ears and the cache, run every variant and seed, two at a time, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("words", nargs="*", metavar="key=value")
-    words = parser.parse_args().words
+    args = parser.parse_args()
+    words = args.words
     base = load_config(CONFIG, words)
     scratch = load_config(CONFIG).run_folder / "scratch"
     common = [f"teacher.path={scratch}/teacher", f"student.llm={scratch}/student-llm", "cache.frames=none",
@@ -69,11 +75,11 @@ def main() -> None:
     ears = Path(base.runs) / "fsdd-ears" / f"whisper-{base.scratch.ear_steps}"
     make_ears(base, ears)
     launch_stage("distill.cache", CONFIG, common, None)
-    jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    jobs = [(variant, seed) for seed in SEEDS for variant in args.variants]
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, ears, common), jobs)))
     figures = {variant: {"wer": [results[variant, seed][0] for seed in SEEDS],
-                         "parameters of the ears": results[variant, 0][1]} for variant in VARIANTS}  # fmt: skip
+                         "parameters of the ears": results[variant, 0][1]} for variant in args.variants}  # fmt: skip
     write_result("ears", {"students": figures, "steps": base.train.steps}, make_table(figures))
 
 

@@ -19,7 +19,7 @@ from distill.objective.fused import fused_ce_kl
 from distill.objective.module import Objective
 from distill.objective.terms import TERMS
 from distill.objective.weighing import MicroBatch, Terms, count, weigh
-from distill.training.microbatch import Collator, split
+from distill.training.microbatch import Collator, split, trains_ears
 from shards.sample import Sample
 from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
@@ -269,14 +269,15 @@ def is_zero_by_arithmetic(name: str, num_queries: int) -> bool:
 
 
 def check_gradients(case: Case) -> str:
-    """LoRA and connector are trained, and each of their tensors has a finite gradient, not zero; no other has one."""
+    """LoRA, connector and perhaps Whisper are trained: each tensor has a finite gradient, not zero; no other has."""
+    parts = {*CONNECTOR, *(["whisper"] if trains_ears(case.student) else [])}
     for name, parameter in case.student.named_parameters():
-        is_own = "lora_" in name or name.split(".", 1)[0] in CONNECTOR
+        is_own = "lora_" in name or name.split(".", 1)[0] in parts
         if is_own != parameter.requires_grad:
             state = "frozen" if is_own else "trained"
             raise Fault(
-                f"{name} is {state}, but LoRA and connector are trained and nothing else; set requires_grad so before "
-                f"the optimizer is built."
+                f"{name} is {state}, but LoRA and connector are trained and nothing else, or Whisper whole; set "
+                f"requires_grad so before the optimizer is built."
             )
     case.compute(case.whole, case.weights).backward()
     grads = {name: p.grad for name, p in case.objective.named_parameters() if p.requires_grad or p.grad is not None}

@@ -103,9 +103,13 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
 
 def has_other_form(header: CacheHeader, student: Salmonn) -> bool:
     """Whether a student's ears are trained, or have fewer layers or bits than those whose frames are cached."""
-    teacher, is_trained = header.section("teacher_config"), any(p.requires_grad for p in student.whisper.parameters())
-    form = ("ears_quantization", "whisper_layers")
-    return is_trained or any(teacher[name] != getattr(student.config, name) for name in form)
+    teacher, form = header.section("teacher_config"), ("ears_quantization", "whisper_layers")
+    return trains_ears(student) or any(teacher[name] != getattr(student.config, name) for name in form)
+
+
+def trains_ears(student: Salmonn) -> bool:
+    """Whether a student's Whisper is trained, and so hears every clip itself."""
+    return any(p.requires_grad for p in student.whisper.parameters())
 
 
 def split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:

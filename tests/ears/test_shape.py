@@ -10,6 +10,8 @@ from transformers import WhisperForConditionalGeneration
 from distill.cache import cache
 from distill.config import StudentConfig, load_config
 from distill.distiller import Distiller
+from distill.doctor.doctor import build_case
+from distill.doctor.objective import check_gradients
 from distill.export import export
 from distill.run import run
 from distill.sizes.costs import describe_student, describe_teacher, measure_sizes
@@ -186,6 +188,13 @@ def test_ears_are_trained_as_a_copy_saved_whole_and_the_teachers_stay(parts, tmp
     student.eval()
     save_student(student, tmp_path / "student", lora=LORA, quantization="none")
     assert torch.equal(logits_of(load_student(tmp_path / "student")), logits_of(student))
+
+
+def test_the_doctor_finds_a_gradient_in_every_tensor_of_trained_ears(toys):
+    words = ["student.train_ears=true", "teacher.online=true", "cache.frames=none"]
+    case = build_case(load_config(toys / "toy.yaml", words))
+    num_whisper = len(list(case.student.whisper.parameters()))
+    assert int(check_gradients(case).split()[0]) > num_whisper > 10
 
 
 def tiny_options():
