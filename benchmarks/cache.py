@@ -22,7 +22,8 @@ from pathlib import Path
 
 from record import write_result
 
-from distill.cache import FIGURES, cache
+from distill.cache import cache
+from distill.caching.job import FIGURES
 from distill.config import Config, load_config
 from distill.run import run
 from shards.targets.store import read_done

@@ -18,9 +18,9 @@ from record import write_result
 from transformers import AutoTokenizer
 
 from distill.config import Config, load_config
+from distill.demo.scratch import build_whisper, pretrain_ears_
 from distill.evaluation.answering import count_parameters
 from distill.pipeline import launch_stage
-from distill.teach import build_whisper, pretrain_ears_
 from teachers.ears.whisper import WhisperEar
 
 WIDTH, LAYERS = 64, 2

@@ -16,9 +16,9 @@ from record import write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill.config import Config, load_config
+from distill.demo.scratch import corpus_texts, pretrain_on_text_
 from distill.demo.tokenizer import train_byte_tokenizer
 from distill.pipeline import launch_stage, make_shards
-from distill.teach import corpus_texts, pretrain_on_text_
 from teachers.salmonn import SalmonnConfig
 from teachers.words.prompts import load_prompts
 

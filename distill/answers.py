@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from distill.cache import FIGURES, write_missing
+from distill.cache import write_missing
 from distill.caching.capture import Capturer, seeded_generator
 from distill.caching.identity import describe_teacher
+from distill.caching.job import FIGURES
 from distill.command import run_stage
 from distill.config import Config
 from distill.objective.crossteacher import match_vocab

@@ -160,6 +160,7 @@ class Distiller:
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
         check_cached(teacher, self.loss, self.terms, student, self.stream)
+        teacher.ask_as(student.rows.prompts.template)
         if valid is not None:
             valid = self._shards(valid, "valid")
             check_heard_alike(self.stream, valid)

@@ -39,6 +39,7 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         ears_quantization=config.student.ears_quantization,
         whisper_layers=config.student.whisper_layers,
         train_ears=config.student.train_ears,
+        template=config.student.template,
         **ears_of(config),
         dtype=dtype,
         seed=config.seed,
@@ -63,7 +64,7 @@ def tell_ears_error(config: Config, teacher: Salmonn, student: Salmonn, say: Cal
 
 
 def student_llm(config: Config) -> str:
-    """The student's LLM: `student.llm`, or what `distill/teach.py` made.
+    """The student's LLM: `student.llm`, or what `distill teach` made.
 
     Raises:
         ValueError: the config names none.

@@ -1,87 +1,223 @@
-"""The demo's teacher: tokenizer, ears and LLMs made from nothing, then a SALMONN trained on the corpus.
+"""Train a SALMONN of given parts, as SALMONN is trained: frozen ears and LLM, new Q-Former, projection and LoRA.
 
-A user with a SALMONN checkpoint skips this stage. Run with `accelerate launch -m distill.teach CONFIG`.
+`distill teach CONFIG` with `teacher.llm` and `teacher.whisper`, in the loop that `train` describes; its two stages are
+two configs, the second with `teach.start`. With `scratch.steps` the demo's teacher is made instead, from nothing: then
+ears and LLM learn too.
 """
 
 import argparse
 import dataclasses
-import json
-import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, ctc_loss
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
+from distill.caching.frames import KeptFrames, keep_frames
 from distill.command import run_stage
-from distill.config import Config, ScratchConfig, TrainConfig, fingerprint
-from distill.demo.tokenizer import train_tokenizer
+from distill.config import Config, LossConfig, ScratchConfig, TeachConfig, TrainConfig, to_yaml
+from distill.config.rules import HEAD_WIDTH
+from distill.demo import scratch
 from distill.distiller import Distiller, FitResult
-from distill.training.monitoring.progress import Progress
-from distill.training.optimizer import group_by_decay, learning_rate
-from distill.training.ranks import average_gradients_over_ranks_, build_accelerator, say
+from distill.inputs import check_clips
+from distill.run import find_valid, report_changed_fields
+from distill.teacher import resolve_ears
+from distill.training.ranks import build_accelerator, resolve_precision, say
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
-from shards.files.write import open_atomically
-from shards.jsonfile import ShapeError, read_object
-from shards.manifests.manifest import read_manifest
-from shards.sample import Sample
-from shards.status import print_status
-from shards.streaming.catalog import open_catalog
+from shards.files.write import write_atomically
+from shards.sample import SAMPLE_RATE
 from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
-from teachers.ears.whisper import WhisperEar
+from students.start import load_start_weights_
+from students.student import train_own_
+from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import build_salmonn, save_salmonn
+from teachers.lora import Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
-from teachers.words.batch import pad_waveforms
-from teachers.words.prompts import Prompts, load_prompts
+from teachers.words.templates import SALMONN_TEMPLATE
 
-PARTS, DONE = "parts.json", "teach.json"  # written when the parts, and when the teacher, are whole
-HEARD_IN_ORDER = ("asr", "audiocaption_v2", "audiocaption")  # tasks whose answers follow their audio in time
-HEARD_AT_ONCE = ("gender_recognition",)  # tasks whose answers are one thing about all of their audio
+ONLY_CE = LossConfig(kl=0.0, feature=0.0)
+FOLDER, CHECKPOINT = "teacher", "teacher.pth"  # inside the run's folder
 
 
 def teach(config: Config) -> int:
-    """Make the teacher of `config.scratch`; what exists already is used again. Returns the exit code."""
+    """Train the teacher that a config describes; what is done already is used again. Returns the exit code."""
     with RunLock(config.run_folder):
-        return make_teacher(config)
+        return make_from_nothing(config) if config.scratch.steps else train_on_parts(config)
 
 
-def make_teacher(config: Config) -> int:
-    """As `teach`, in a folder that nobody else writes into."""
+def train_on_parts(config: Config) -> int:
+    """As `teach`, on parts that are given, in a folder that nobody else writes into.
+
+    Raises:
+        ValueError: the config names no parts, or a teacher that is trained already.
+    """
+    check_parts(config)
     accelerator = build_accelerator()
-    folder = config.run_folder / "scratch"
-    mark = completion_mark(config)
-    if is_done(folder, mark):
-        say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
-        return 0
-    is_there = has_parts(folder, mark)
-    accelerator.wait_for_everyone()  # until every rank has looked
-    if not is_there:
-        make_parts(config, folder, accelerator)
-    teacher = build_teacher(config, folder)
-    if train_teacher(config, teacher, accelerator, folder / "run").preempted:
+    teacher = build_teacher(config).to(accelerator.device)
+    kept = keep_frames(config, teacher, accelerator) if config.cache.frames != "none" else None
+    distiller = Distiller(
+        kept,
+        teacher,
+        train=open_stream(config, accelerator, teacher, kept),
+        valid=find_valid(config, teacher, accelerator),
+        loss=ONLY_CE,
+        options=config.train,
+        answers=config.eval,
+        run_folder=config.run_folder,
+        seed=config.seed,
+        precision=config.precision,
+        accelerator=accelerator,
+        identity={"teach": dataclasses.asdict(config.teach) | {"start": ""}},  # whose weights are the student's own
+    )
+    if accelerator.is_main_process:  # now that the folder proved to be this run's
+        if distiller.saved is not None:
+            report_changed_fields(config)
+        write_atomically(config.run_folder / "config.yaml", to_yaml(config))
+    if distiller.fit().preempted:
         return PREEMPTED
     if accelerator.is_main_process:
-        save_salmonn(teacher, folder / "teacher")
-        write_mark(folder / DONE, mark)
+        save_teacher(teacher, config)
     accelerator.wait_for_everyone()
     return 0
 
 
-def completion_mark(config: Config) -> str:
-    """Hash of the settings that make a teacher what it is."""
-    return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.seed])
+def check_parts(config: Config) -> None:
+    """Refuse a config that does not say of what a teacher is to be made.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if config.teacher.path:
+        raise ValueError(
+            f"teacher.path is {config.teacher.path}, but `distill teach` makes a teacher and {FOLDER} of the run's "
+            f"folder is where it goes; leave teacher.path out, or set teach.start to go on from that one."
+        )
+    for name in ("llm", "whisper"):
+        if not getattr(config.teacher, name):
+            raise ValueError(
+                f"teacher.{name} is empty, but a teacher is made of parts; give a folder or a hub id, or set "
+                f"scratch.steps above 0 for one from nothing."
+            )
 
 
-def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -> FitResult:
-    """Cross-entropy on the labelled clips."""
+def build_teacher(config: Config) -> Salmonn:
+    """The SALMONN of these parts at its start: LoRA and connector trainable, the rest frozen.
+
+    Raises:
+        FileNotFoundError, ValueError: a part, or the teacher to go on from, is not there or does not fit.
+    """
+    torch.manual_seed(config.seed)
+    lora = lora_of(config.teach)
+    teacher = build_salmonn(
+        salmonn_config(config),
+        lora=lora,
+        dtype=resolve_precision(config.precision),
+        ear_precision=resolve_ears(config, is_kept=config.cache.frames != "none"),
+    )
+    if config.teach.start:
+        load_start_weights_(teacher, config.teach.start, lora=lora, quantization=None, field="teach.start")
+    return train_own_(teacher)
+
+
+def salmonn_config(config: Config) -> SalmonnConfig:
+    """What the teacher is made of."""
+    parts, teach = config.teacher, config.teach
+    named = ("llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts", "front_end")
+    sizes = (
+        "window_seconds",
+        "num_queries",
+        "windows",
+        "ears_seconds",
+        "qformer_width",
+        "qformer_layers",
+        "qformer_dropout",
+    )
+    return SalmonnConfig(
+        **{name: getattr(parts, name) for name in named},
+        **{name: getattr(teach, name) for name in sizes},
+        template=parts.template or SALMONN_TEMPLATE,
+        stride_seconds=teach.window_seconds,
+        qformer_heads=teach.qformer_width // HEAD_WIDTH,
+        qformer_ffn=4 * teach.qformer_width,
+    )
+
+
+def lora_of(teach: TeachConfig) -> Lora:
+    """The teacher's LoRA settings."""
+    return Lora(teach.lora_rank, teach.lora_alpha, teach.lora_dropout, tuple(teach.lora_targets))
+
+
+def open_stream(config: Config, accelerator, teacher: Salmonn, kept: KeptFrames | None) -> ShardStream:
+    """The labelled training samples of this rank, with their frames when those are kept.
+
+    Raises:
+        ValueError: a clip is shorter or longer than the ears hear, or see `ShardStream`.
+    """
+    data = config.data
+    stream = ShardStream(
+        config.shards("train"),
+        Order(
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            weights=data.task_weights,
+            batch_seconds=data.batch_seconds or None,
+            bucket_batches=data.bucket_batches,
+        ),
+        Selection(targets=kept and kept.cache_folder, labelled_share=data.labelled_share, labelled_only=True),
+        Limits(
+            workers=data.workers,
+            max_bad=data.max_bad,
+            max_member_bytes=data.max_member_mb * 2**20,
+            bad_samples=config.run_folder / "bad_samples.jsonl",
+        ),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        augmentation=config.augment,
+        decode=kept is None,
+        max_seconds=teacher.max_samples / SAMPLE_RATE,
+    )
+    check_clips(stream, teacher)
+    return stream
+
+
+def save_teacher(teacher: Salmonn, config: Config) -> Path:
+    """Write the teacher's folder, and SALMONN's own file beside it where that is asked for."""
+    folder, path = config.run_folder / FOLDER, config.run_folder / CHECKPOINT
+    save_salmonn(teacher, folder, settings={"lora": dataclasses.asdict(lora_of(config.teach))})
+    say(None, f"teacher: {folder}")
+    if config.teach.checkpoint:
+        save_checkpoint(teacher, path)
+        say(None, f"teacher: {path}, SALMONN's own format")
+    return folder
+
+
+def make_from_nothing(config: Config) -> int:
+    """As `teach`, from nothing, in a folder that nobody else writes into."""
+    accelerator = build_accelerator()
+    folder = config.run_folder / "scratch"
+    mark = scratch.completion_mark(config)
+    if scratch.is_done(folder, mark):
+        say(accelerator, f"teacher: {folder / 'teacher'} exists, used again")
+        return 0
+    is_there = scratch.has_parts(folder, mark)
+    accelerator.wait_for_everyone()  # until every rank has looked
+    if not is_there:
+        scratch.make_parts(config, folder, accelerator)
+    teacher = scratch.build_teacher(config, folder)
+    if train_whole(config, teacher, accelerator, folder / "run").preempted:
+        return PREEMPTED
+    if accelerator.is_main_process:
+        save_salmonn(teacher, folder / "teacher")
+        scratch.write_mark(folder / scratch.DONE, mark)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def train_whole(config: Config, teacher: Salmonn, accelerator, folder: Path) -> FitResult:
+    """Cross-entropy on the labelled clips; ears, connector and LLM learn."""
     stream = ShardStream(
         config.shards("train"),
         Order(batch_size=config.scratch.batch_size, seed=config.seed, weights=config.data.task_weights),
@@ -101,239 +237,6 @@ def train_teacher(config: Config, teacher: Salmonn, accelerator, folder: Path) -
         accelerator=accelerator,
         identity={"scratch": dataclasses.asdict(config.scratch), "corpus": dataclasses.asdict(config.corpus)},
     ).fit()
-
-
-def is_done(folder: Path, mark: str) -> bool:
-    """Whether a teacher of these settings is there; one of other settings is an error.
-
-    Raises:
-        FileExistsError: the folder holds a teacher of other settings.
-    """
-    found = read_mark(folder / DONE)
-    if found is None:
-        return False
-    if found != mark:
-        raise FileExistsError(
-            f"{folder} holds a teacher of settings {found[:12]}, but this config's are {mark[:12]}; "
-            f"choose another name= or remove the folder."
-        )
-    return True
-
-
-def has_parts(folder: Path, mark: str) -> bool:
-    """Whether the parts of these settings are whole; unfinished work of others is of no use to them, and is said."""
-    if read_mark(folder / PARTS) == mark:
-        return True
-    if folder.exists():
-        print_status(f"teacher: {folder} is unfinished or of other settings, made anew")
-    return False
-
-
-def read_mark(path: Path) -> str | None:
-    """Whose settings what lies beside the file is of; None where it was not finished, or the file is damaged."""
-    try:
-        return read_object(path, {"fingerprint": str})["fingerprint"]
-    except (FileNotFoundError, ShapeError):
-        return None
-
-
-def write_mark(path: Path, mark: str) -> None:
-    """Say whose settings what lies beside the file is of."""
-    with open_atomically(path) as file:
-        json.dump({"fingerprint": mark}, file)
-
-
-def make_parts(config: Config, folder: Path, accelerator: Accelerator) -> None:
-    """Tokenizer, Whisper-shaped ears pre-trained on the transcripts, and two LLMs pre-trained on the corpus' text."""
-    prompts = load_prompts(None, SalmonnConfig("", "").template)
-    texts = corpus_texts(config.manifest("train"), prompts)
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        pieces = [piece for text in texts for piece in text]
-        train_tokenizer(pieces, folder / "tokenizer", vocab_size=config.scratch.vocab_size)
-    accelerator.wait_for_everyone()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    torch.manual_seed(config.seed)
-    whisper = build_whisper(config.scratch)
-    pretrain_ears_(WhisperEar(whisper.encoder), tokenizer, config, accelerator)
-    if accelerator.is_main_process:
-        whisper.save_pretrained(folder / "whisper")
-        make_llms(config.scratch, tokenizer, texts, folder)
-        write_mark(folder / PARTS, completion_mark(config))
-    accelerator.wait_for_everyone()
-
-
-def make_llms(scratch: ScratchConfig, tokenizer, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
-    """The teacher's LLM and the one that its student starts from."""
-    sizes = {
-        "llm": (scratch.llm_width, scratch.llm_layers),
-        "student-llm": (scratch.student_width, scratch.student_layers),
-    }
-    for name, (width, layers) in sizes.items():
-        llm = build_llm(len(tokenizer), width, layers, tokenizer)
-        pretrain_on_text_(llm, tokenizer, texts, scratch, title=f"text {name}")
-        llm.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-
-
-def corpus_texts(manifest: Path, prompts: Prompts) -> list[tuple[str, str, str]]:
-    """Each sample as the LLM will read it, without the audio: what stands before it, after it, and the answer."""
-    entries = enumerate(read_manifest(manifest))
-    return [(*prompts.choose(e.task, str(row), e.question), e.text or "") for row, e in entries]
-
-
-def build_whisper(scratch: ScratchConfig) -> WhisperModel:
-    """Ears with random weights, as long as the corpus' longest clip."""
-    return WhisperModel(
-        WhisperConfig(
-            num_mel_bins=80,
-            d_model=scratch.ear_width,
-            encoder_layers=scratch.ear_layers,
-            encoder_attention_heads=scratch.ear_width // 32,
-            encoder_ffn_dim=4 * scratch.ear_width,
-            decoder_layers=1,
-            init_std=scratch.ear_width**-0.5,
-            decoder_attention_heads=1,
-            decoder_ffn_dim=scratch.ear_width,
-            max_source_positions=round(50 * scratch.seconds),
-            vocab_size=8,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
-        )
-    )
-
-
-def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCausalLM:
-    """A Llama with random weights and tied embeddings."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 32,
-            max_position_embeddings=1024,
-            initializer_range=width**-0.5,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Accelerator | None = None) -> None:
-    """What a real Whisper brings along, in place: CTC on the answers that follow their audio in time, and on those that
-    say one thing about all of it the cross-entropy of their first token from the mean of the frames.
-
-    Each of the accelerator's ranks does its part of a batch, and all end with the same ears.
-
-    Source: Graves et al., "Connectionist temporal classification", ICML 2006.
-    """
-    scratch = config.scratch
-    options = TrainConfig(steps=scratch.ear_steps, learning_rate=2e-3, warmup_steps=30)
-    tasks = sorted({*HEARD_IN_ORDER, *HEARD_AT_ONCE} & set(open_catalog(config.shards("train")).tasks))
-    rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    stream = ShardStream(
-        config.shards("train"),
-        Order(batch_size=scratch.batch_size, seed=config.seed),
-        Selection(tasks=tasks),
-        rank=rank,
-        world_size=size,
-    )
-    heads = nn.ModuleDict({name: nn.Linear(ear.width, len(tokenizer)) for name in ("order", "whole")})
-    parameters = dict(ear.encoder.named_parameters()) | dict(heads.named_parameters())
-    optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
-    with Progress("ears", options.steps, accelerator=accelerator) as progress:
-        for step, samples in zip(range(options.steps), stream):
-            loss = ear_loss(ear, heads, samples, tokenizer)
-            set_learning_rate_(optimizer, learning_rate(step, options))
-            loss.backward()
-            average_gradients_over_ranks_(accelerator, [p for p in parameters.values() if p.requires_grad])
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.advance(f"loss {loss.item():.3f}")
-
-
-def ear_loss(ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], tokenizer) -> Tensor:
-    """The sum of both losses of `pretrain_ears_`, each a mean over the samples that have it."""
-    ids = [tokenizer.encode(sample.text, add_special_tokens=False) for sample in samples]
-    frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
-    at_once = torch.tensor([sample.task in HEARD_AT_ONCE for sample in samples])
-    in_order = [row for row, is_whole in zip(ids, at_once.tolist()) if not is_whole]
-    loss = frames_BRE.sum() * 0.0
-    if in_order:
-        logprobs_RBV = heads["order"](frames_BRE[~at_once]).log_softmax(-1).transpose(0, 1)
-        labels, lengths = torch.tensor([i for row in in_order for i in row]), torch.tensor([len(r) for r in in_order])
-        loss = loss + ctc_loss(
-            logprobs_RBV, labels, num_frames_B[~at_once], lengths, blank=tokenizer.pad_token_id, zero_infinity=True
-        )
-    if at_once.any():
-        is_frame_BR = torch.arange(frames_BRE.shape[1]) < num_frames_B[:, None]
-        means_BE = (frames_BRE * is_frame_BR[..., None]).sum(1) / num_frames_B[:, None]
-        first = torch.tensor([row[0] for row, is_whole in zip(ids, at_once.tolist()) if is_whole])
-        loss = loss + cross_entropy(heads["whole"](means_BE[at_once]), first)
-    return loss
-
-
-def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of an optimizer the learning rate of this step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def pretrain_on_text_(
-    llm: nn.Module, tokenizer, texts: Sequence[tuple[str, ...]], scratch: ScratchConfig, title: str
-) -> None:
-    """Next-token training on text alone, in place: what a real LLM brings along."""
-    options = TrainConfig(steps=scratch.text_steps, learning_rate=3e-3, warmup_steps=20)
-    optimizer = torch.optim.AdamW(group_by_decay(dict(llm.named_parameters()), 0.01), lr=0.0)
-    generator = torch.Generator().manual_seed(0)
-    with Progress(title, options.steps) as progress:
-        for step in range(options.steps):
-            picks = torch.randint(len(texts), (16,), generator=generator).tolist()
-            ids = [[tokenizer.bos_token_id, *encode_pieces(tokenizer, texts[i]), tokenizer.eos_token_id] for i in picks]
-            length = max(map(len, ids))
-            labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
-            loss = llm(input_ids=labels.clamp(min=0), labels=labels).loss
-            set_learning_rate_(optimizer, learning_rate(step, options))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.advance(f"loss {loss.item():.3f}")
-
-
-def encode_pieces(tokenizer, pieces: Sequence[str]) -> list[int]:
-    """Ids of texts that are tokenized apart, as `RowTokenizer` does."""
-    return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
-
-
-def build_teacher(config: Config, folder: Path) -> Salmonn:
-    """The SALMONN of these parts, everything trainable but Whisper's fixed positions."""
-    model = build_salmonn(teacher_config(config.scratch, folder))
-    model.requires_grad_(True)
-    model.whisper.encoder.embed_positions.requires_grad_(False)
-    return model
-
-
-def teacher_config(scratch: ScratchConfig, folder: Path) -> SalmonnConfig:
-    """What the teacher is made of."""
-    return SalmonnConfig(
-        llm=str(folder / "llm"),
-        whisper=str(folder / "whisper"),
-        window_seconds=scratch.window_seconds,
-        stride_seconds=scratch.window_seconds,
-        windows="audio",
-        num_queries=scratch.num_queries,
-        qformer_width=scratch.qformer_width,
-        qformer_layers=scratch.qformer_layers,
-        qformer_heads=scratch.qformer_width // 32,
-        qformer_ffn=2 * scratch.qformer_width,
-    )
 
 
 def train_options(scratch: ScratchConfig, num_ranks: int) -> TrainConfig:

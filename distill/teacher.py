@@ -18,7 +18,7 @@ from teachers.salmonn import Salmonn
 
 
 def teacher_path(config: Config) -> Path:
-    """Where the teacher lies: `teacher.path`, or what `distill/teach.py` made.
+    """Where the teacher lies: `teacher.path`, or what `distill teach` made from nothing.
 
     Raises:
         ValueError: the config names no teacher.
@@ -27,7 +27,10 @@ def teacher_path(config: Config) -> Path:
         return Path(config.teacher.path)
     if config.scratch.steps:
         return config.run_folder / "scratch" / "teacher"
-    raise ValueError("teacher.path is empty, but a teacher is needed; give a saved folder or a SALMONN checkpoint.")
+    raise ValueError(
+        "teacher.path is empty, but a teacher is needed; give a saved folder or a SALMONN checkpoint, or make one with "
+        "`distill teach`."
+    )
 
 
 def precision_name(config: Config) -> str:
@@ -119,7 +122,7 @@ def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:
     path, dtype = teacher_path(config), resolve_precision(config.precision)
     if not path.exists():
         raise FileNotFoundError(
-            f"teacher is {path}, but there is nothing; set teacher.path, or make the demo's with distill/teach.py."
+            f"teacher is {path}, but there is nothing; set teacher.path, or make one with `distill teach`."
         )
     kind = KINDS[find_kind(path)]
     return kind.load(config.teacher, path, dtype=dtype, ear_precision=ears, llm_weights=llm_weights)

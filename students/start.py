@@ -22,13 +22,15 @@ from teachers.salmonn import Salmonn
 MAY_DIFFER = ("llm", "whisper", "second", "prompts", "eval_prompts", "qformer_dropout")
 
 
-def load_start_weights_(student: Salmonn, folder: str | Path, *, lora: Lora, quantization: str) -> None:
-    """Give a new student the tensors of a saved one, in place.
+def load_start_weights_(student: Salmonn, folder: str | Path, *, lora: Lora, quantization: str | None,
+                        field: str = "student.start") -> None:  # fmt: skip
+    """Give a new student, or a new teacher, the tensors of a saved one, in place.
 
     Args:
         student: as `build_student` makes it.
         folder: the folder of the saved one, from `save_student`.
-        lora, quantization: the settings of the new one.
+        lora, quantization: the settings of the new one; a teacher has no quantization.
+        field: the name of the configuration field that names the folder, for messages.
 
     Raises:
         FileNotFoundError: there is no saved student.
@@ -41,14 +43,14 @@ def load_start_weights_(student: Salmonn, folder: str | Path, *, lora: Lora, qua
     for name in sorted(own | theirs):
         if own.get(name) != theirs.get(name):
             raise ValueError(
-                f"student.start is {folder}, whose {name} is {theirs.get(name)!r}, but this run's is "
-                f"{own.get(name)!r}; set it as it was, or start from another student."
+                f"{field} is {folder}, whose {name} is {theirs.get(name)!r}, but this run's is "
+                f"{own.get(name)!r}; set it as it was, or start from another one."
             )
     missing = sorted(set(own_tensors(student)) - read_names(weights))
     if missing:
         raise ValueError(
-            f"student.start is {folder}, which holds no tensor {missing[0]}, but this run trains it; start from a "
-            f"student that a run of this config saved."
+            f"{field} is {folder}, which holds no tensor {missing[0]}, but this run trains it; start from one "
+            f"that a run of this config saved."
         )
     load_own_tensors_(student, weights)
 

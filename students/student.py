@@ -28,6 +28,7 @@ from teachers.files.loading import build_salmonn, load_salmonn, read_config, sav
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 from teachers.words.rows import RowTokenizer
+from teachers.words.templates import CHAT
 from teachers.words.vocabulary import Vocabulary
 
 LORA = Lora()  # of a student where nothing else is said
@@ -46,6 +47,7 @@ def build_student(
     ears_quantization: str = "none",
     whisper_layers: int = 0,
     train_ears: bool = False,
+    template: str = "",
     whisper: str = "",
     second: str = "",
     second_kind: str = "",
@@ -68,6 +70,8 @@ def build_student(
         ears_quantization: bits of the ears' linear layers: "none" (as they are), "bf16" or "int8".
         whisper_layers: that are kept of Whisper's, evenly spread; 0: all.
         train_ears: train all of Whisper too, from where it stands; it is then a copy of its own.
+        template: what stands around a prompt, see `SalmonnConfig`; empty: the teacher's. In its own chat form the
+            student's answers end as its turns do.
         whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
         dtype: the data type of the LLM's products, of what is not quantized, and of ears of its own.
         seed: the seed of LoRA's and the connector's random weights, so that every rank starts from the same.
@@ -81,7 +85,10 @@ def build_student(
     """
     torch.manual_seed(seed)
     heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
-    tokens = {"end_token": choose_end_token(teacher, llm, say), "bos_token": choose_bos_token(teacher, llm)}
+    words = {"template": CHAT, "end_token": "", "bos_token": ""}
+    if template != CHAT:
+        words = {"template": template or heard.template, "end_token": choose_end_token(teacher, llm, say),
+                 "bos_token": choose_bos_token(teacher, llm)}  # fmt: skip
     length = {"windows": windows, "ears_seconds": ears_seconds or teacher.config.ears_seconds}
     form = {"ears_quantization": ears_quantization if ears_quantization != "none" else heard.ears_quantization,
             "whisper_layers": whisper_layers or heard.whisper_layers}  # fmt: skip
@@ -90,7 +97,7 @@ def build_student(
             f"ears_quantization is {form['ears_quantization']!r}, but weights in so few bits are not trained; train "
             f"the ears first, and quantize them with `distill export --ears-bits {form['ears_quantization']}`."
         )
-    config = dataclasses.replace(heard, llm=llm, qformer_dropout=qformer_dropout, **length, **form, **tokens)
+    config = dataclasses.replace(heard, llm=llm, qformer_dropout=qformer_dropout, **length, **form, **words)
     student = build_salmonn(
         config,
         lora=lora,

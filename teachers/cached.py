@@ -21,10 +21,10 @@ from shards.targets.header import HEAD_INPUT, CacheHeader
 from shards.targets.record import Stored, TargetRecord
 from shards.targets.store import TargetReader
 from teachers.files.cacheparts import load_head, load_rows
-from teachers.targets import FRAMES, QUERIES, Targets, hidden_name, identify_row
+from teachers.targets import FRAMES, NO_CODEC, QUERIES, Targets, hidden_name, identify_row
 from teachers.teacher import Teacher, learns_own_answer, take_student_answer
 from teachers.words.batch import Batch
-from teachers.words.rows import RowTokenizer
+from teachers.words.rows import Row, RowTokenizer
 from teachers.words.vocabulary import Vocabulary, check_answer_ids
 
 
@@ -44,6 +44,12 @@ class CachedTeacher(Teacher):
         self.reader = TargetReader(folder, expected)
         self.header = self.reader.header
         identity = self.header.identity
+        if identity["codec"]["name"] == NO_CODEC:
+            raise ValueError(
+                f"{folder} holds frames of ears alone, but targets are asked for; give the folder that `distill cache` "
+                f"wrote."
+            )
+        self.is_asked_alike = True  # whether the student's prompts are the teacher's own, id by id
         self.widths = {"feature": identity["teacher_config"]["qformer_width"], "hidden": identity["llm_width"]}
         self.needs_audio = identity["features"]["frames"] == "none"
         self.labelled_share = identity["answers"]["labelled_share"]
@@ -67,6 +73,10 @@ class CachedTeacher(Teacher):
     def head_weight_VD(self) -> Tensor:
         """The teacher's head, where the targets are hidden states."""
         return load_head(self.reader.folder, self.header)
+
+    def ask_as(self, template: str) -> None:
+        """Learn in which form the student is asked; in another than its own, the cache's own prompts are checked."""
+        self.is_asked_alike = template == self.identity["teacher_config"]["template"]
 
     def check_shards(self, shards: Sequence[str]) -> None:
         """Refuse audio shards whose targets the cache lacks, or has of others of their names.
@@ -94,7 +104,7 @@ class CachedTeacher(Teacher):
         for record, sample, row in zip(records, batch.samples, batch.rows):
             if record.answer == sample.text and not np.array_equal(record.answer_ids_S, row.answer):
                 check_answer_ids(sample, record.answer_ids_S.tolist(), row.answer, self.rows.tokenizer)
-            record.check(identify_row(sample, row), f"{self.cache_folder}: {sample.key}")
+            record.check(identify_row(sample, self._as_asked(sample, row)), f"{self.cache_folder}: {sample.key}")
         device = batch.labels_S.device
         distribution = decode(*(record.payload for record in records)).to(device)
         layers = {n: join([r.features[hidden_name(n)] for r in records], torch.cat, device) for n in self._layers}
@@ -115,25 +125,19 @@ class CachedTeacher(Teacher):
             label_logprobs_S=torch.cat([torch.tensor(record.label_logprobs_S) for record in records]).to(device),
             hidden=hidden_SD,
             hidden_by_layer=layers,
-            frames=self._frames(batch, records, device),
+            frames=read_frames(batch, records, device, self.cache_folder),
         )
 
     @property
     def _layers(self) -> list[int]:
         return self.identity["features"]["hidden_layers"]
 
-    def _frames(self, batch: Batch, records: Sequence[TargetRecord], device: torch.device) -> list[Tensor] | None:
-        """The ears' frames, each row cut or padded with zeros to the longest."""
-        names = sorted(name for name in records[0].features if name.startswith(FRAMES))
-        if not names:
-            return None
-        changed = [s.key for s in batch.samples if s.clean_N is not None or s.mel_mask is not None]
-        if changed:
-            raise ValueError(
-                f"sample {changed[0]} is augmented, but {self.cache_folder} holds the encoders' frames of the clean "
-                f"clip; cache with cache.frames=none, or train without augmentation."
-            )
-        return [join([record.features[name] for record in records], pad, device) for name in names]
+    def _as_asked(self, sample: Sample, row: Row) -> Row:
+        """The row with the teacher's own prompt, where the student is asked in another form."""
+        if self.is_asked_alike:
+            return row
+        own = self.rows.row(sample, with_answer=False, first_prompt=False)
+        return replace(own, answer=row.answer)
 
     def _record(self, sample: Sample) -> TargetRecord:
         if sample.targets is None:
@@ -172,6 +176,26 @@ def join(features: Sequence[Stored], how: Callable[[list[Tensor]], Tensor], devi
         return values
     scale = how([torch.from_numpy(feature.scale) for feature in features]).to(device)
     return values.mul_(scale[..., None])
+
+
+def read_frames(
+    batch: Batch, records: Sequence[TargetRecord], device: torch.device, folder: str | Path
+) -> list[Tensor] | None:
+    """The ears' frames of a batch, each row padded with zeros to the longest; None where none are kept.
+
+    Raises:
+        ValueError: a sample is augmented, but its frames are of the clean clip.
+    """
+    names = sorted(name for name in records[0].features if name.startswith(FRAMES))
+    if not names:
+        return None
+    changed = [s.key for s in batch.samples if s.clean_N is not None or s.mel_mask is not None]
+    if changed:
+        raise ValueError(
+            f"sample {changed[0]} is augmented, but {folder} holds the encoders' frames of the clean clip; cache with "
+            f"cache.frames=none, or train without augmentation."
+        )
+    return [join([record.features[name] for record in records], pad, device) for name in names]
 
 
 def pad(rows: list[Tensor]) -> Tensor:

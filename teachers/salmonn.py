@@ -29,6 +29,7 @@ from teachers.words.ending import Ends, TextEnd, read_answer, truncate_after_end
 from teachers.words.generation import generate_without_defaults, own_end_ids
 from teachers.words.prompts import Prompts, load_prompts
 from teachers.words.rows import RowTokenizer
+from teachers.words.templates import SALMONN_TEMPLATE
 
 LEAST_SAMPLES = SAMPLE_RATE  # a shorter clip is heard with silence up to 1 s behind it, as every SALMONN was trained
 FRAME_SAMPLES = 320  # audio samples behind one encoder frame: Whisper, BEATs and EAT all give 50 a second
@@ -56,7 +57,7 @@ class SalmonnConfig:
     qformer_dropout: float = 0.0  # SALMONN trains with 0.1
     prompts: str = ""  # JSON file of prompts by task; empty: the library's
     eval_prompts: str = ""  # JSON file of those that evaluation asks with; empty: the first of each task
-    template: str = "USER: {}\nASSISTANT:"
+    template: str = SALMONN_TEMPLATE  # what stands around a prompt; "chat": the LLM's own form, once it is built
     end_token: str = ""  # text that ends an answer; empty: the tokenizer's end token
     bos_token: str = ""  # text of the token before a prompt; empty: the tokenizer's own, if any; "none": nothing
     max_answer_tokens: int = 300  # longer answers are cut before the end token

@@ -16,13 +16,14 @@ from teachers.words.rows import Row
 
 QUERIES = "queries_WQE"  # name of the Q-Former's queries among a record's features
 FRAMES = "frames_"  # beginning of the names of the encoders' frames
+NO_CODEC = "none"  # name of the codec of a cache that holds frames alone
 
 
 @dataclass(frozen=True)
 class Targets:
     """The teacher's word on every supervised position of a batch, row after row, and its Q-Former's queries."""
 
-    distribution: Distribution | HiddenStates
+    distribution: Distribution | HiddenStates | None  # None: there are frames alone
     queries_BWQE: Tensor | None  # None: not cached
     num_windows_B: list[int]
     label_logprobs_S: Tensor  # natural log-probability of each label, at temperature 1

@@ -65,6 +65,9 @@ class Teacher(ABC):
             frames: of ears that it shares with the student, when they have run already.
         """
 
+    def ask_as(self, template: str) -> None:  # noqa: B027 (one that is asked itself need not know)
+        """Learn in which form the student is asked, which may be another than its own."""
+
     def check_shards(self, shards: Sequence[str]) -> None:  # noqa: B027 (nothing is an answer)
         """Refuse audio shards that it has no targets of; one that computes them has those of all."""
 

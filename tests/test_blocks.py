@@ -32,6 +32,7 @@ PAGES = ["CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").gl
 SMALL = {
     "data": {"workers": 0},
     "teacher": {"llm": "parts/llm", "whisper": "parts/whisper", "second": "", "second_kind": "", "end_token": ""},
+    "teach": {"qformer_width": 64, "qformer_layers": 1, "lora_rank": 4},
     "student": {"llm": "parts/student-llm", "lora_rank": 4},
     "cache": {"k": 16, "batch_size": 4, "max_new_tokens": 4, "num_beams": 1},
     "train": {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1, "save_every": 2, "eval_every": 0},
@@ -52,8 +53,9 @@ def toys(tmp_path_factory) -> Path:
     for number in range(2):
         soundfile.write(folder / f"recordings/{number}.wav", tiny.tone(number), 16_000)
     shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__pycache__"))
-    recipe = folder / "configs/salmonn_3b_to_1b.yaml"
-    recipe.write_text(yaml.safe_dump(shrink(yaml.safe_load(recipe.read_text()))))
+    for name in ("salmonn_3b_to_1b", "teacher_stage1", "teacher_stage2"):
+        recipe = folder / f"configs/{name}.yaml"
+        recipe.write_text(yaml.safe_dump(shrink(yaml.safe_load(recipe.read_text()))))
     return folder
 
 

@@ -7,10 +7,10 @@ import tiny
 
 from distill.caching.filter import load_weights
 from distill.command import guard
+from distill.demo.scratch import has_parts, is_done
 from distill.evaluation.report import read_metrics
 from distill.evaluation.scorecard import SCORECARD, read_scorecard
 from distill.pipeline import read_record
-from distill.teach import has_parts, is_done
 from distill.training.checkpoint import damage
 from shards.jsonfile import ShapeError, parse_object
 from shards.packing.pack import pack

@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from distill.config import CacheConfig, ScratchConfig, load_config, to_yaml
+from distill.demo.scratch import build_llm, build_whisper
 from distill.demo.tokenizer import train_tokenizer
-from distill.teach import build_llm, build_whisper
 from shards.files.write import open_atomically
 from shards.packing.folder import ShardSize
 from shards.packing.pack import pack

@@ -151,10 +151,8 @@ class Capturer:
         if self.config.cache.features != "none" and self.model.has_queries:
             kept[QUERIES] = heard.queries_BWQE[b, : heard.num_windows_B[b]].float().cpu().numpy()
         if self.config.cache.frames != "none":
-            seconds = frames_seconds(self.config, self.model)
-            size = num_frames_read(self.model, len(sample.waveform_N), self.config.student.windows, seconds)
-            for number, x_BRE in enumerate(frames):
-                kept[f"{FRAMES}{number}_RE"] = x_BRE[b, :size].float().cpu().numpy()
+            windows, seconds = self.config.student.windows, frames_seconds(self.config, self.model)
+            kept |= frame_features(self.model, b, sample, frames, windows, seconds)
         return kept
 
     def _byte_ends(self, answer: list[int], text: str) -> np.ndarray:
@@ -192,10 +190,20 @@ def feature_dtypes(cache: CacheConfig, record: TargetRecord) -> dict[str, str]:
 
 def captured_mass(payload: bytes) -> float:
     """Probability that a payload keeps, summed over its positions; hidden states keep all of it."""
+    if not payload:  # of a record of frames alone
+        return 0.0
     decoded = decode(payload)
     if isinstance(decoded, HiddenStates):
         return float(len(decoded.hidden_SD))
     return float(decoded.logprobs_SK.exp().sum())
+
+
+def frame_features(
+    model: Salmonn, b: int, sample: Sample, frames: list[Tensor], windows: str, ears_seconds: str
+) -> dict[str, np.ndarray]:
+    """The frames of row `b`, one feature an encoder, as far as these windows read them."""
+    size = num_frames_read(model, len(sample.waveform_N), windows, ears_seconds)
+    return {f"{FRAMES}{number}_RE": x_BRE[b, :size].float().cpu().numpy() for number, x_BRE in enumerate(frames)}
 
 
 def num_frames_read(model: Salmonn, num_samples: int, windows: str, ears_seconds: str = "") -> int:

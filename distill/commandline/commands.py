@@ -192,6 +192,17 @@ def read_new(args: argparse.Namespace) -> None:
     args.recipe, args.file = (recipe or [None])[0], Path(file).expanduser()
 
 
+def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("llm", metavar="LLM", help="folder or hub id of a causal LM")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--shards", required=True, help="calibration: packed clips, whose texts the LLM reads")
+    parser.add_argument("--layers", type=int, default=0, help="that stay, those of the largest influence")
+    parser.add_argument("--evenly", action="store_true", help="choose them evenly spaced instead")
+    parser.add_argument("--heads", type=int, default=0, help="attention heads of a layer that stay")
+    parser.add_argument("--ffn", type=int, default=0, help="channels of a layer's feed-forward that stay")
+    parser.add_argument("--texts", type=int, default=128, help="of the shards that are read (%(default)s)")
+
+
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script is printed")
     parser.add_argument("words", nargs="*", metavar="WORD", help="after --: print what the last one may become instead")
@@ -230,7 +241,7 @@ COMMANDS = {
     "stats model": Command(
         "distill.sizes.table", "what each part of a config's models costs", add_model_arguments, read_model_arguments
     ),
-    "teach": of_a_config("distill.teach", "the demo's small teacher, from nothing"),
+    "teach": of_a_config("distill.teach", "a SALMONN on given parts, or the demo's small one from nothing"),
     "plan": Command(
         "distill.caching.plan",
         "what a target cache would take and keep, by codec; with --gpus: what each stage holds on a GPU",
@@ -264,6 +275,9 @@ COMMANDS = {
         add_evaluate_arguments,
         read_config_arguments,
         has_json=True,
+    ),
+    "prune": Command(
+        "students.prune", "a smaller LLM of a larger one's own layers, heads and channels", add_prune_arguments
     ),
     "export": Command(
         "distill.export",

@@ -14,6 +14,7 @@ _EXPORTS = dict.fromkeys(
         "OnPolicyConfig",
         "ScratchConfig",
         "StudentConfig",
+        "TeachConfig",
         "TeacherConfig",
         "TrainConfig",
         "fingerprint",

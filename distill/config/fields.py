@@ -21,7 +21,7 @@ from shards.audio.augmentation import Augmentation
 from shards.field_types import is_null
 from shards.targets.codecs.table import CODECS, find_codec
 from shards.tars.source import is_remote, join_place
-from teachers.lora import Lora
+from teachers.lora import SALMONN_LORA, Lora
 
 SPLITS = ("train", "valid", "test")  # each a folder of shards
 
@@ -73,6 +73,8 @@ class TeacherConfig:
     end_token: str = ""  # text that ended the checkpoint's answers; empty: as its file says, or the tokenizer's
     bos_token: str = ""  # text of the token before the checkpoint's prompts; "none": none; empty: the tokenizer's own
     prompts: str = ""  # JSON file of the prompts it was trained with, as train_prompt.json; empty: the library's
+    template: str = ""  # what stands around a prompt, which goes where {} is; "chat": the form of its LLM's own chat,
+    # turn ends included; empty: as its file says, or SALMONN's
     front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
     ears: str = "auto"  # "float32", "fp16" (on a GPU, autocast over float32 weights, as trained) or "bf16"; "auto":
     # float32 where targets go to a disk, else `precision`. A student that trains on cached targets hears in `precision`
@@ -105,6 +107,7 @@ class StudentConfig:
     ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
     whisper_layers: int = 0  # that are kept of its Whisper's, evenly spread; 0: all
     train_ears: bool = False  # train its Whisper too, all of it
+    template: str = ""  # what stands around a prompt, as teacher.template; empty: the teacher's
 
     def __post_init__(self):
         check_section("student", self)
@@ -256,6 +259,29 @@ class ScratchConfig:
 
 
 @dataclass(frozen=True)
+class TeachConfig:
+    """A SALMONN that `distill teach` trains on `teacher.llm`, `teacher.whisper` and `teacher.second`, all frozen, with
+    the loop of `train`. New are the connector and LoRA; sizes that are not here are SALMONN's."""
+
+    start: str = ""  # folder of a saved teacher to go on from, such as runs/stage1/teacher; empty: start anew
+    lora_rank: int = SALMONN_LORA.rank  # of the two small matrices beside each of lora_targets
+    lora_alpha: float = SALMONN_LORA.alpha  # their product counts lora_alpha / lora_rank
+    lora_dropout: float = 0.1  # of what enters them, in training
+    lora_targets: tuple[str, ...] = SALMONN_LORA.targets  # the last parts of the names of the layers that get LoRA
+    window_seconds: float = 0.333333  # of the audio that one Q-Former call sees
+    num_queries: int = 1  # audio tokens a window
+    windows: str = "all"  # "all": also windows of pure padding, as SALMONN; "audio": only those that hold audio
+    ears_seconds: str = "30"  # that Whisper hears, as student.ears_seconds
+    qformer_width: int = 768  # a head for every 64
+    qformer_layers: int = 2  # of it
+    qformer_dropout: float = 0.1  # in training
+    checkpoint: bool = False  # write SALMONN's own format, teacher.pth, beside the folder
+
+    def __post_init__(self):
+        check_section("teach", self)
+
+
+@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -274,6 +300,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    teach: TeachConfig = field(default_factory=TeachConfig)
 
     def __post_init__(self):
         check_section("", self)

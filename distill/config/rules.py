@@ -20,6 +20,7 @@ from shards.field_types import convert_fields
 from shards.targets.codecs.table import CODECS, find_codec
 from teachers.ears.encoders import second_kinds
 from teachers.ears.length import parse_ears_seconds
+from teachers.words.templates import check_template
 
 CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what it holds when it is asked
     "precision": ("auto", "float32", "bf16"),
@@ -42,6 +43,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "loss.kl_kind": DIVERGENCES,
     "loss.cross_tokenizer": ("refuse", "chunk"),
     "train.resume": ("auto", "must", "never"),
+    "teach.windows": ("audio", "all"),
     "train.schedule": ("cosine", "linear", "constant", "wsd"),
     "train.optimizer": ("adamw", "adamw_8bit"),
 }
@@ -54,7 +56,8 @@ POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.
             "scratch.learning_rate", "scratch.ear_steps", "scratch.text_steps", "scratch.vocab_size", "scratch.seconds",
             "scratch.ear_width", "scratch.ear_layers", "scratch.llm_width", "scratch.llm_layers",
             "scratch.student_width", "scratch.student_layers", "scratch.qformer_width", "scratch.qformer_layers",
-            "scratch.window_seconds", "scratch.num_queries")  # fmt: skip
+            "scratch.window_seconds", "scratch.num_queries", "teach.lora_rank", "teach.lora_alpha",
+            "teach.window_seconds", "teach.num_queries", "teach.qformer_width", "teach.qformer_layers")  # fmt: skip
 NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "cache.threshold", "train.warmup_steps",
                 "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.stop_after",
                 "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
@@ -68,7 +71,9 @@ SHARES = (
     "on_policy.share",
     "on_policy.clips",
 )
-BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout")
+BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout", "teach.lora_dropout",
+             "teach.qformer_dropout")  # fmt: skip
+TEMPLATES = ("teacher.template", "student.template")
 LONG = sys.maxsize  # steps of a run whose length is not known yet
 
 
@@ -106,6 +111,8 @@ def check_value(key: str, value) -> None:
         for name, inner in value.items():
             if key in NOT_NEGATIVE and not inner >= 0:
                 raise ValueError(f"{key}.{name} is {inner}, but must be 0 or more; correct it.")
+    elif key in TEMPLATES:
+        check_template(key, value)
     elif key in POSITIVE and not value > 0:
         raise ValueError(f"{key} is {value}, but must be above 0; correct it.")
     elif key in NOT_NEGATIVE and not value >= 0:
@@ -148,25 +155,43 @@ def check_temperatures(cache) -> None:
         )
 
 
-def check_ears(student) -> None:
-    """Refuse ears in few bits that are to be trained, and a length that is none or leaves windows nothing to see."""
+def check_student(student) -> None:
+    """Refuse ears in few bits that are to be trained, and a length of the ears that cannot be."""
     if student.train_ears and student.ears_quantization != "none":
         raise ValueError(
             f"student.train_ears is true, but student.ears_quantization is {student.ears_quantization!r} and weights "
             f"in so few bits are not trained; set it to none, and quantize with `distill export --ears-bits "
             f"{student.ears_quantization}` afterwards."
         )
-    if not student.ears_seconds:
+    check_ears(student)
+
+
+def check_ears(section, name: str = "student") -> None:
+    """Refuse a length of the ears that is none, or one that leaves nothing for windows of padding to see."""
+    if not section.ears_seconds:
         return
-    is_cut = parse_ears_seconds(student.ears_seconds, "student.ears_seconds") is not None
-    if is_cut and student.windows == "all":
+    is_cut = parse_ears_seconds(section.ears_seconds, f"{name}.ears_seconds") is not None
+    if is_cut and section.windows == "all":
         raise ValueError(
-            f"student.ears_seconds is {student.ears_seconds!r}, but student.windows is 'all' and windows of pure "
-            f"padding are not heard then; set student.windows=audio, or student.ears_seconds=30."
+            f"{name}.ears_seconds is {section.ears_seconds!r}, but {name}.windows is 'all' and windows of pure "
+            f"padding are not heard then; set {name}.windows=audio, or {name}.ears_seconds=30."
         )
 
 
-RULES = {"train": check_train, "loss": check_loss, "cache": check_temperatures, "student": check_ears}
+HEAD_WIDTH = 64  # of a Q-Former, as BERT's
+
+
+def check_teach(teach) -> None:
+    """Refuse a Q-Former whose width is no whole number of heads, and a length of the ears as a student's."""
+    check_ears(teach, "teach")
+    if teach.qformer_width % HEAD_WIDTH:
+        raise ValueError(
+            f"teach.qformer_width is {teach.qformer_width}, but a head is {HEAD_WIDTH} wide; set a multiple of that."
+        )
+
+
+RULES = {"teach": check_teach, "train": check_train, "loss": check_loss, "cache": check_temperatures,
+         "student": check_student}  # fmt: skip
 
 
 def used_terms(loss) -> dict:
@@ -195,6 +220,8 @@ def read_by_terms() -> Iterator[tuple]:
 
 # Of the cache: what some codecs alone read, and which
 CODEC_FIELDS = {"k": "topk or adaptive", "threshold": "adaptive", "draws": "sampled", "exponent": "sampled"}
+TEACH = ("start", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "window_seconds", "num_queries", "windows",
+         "ears_seconds", "qformer_width", "qformer_layers", "qformer_dropout", "checkpoint")  # fmt: skip
 # Fields that nothing reads unless something else is so: when they are read, and that in words
 READ_WHERE = (
     (("corpus.train", "corpus.valid", "corpus.test", "corpus.valid_share", "corpus.channels"),
@@ -216,6 +243,7 @@ READ_WHERE = (
       "scratch.seconds", "scratch.ear_width", "scratch.ear_layers", "scratch.llm_width", "scratch.llm_layers",
       "scratch.student_width", "scratch.student_layers", "scratch.qformer_width", "scratch.qformer_layers",
       "scratch.window_seconds", "scratch.num_queries"), lambda c: c.scratch.steps, "scratch.steps above 0"),
+    (tuple(f"teach.{name}" for name in TEACH), lambda c: not c.scratch.steps, "scratch.steps=0"),
     (("augment.teacher_hears",), lambda c: c.augment.is_active, "one of augment.*_share above 0"),
 )  # fmt: skip
 
@@ -331,7 +359,7 @@ def check_scratch(config) -> None:
     """
     if not config.scratch.steps or config.teacher.path:
         return
-    for name in ("llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts"):
+    for name in ("llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts", "template"):
         if getattr(config.teacher, name):
             raise ValueError(
                 f"teacher.{name} is {getattr(config.teacher, name)!r}, but scratch.steps is "

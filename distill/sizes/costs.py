@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from distill.config import Config
+from distill.demo.scratch import build_llm, build_whisper, teacher_config
 from distill.student import ears_of, lora_of, student_llm
-from distill.teach import build_llm, build_whisper, teacher_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
 from students.ears import choose_ears
@@ -33,6 +33,7 @@ from teachers.ears.whisper import whisper_fields
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.templates import SALMONN_TEMPLATE
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -140,7 +141,9 @@ def model_config(name: str) -> PretrainedConfig:
 def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> Salmonn:
     """The model without weights and without LoRA; its rows cannot be tokenized."""
     config = blueprint.config
-    plain = dataclasses.replace(config, prompts="", eval_prompts="", end_token="", bos_token="")
+    plain = dataclasses.replace(
+        config, prompts="", eval_prompts="", end_token="", bos_token="", template=SALMONN_TEMPLATE
+    )
     llm_config = _find(config.llm, given)
     with torch.device("meta"):
         if (build_empty := KINDS[blueprint.kind].build_empty) is not None:

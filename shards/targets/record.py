@@ -160,6 +160,13 @@ class TargetRecord:
     notes: dict[str, str] = field(default_factory=dict)
     other: "TargetRecord | None" = None
 
+    @classmethod
+    def of_features(cls, identity: str, features: dict[str, np.ndarray]) -> "TargetRecord":
+        """A record of what was heard, without an answer: no position has a target."""
+        nothing_S = np.zeros(0, np.float32)
+        ids_S = nothing_S.astype(np.int32)
+        return cls(b"", ids_S, nothing_S, nothing_S, ids_S, "", "label", identity, features)
+
     @property
     def teacher_ce(self) -> float:
         """The teacher's mean cross-entropy on the answer, nats a token."""

@@ -32,6 +32,7 @@ from teachers.ears.shape import reshape_ears_
 from teachers.files.weights import assign_parameter_, open_safetensors, read_json
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.templates import CHAT, read_chat
 
 if is_quiet() or not sys.stderr.isatty():  # a bar is for who watches
     disable_progress_bar()
@@ -64,8 +65,22 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     if lora is not None:
         add_lora_(llm, lora)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or config.llm)
+    config = in_own_words(config, tokenizer)
     whisper, second = ears if ears is not None else load_ears(config, dtype, ear_precision)
     return Salmonn(config, llm, tokenizer, whisper, second)
+
+
+def in_own_words(config: SalmonnConfig, tokenizer) -> SalmonnConfig:
+    """The config with the text of the chat form that it asks for; the ends that it names itself stay.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if config.template != CHAT:
+        return config
+    form = read_chat(tokenizer)
+    named = {name: getattr(config, name) for name in ("end_token", "bos_token") if getattr(config, name)}
+    return dataclasses.replace(config, **form | named)
 
 
 def load_ears(config: SalmonnConfig, dtype: torch.dtype, ear_precision: str = "") -> tuple[nn.Module, nn.Module | None]:

@@ -9,6 +9,7 @@ from teachers.lora import SALMONN_LORA, Lora
 from teachers.salmonn import Salmonn, SalmonnConfig
 
 PARTS = ("llm", "whisper", "second", "second_kind")
+WORDS = ("end_token", "bos_token", "template")
 build_empty = None
 
 
@@ -30,7 +31,7 @@ def load(parts, path: Path, **how) -> Salmonn:
                 f"was trained on, a folder or a hub id."
             )
     settings = {"prompts": parts.prompts, "front_end": parts.front_end}
-    settings |= {name: getattr(parts, name) for name in ("end_token", "bos_token") if getattr(parts, name)}
+    settings |= {name: getattr(parts, name) for name in WORDS if getattr(parts, name)}
     model, report = load_checkpoint(path, **{name: getattr(parts, name) for name in PARTS}, **how, **settings)
     print_status(f"teacher {path}: {report}")
     if not parts.prompts:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from shards.status import print_status
 from teachers.files.loading import load_salmonn, lora_settings, read_config
-from teachers.kinds.settings import check_settings, moved_parts
+from teachers.kinds.settings import check_chat, check_settings, moved_parts
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn, SalmonnConfig, describe_end
 
@@ -21,6 +21,7 @@ def load(parts, path: Path, **how) -> Salmonn:
     saved = read_config(path)
     check_settings(parts, saved["model"], path)
     model = load_salmonn(path, places=moved_parts(parts, saved, path), **how)
+    check_chat(parts, model, path)
     print_status(f"teacher {path}: {describe_end(model, 'its config.json')}")
     return model
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from teachers.salmonn import SalmonnConfig
+from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.templates import CHAT, read_chat
 
-OWN = ("front_end", "end_token", "bos_token", "prompts", "second_kind")  # what a folder says of itself
+OWN = ("front_end", "end_token", "bos_token", "prompts", "second_kind", "template")  # what a folder says of itself
 FROZEN = ("llm", "whisper", "second")  # parts that lie elsewhere
 
 
@@ -17,11 +18,24 @@ def check_settings(parts, saved: SalmonnConfig, path: Path) -> None:
     default = type(parts)()
     for name in OWN:
         asked, there = getattr(parts, name), getattr(saved, name)
-        if asked not in (getattr(default, name), there):
+        if asked not in (getattr(default, name), there, CHAT if name == "template" else there):
             raise ValueError(
                 f"teacher.{name} is {asked!r}, but {path} was saved with {there!r} and such a folder's own settings "
                 f"hold; leave teacher.{name} out."
             )
+
+
+def check_chat(parts, model: Salmonn, path: Path) -> None:
+    """Refuse to call a saved teacher's form the chat of its LLM where it is another.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if parts.template == CHAT and model.config.template != (chat := read_chat(model.tokenizer)["template"]):
+        raise ValueError(
+            f"teacher.template is {CHAT!r}, here {chat!r}, but {path} was saved with {model.config.template!r} and "
+            f"such a folder's own settings hold; leave teacher.template out."
+        )
 
 
 def moved_parts(parts, saved: dict, path: Path) -> dict[str, str]:

@@ -9,8 +9,7 @@ from shards.sample import Sample
 from teachers.words.controls import TextEncoder
 from teachers.words.ending import End
 from teachers.words.prompts import Prompts
-
-NO_BOS = "none"  # as text of the token that begins a row: nothing does
+from teachers.words.templates import NO_BOS, owns_space
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class RowTokenizer:
     def __init__(self, tokenizer, prompts: Prompts, end_token: str, max_answer_tokens: int, bos_token: str = ""):
         self.tokenizer, self.prompts, self.max_answer_tokens = tokenizer, prompts, max_answer_tokens
         self._text = TextEncoder(tokenizer)
+        self.lead = " " if owns_space(prompts.template, tokenizer) else ""  # of every answer
         self.end = self._read_end(end_token) if end_token else self._own_end()
         self.end_ids = list(self.end.ids)  # where the end stands alone
         self.bos_ids = self._read_bos(bos_token)
@@ -103,6 +103,7 @@ class RowTokenizer:
         """
         if self.end.text and not self.end.tail:
             text = text.removesuffix(self.end.text)
+        text = self.lead + text
         ids = self.text.encode(text)
         if len(ids) > self.max_answer_tokens or not self.end.text:
             return ids[: self.max_answer_tokens] + self.end_ids
@@ -138,6 +139,8 @@ class RowTokenizer:
                 f"(they bring its own answer) or set data.labelled_only=true."
             )
         answer = self._answer(sample) if with_answer else []
+        if self.prompts.template.endswith(" "):
+            after = after.removesuffix(" ")  # the answer's own, see `templates`
         before_ids = self.prompt_ids(before, sample.question)
         if before_ids[: len(self.bos_ids)] != self.bos_ids:  # a template may write it itself
             before_ids = self.bos_ids + before_ids

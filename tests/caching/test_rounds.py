@@ -17,10 +17,10 @@ from distill.cache import cache
 from distill.caching.capture import Capturer
 from distill.config import Config, OnPolicyConfig, StudentConfig, load_config
 from distill.config.rules import value_at
+from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_tokenizer
 from distill.run import run
 from distill.student import lora_of
-from distill.teach import build_llm
 from distill.training.microbatch import Collator
 from shards.streaming.limits import Limits
 from shards.streaming.order import Order

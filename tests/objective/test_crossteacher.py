@@ -11,12 +11,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill.cache import cache
 from distill.config import LossConfig, TrainConfig, load_config
+from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_byte_tokenizer, train_tokenizer
 from distill.distiller import Distiller
 from distill.objective.crossteacher import CrossTeacher, match_vocab
 from distill.objective.weighing import count
 from distill.run import run
-from distill.teach import build_llm
 from distill.training.microbatch import Collator
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection

@@ -14,13 +14,13 @@ from test_eat import save_hugging_face
 
 from distill.cache import cache
 from distill.config import Config, LossConfig, StudentConfig, TrainConfig, load_config
+from distill.demo.scratch import build_llm, build_whisper
 from distill.demo.tokenizer import train_byte_tokenizer
 from distill.distiller import Distiller
 from distill.doctor.doctor import doctor
 from distill.export import export
 from distill.run import find_valid, run, wrap_teacher
 from distill.sizes.costs import Blueprint, build_on_meta, describe_student
-from distill.teach import build_llm, build_whisper
 from distill.training.microbatch import Collator
 from students.ears import choose_ears
 from students.student import CONNECTOR, build_student, load_student, save_student

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 
+from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_byte_tokenizer, train_tokenizer
 from distill.objective.crossteacher import CrossTeacher
-from distill.teach import build_llm
 from students.quantize import quantize_4bit_
 from students.student import build_student, load_student, save_student
 from teachers.lora import ALL_LINEAR, Lora, add_lora_

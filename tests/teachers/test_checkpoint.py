@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig
+from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_tokenizer
-from distill.teach import build_llm
 from distill.teacher import load_teacher
 from shards.sample import Sample
 from students.student import build_student

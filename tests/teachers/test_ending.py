@@ -23,9 +23,9 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from distill.answers import Answerer
 from distill.caching.capture import Capturer
 from distill.config import Config, EvalConfig
+from distill.demo.scratch import build_llm
 from distill.evaluation.answering import predict
 from distill.objective.alignment import answer_ends, token_bytes
-from distill.teach import build_llm
 from students.student import build_student, load_student, save_student
 from teachers.blocks import llm_blocks, record_blocks
 from teachers.files.checkpoint import load_checkpoint, save_checkpoint

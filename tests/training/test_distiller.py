@@ -442,8 +442,8 @@ def test_a_saved_4_bit_student_answers_as_before(toys, tmp_path):
 
 
 def test_a_student_of_another_vocabulary_is_refused(toys, tmp_path):
+    from distill.demo.scratch import build_llm
     from distill.demo.tokenizer import train_tokenizer
-    from distill.teach import build_llm
 
     tokenizer = train_tokenizer(["a b c", "other words"], tmp_path / "llm", vocab_size=300)
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")

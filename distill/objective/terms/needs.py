@@ -56,7 +56,7 @@ def held_by_targets(targets) -> Held:
     distribution, is_head_input_there = targets.distribution, targets.hidden is not None
     return Held(
         codec=None,
-        temperatures=None if distribution.is_complete else distribution.log_partition_S,
+        temperatures=None if distribution is None or distribution.is_complete else distribution.log_partition_S,
         has_queries=targets.queries_BWQE is not None,
         layers={*targets.hidden_by_layer, *([HEAD_INPUT] if is_head_input_there else [])},
     )

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from distill.config import load_config
-from distill.teach import completion_mark, ear_loss, has_parts, make_parts, teach, write_mark
+from distill.demo.scratch import completion_mark, ear_loss, has_parts, make_parts, write_mark
+from distill.teach import teach
 from distill.training.ranks import build_accelerator
 from teachers.files.loading import load_salmonn
 from teachers.words.batch import pad_waveforms
