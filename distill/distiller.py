@@ -39,7 +39,7 @@ from distill.objective.weighing import (
 )
 from distill.training import checkpoint as ckpt
 from distill.training.identity import WEIGHTS, find_start, identify_fit
-from distill.training.microbatch import Collator, check_frames, split
+from distill.training.microbatch import Collator, check_frames, check_term_of_ears, split, trains_ears
 from distill.training.monitoring.callbacks import Callbacks
 from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
@@ -151,6 +151,7 @@ class Distiller:
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
         self.schedules = build_schedules({**TERMS, **terms}, self.loss, self.options.steps)
         self.terms = active_terms({**TERMS, **terms}, self.schedules, self.teacher)
+        check_term_of_ears(self.terms, student)
         widths = self.teacher.widths
         self.objective = Objective(
             student, self.loss, self.dtype, self.terms, vocab_size=vocab_size, widths=widths, seed=seed
@@ -214,7 +215,7 @@ class Distiller:
             ),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            decode=teacher.needs_audio,
+            decode=teacher.needs_audio or trains_ears(self.student),
             max_seconds=self.student.max_samples / SAMPLE_RATE,
         )
         check_clips(stream, self.student, teacher)

@@ -51,6 +51,8 @@ class CachedTeacher(Teacher):
             )
         self.is_asked_alike = True  # whether the student's prompts are the teacher's own, id by id
         self.widths = {"feature": identity["teacher_config"]["qformer_width"], "hidden": identity["llm_width"]}
+        if "frames_width" in identity["features"]:
+            self.widths["frames"] = identity["features"]["frames_width"]
         self.needs_audio = identity["features"]["frames"] == "none"
         self.labelled_share = identity["answers"]["labelled_share"]
 

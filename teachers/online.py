@@ -43,7 +43,8 @@ class OnlineTeacher(Teacher):
         self.model = model.eval().requires_grad_(False)
         self.k, self.temperatures, self.answers = k, temperatures, answers
         self.max_new_tokens, self.num_beams, self.hidden_layers = max_new_tokens, num_beams, hidden_layers
-        self.widths = {"feature": model.config.qformer_width, "hidden": model.project.out_features}
+        self.widths = {"feature": model.config.qformer_width, "hidden": model.project.out_features,
+                       "frames": model.whisper.width}  # fmt: skip
 
     @cached_property
     def vocab(self) -> Vocabulary:
@@ -103,4 +104,6 @@ class OnlineTeacher(Teacher):
         distribution = Distribution.from_logits(logits_SV, self.k, self.temperatures)
         layers = {n: x_BTD.flatten(0, 1)[own.predicting_S] for n, x_BTD in outputs.items()}
         queries_BWQE = heard.queries_BWQE if self.model.has_queries else None
-        return Targets(distribution, queries_BWQE, heard.num_windows_B, label_logprobs_S, hidden_SD, layers)
+        return Targets(
+            distribution, queries_BWQE, heard.num_windows_B, label_logprobs_S, hidden_SD, layers, heard.frames
+        )

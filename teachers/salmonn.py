@@ -97,6 +97,7 @@ class Heard:
 
     queries_BWQE: Tensor  # float32
     num_windows_B: list[int]
+    frames: list[Tensor] | None = None  # of each encoder, [B, R, E], that they were made of; None: not kept
 
 
 class Salmonn(nn.Module):
@@ -311,7 +312,7 @@ class Salmonn(nn.Module):
             frames = self.frames(batch.waveforms_BN, batch.num_samples_B, batch.masks_B)
         num_windows_B = [row.num_audio_tokens // self.config.num_queries for row in batch.rows]
         num_frames_B = [self.num_frames(len(sample.waveform_N)) for sample in batch.samples]
-        return Heard(self.qformer(self.fuse(frames), max(num_windows_B), num_frames_B), num_windows_B)
+        return Heard(self.qformer(self.fuse(frames), max(num_windows_B), num_frames_B), num_windows_B, frames)
 
     # Answering
 

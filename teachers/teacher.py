@@ -33,9 +33,11 @@ class Teacher(ABC):
     model: Salmonn | None = None  # that runs behind it: goes to the device, may share its ears, bounds the clips
     header: CacheHeader | None = None  # of the cache that it reads
     cache_folder: str | Path | None = None  # which the stream joins
-    needs_audio = True  # of a student with its ears; False: it brings the encoders' frames
+    needs_audio = True  # of a student with its frozen ears; False: it brings the encoders' frames
     labelled_share: float | None = None  # of the clips, whose texts its targets were made with; None: as may be
-    widths: Mapping[str, int] = MappingProxyType({})  # of "feature" and "hidden", for a student of other widths
+    widths: Mapping[str, int] = MappingProxyType(
+        {}
+    )  # of "feature", "hidden" and "frames", for a student of other widths
 
     @property
     @abstractmethod

@@ -214,8 +214,9 @@ def num_frames_read(model: Salmonn, num_samples: int, windows: str, ears_seconds
 
 
 def frames_seconds(config: Config, teacher: Salmonn) -> str:
-    """What Whisper hears for the frames that a cache keeps: they are the student's."""
-    return config.student.ears_seconds or teacher.config.ears_seconds
+    """What Whisper hears for the frames that a cache keeps: the student's, or what trained ears are pulled to."""
+    own = teacher.config.ears_seconds
+    return own if config.student.train_ears else config.student.ears_seconds or own
 
 
 def seeded_generator(identity: str) -> torch.Generator:

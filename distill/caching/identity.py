@@ -36,8 +36,7 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
                 "queries": cache.features,
                 "hidden_layers": list(cache.hidden_layers),
                 "frames": cache.frames,
-                "windows": config.student.windows if cache.frames != "none" else None,
-                "ears_seconds": frames_seconds(config, teacher) if cache.frames != "none" else None,
+                **describe_frames(config, teacher),
             },
             "answers": {
                 "of": cache.answers,
@@ -49,3 +48,14 @@ def describe_teacher(teacher: Salmonn, config: Config, *, is_kept: bool = True) 
             },
         }
     )
+
+
+def describe_frames(config: Config, teacher: Salmonn) -> dict[str, object]:
+    """Which frames are kept and how wide they are; of none there is nothing to say."""
+    if config.cache.frames == "none":
+        return {"windows": None, "ears_seconds": None}
+    return {
+        "windows": config.student.windows,
+        "ears_seconds": frames_seconds(config, teacher),
+        "frames_width": teacher.whisper.width,
+    }

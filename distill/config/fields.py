@@ -106,7 +106,7 @@ class StudentConfig:
     # empty: as the teacher's. A student is trained so, and cached frames are made so
     ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
     whisper_layers: int = 0  # that are kept of its Whisper's, evenly spread; 0: all
-    train_ears: bool = False  # train its Whisper too, all of it
+    train_ears: bool = False  # train its Whisper too, all of it; loss.frames pulls it to the teacher's
     template: str = ""  # what stands around a prompt, as teacher.template; empty: the teacher's
 
     def __post_init__(self):
@@ -153,6 +153,8 @@ class LossConfig:
     hidden_kind: str = "cosine"  # as feature_kind; widths that differ meet through a learned projector
     hidden_layers: dict[int, int] = field(default_factory=dict)  # teacher's blocks, from 1, to the student's; -1 is
     # what enters the head, and {-1: -1} where nothing is named
+    frames: float = 0.0  # distance of the student's Whisper frames to the teacher's, where student.train_ears
+    frames_kind: str = "mse"  # as feature_kind; widths that differ meet through a learned projector
     cross_tokenizer: str = "refuse"  # when the student's ids mean other tokens: "refuse", or "chunk": the terms below
     chunk: float = 1.0  # likelihood of the answer's chunks at whose ends both tokenizers agree; `kl`: where they match
     chunk_temperature: float = 100.0  # of the chunks' likelihood

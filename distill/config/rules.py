@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "cache.answers": ("label", "teacher", "both"),
     "loss.feature_kind": FEATURES,
     "loss.hidden_kind": FEATURES,
+    "loss.frames_kind": FEATURES,
     "loss.kl_kind": DIVERGENCES,
     "loss.cross_tokenizer": ("refuse", "chunk"),
     "train.resume": ("auto", "must", "never"),
@@ -289,9 +290,19 @@ def check_config(config) -> None:
     check_name(config)
     check_needs(used_terms(config.loss), config.loss, held_by_config(config))
     check_augmentation(config)
+    check_trained_ears(config)
     check_round(config)
     check_scratch(config)
     check_places(config)
+
+
+def check_trained_ears(config) -> None:
+    """Refuse a term that only trained ears could follow where the ears are frozen."""
+    if "frames" in used_terms(config.loss) and not config.student.train_ears:
+        raise ValueError(
+            f"loss.frames is {config.loss.frames:g}, but student.train_ears is false and frozen ears cannot follow it; "
+            f"set student.train_ears=true, or loss.frames=0."
+        )
 
 
 def check_places(config) -> None:

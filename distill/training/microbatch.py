@@ -1,6 +1,6 @@
 """A step's samples cut into micro-batches, collated, with the teacher's targets beside them. Knows no optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -35,6 +35,7 @@ class Collator:
         self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
         self.task_weights = task_weights
         model = teacher.model
+        self.takes_frames = not teacher.needs_audio and not trains_ears(student)  # cached ones, as its own
         self.shares_ears = (
             model is not None
             and student.config.ears_seconds == model.config.ears_seconds
@@ -55,7 +56,7 @@ class Collator:
         frames = self._frames(batch) if self.shares_ears and hears_the_same else None
         with self._products():
             targets = self.teacher.targets(batch, frames)
-        if frames is None and targets is not None:
+        if frames is None and targets is not None and self.takes_frames:
             frames = targets.frames
         return MicroBatch(batch, targets, is_pseudo, weights, True, frames)
 
@@ -82,7 +83,7 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
     Raises:
         ValueError: naming the encoders, or both lengths.
     """
-    if header is None or header.identity["features"]["frames"] == "none":
+    if header is None or header.identity["features"]["frames"] == "none" or trains_ears(student):
         return
     cached, heard = header.section("features")["ears_seconds"], student.config.ears_seconds
     if cached != heard:
@@ -102,13 +103,26 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
 
 
 def has_other_form(header: CacheHeader, student: Salmonn) -> bool:
-    """Whether a student's ears are trained, or have fewer layers or bits than those whose frames are cached."""
+    """Whether a student's ears have fewer layers or bits than those whose frames are cached."""
     teacher, form = header.section("teacher_config"), ("ears_quantization", "whisper_layers")
-    return trains_ears(student) or any(teacher[name] != getattr(student.config, name) for name in form)
+    return any(teacher[name] != getattr(student.config, name) for name in form)
+
+
+def check_term_of_ears(terms: Collection[str], student: Salmonn) -> None:
+    """Refuse a term that only trained ears could follow where a student's are frozen.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if "frames" in terms and not trains_ears(student):
+        raise ValueError(
+            "loss.frames is above 0, but this student's ears are frozen and cannot follow it; build the student with "
+            "train_ears=True, or set loss.frames=0."
+        )
 
 
 def trains_ears(student: Salmonn) -> bool:
-    """Whether a student's Whisper is trained, and so hears every clip itself."""
+    """Whether a student's Whisper is trained: then it hears every clip itself, and cached frames are but targets."""
     return any(p.requires_grad for p in student.whisper.parameters())
 
 

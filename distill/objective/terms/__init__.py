@@ -4,6 +4,7 @@ lets a config say its weight."""
 from distill.objective.terms.ce import CrossEntropy
 from distill.objective.terms.chunk import ChunkLikelihood
 from distill.objective.terms.feature import QueryDistance
+from distill.objective.terms.frames import FrameDistance
 from distill.objective.terms.hidden import StateDistance
 from distill.objective.terms.kl import TokenDivergence
 from distill.objective.terms.term import Term
@@ -13,5 +14,6 @@ TERMS: dict[str, Term] = {
     "kl": TokenDivergence(),
     "feature": QueryDistance(),
     "hidden": StateDistance(),
+    "frames": FrameDistance(),
     "chunk": ChunkLikelihood(),
 }

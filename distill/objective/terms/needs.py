@@ -20,12 +20,14 @@ class Held:
         temperatures: at which their distributions can be had; None: at any.
         has_queries: whether the Q-Former's queries are among them.
         layers: of the LLM, whose hidden states are.
+        has_frames: whether the teacher's encoders' frames are.
     """
 
     codec: Codec | None
     temperatures: Collection[float] | None
     has_queries: bool
     layers: Collection[int]
+    has_frames: bool
 
 
 def held_by_config(config) -> Held:
@@ -37,6 +39,7 @@ def held_by_config(config) -> Held:
         temperatures=None if codec.keeps_all else cache.temperatures,
         has_queries=cache.features != "none" or is_online,
         layers={*cache.hidden_layers, *([HEAD_INPUT] if is_online or codec.needs_head else [])},
+        has_frames=cache.frames != "none" or is_online,
     )
 
 
@@ -48,6 +51,7 @@ def held_by_cache(identity: Mapping) -> Held:
         temperatures=None if codec.keeps_all else identity["codec"].get("temperatures", [1.0]),
         has_queries=features["queries"] != "none",
         layers={*features["hidden_layers"], *([HEAD_INPUT] if codec.needs_head else [])},
+        has_frames=features["frames"] != "none",
     )
 
 
@@ -59,6 +63,7 @@ def held_by_targets(targets) -> Held:
         temperatures=None if distribution is None or distribution.is_complete else distribution.log_partition_S,
         has_queries=targets.queries_BWQE is not None,
         layers={*targets.hidden_by_layer, *([HEAD_INPUT] if is_head_input_there else [])},
+        has_frames=targets.frames is not None,
     )
 
 
