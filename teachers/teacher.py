@@ -35,9 +35,7 @@ class Teacher(ABC):
     cache_folder: str | Path | None = None  # which the stream joins
     needs_audio = True  # of a student with its frozen ears; False: it brings the encoders' frames
     labelled_share: float | None = None  # of the clips, whose texts its targets were made with; None: as may be
-    widths: Mapping[str, int] = MappingProxyType(
-        {}
-    )  # of "feature", "hidden" and "frames", for a student of other widths
+    widths: Mapping[str, int] = MappingProxyType({})  # of its features, by term, for a student of other widths
 
     @property
     @abstractmethod

@@ -1,5 +1,8 @@
 """The distance of trained ears' frames to the teacher's: what it compares, cached or online, and who may ask for it."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -27,8 +30,6 @@ def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
     tiny.make_toys(folder, precision="float32", student__quantization="none", cache__frames="float16",
                    cache__max_new_tokens=3, student__train_ears=True, loss__frames=1.0)  # fmt: skip
-    from dataclasses import replace
-
     build_whisper(replace(tiny.SIZES, ear_width=32)).save_pretrained(folder / "parts/narrow")
     return folder
 
@@ -48,7 +49,7 @@ def value_of(teacher, student, kind="mse"):
     m = Collator(teacher, student, student.device, torch.float32)(SAMPLES)
     assert m.frames is None  # trained ears hear themselves
     count = terms["frames"].count(m)
-    total, parts = objective(m, {"frames": torch.full((count,), 1 / count)})
+    total, _ = objective(m, {"frames": torch.full((count,), 1 / count)})
     return total, m, objective
 
 
@@ -85,8 +86,6 @@ def test_a_run_from_cached_frames_pulls_its_ears_to_the_teachers_as_one_online_d
     for name, words in {"cached": [], "online": ["teacher.online=true", "cache.frames=none"]}.items():
         own = load_config(toys / "toy.yaml", [f"name={name}", *words])
         assert run(own) == 0
-        import json
-
         lines = (toys / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["frames"] for line in lines]
     torch.testing.assert_close(torch.tensor(losses["cached"]), torch.tensor(losses["online"]), rtol=0.05, atol=1e-5)
