@@ -79,7 +79,10 @@ def test_every_recipe_loads(path):
             "loss.hidden=1",
             r"loss\.hidden is above 0, but the teacher's targets hold no states of layer -1; cache again",
         ),
-        ("loss.schedules.klo=linear 0", r"loss\.schedules names klo, but the terms are ce, kl, feature, hidden, frames, chunk"),
+        (
+            "loss.schedules.klo=linear 0",
+            r"names klo, but the terms are ce, kl, feature, hidden, frames, chunk",
+        ),
         ("loss.schedules.kl=line 0", r"demo\.yaml: loss\.schedules\.kl: schedule is 'line', but it must be one of"),
     ],
 )
@@ -94,7 +97,10 @@ NO_TERM = ("loss.ce=0", "loss.kl=0", "loss.feature=0")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (NO_TERM, r"loss\.ce, loss\.kl, loss\.feature, loss\.hidden, loss\.frames are all 0, but a student learns from one at least"),
+        (
+            NO_TERM,
+            r"loss\.ce, loss\.kl, loss\.feature, loss\.hidden, loss\.frames are all 0, but a student learns",
+        ),
         ((*NO_TERM, "loss.schedules.kl=constant warmup 9"), r"are all 0, but a student learns"),
         (
             ("cache.codec=sampled", "loss.temperature=2"),
