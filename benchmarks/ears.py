@@ -34,8 +34,12 @@ VARIANTS = {  # title, whether the ears are its own, words
                           ["student.connector=teacher", "loss.feature=1"]),
     "trained": ("own ears, trained, the teacher's connector, feature loss", True,
                 ["student.connector=teacher", "loss.feature=1", "student.train_ears=true"]),
-    "layers": ("1 of 3 layers of the teacher's ears, trained, feature loss", False,
-               ["student.connector=teacher", "loss.feature=1", "student.train_ears=true", "student.whisper_layers=1"]),
+    "trained_frames": ("own ears, trained, and frames pulled to the teacher's", True,
+                       ["student.connector=teacher", "loss.feature=1", "student.train_ears=true", "loss.frames=1",
+                        "teacher.online=true"]),
+    "layers_frames": ("1 of 3 layers of the teacher's ears, trained, frames pulled", False,
+                      ["student.connector=teacher", "loss.feature=1", "student.train_ears=true", "loss.frames=1",
+                       "student.whisper_layers=1", "teacher.online=true"]),
 }  # fmt: skip
 
 
