@@ -200,7 +200,7 @@ def test_what_a_later_stage_would_miss_is_refused_before_anything_is_packed(tmp_
 # All that a run has to say, and a bar of what took more than a second
 TELLING = re.compile(
     r"teacher .*: answers end with |\w[\w ]* ━+ \d+/\d+ \d+ samples/s|— (teach|cache|run|export)$|"
-    r"corpus: |teacher: |student: |connector: |.*: \d+ shards \(\d+ were done\), \d+ samples|"
+    r"corpus: |teacher: |student: |student answers with |connector: |.*: \d+ shards \(\d+ were done\), \d+ samples|"
     r".* holds no checkpoint to go on from: step 1 is next$|warning: the teacher's cross-entropy on the answers|"
     r"\w[\w -]*: \d+/\d+, [\d.]+ (steps|clips|samples|shards)/s, \d+ s left|all stages: |"
     r"head \w+, ears \w+, products \w+: logits "
