@@ -182,7 +182,7 @@ def test_ears_of_128_mel_bins_and_eat_answer_beside_a_teacher_of_80(toys, teache
 def test_it_learns_the_same_from_the_cache_and_from_the_teacher(toys, teacher, tmp_path, ears):
     losses = {}
     for name in ("online", "cached"):
-        config = load_config(toys / "toy.yaml", [f"teacher.online={name == 'online'}", "cache.k=1000"])
+        config = load_config(toys / "toy.yaml", [f"teacher.online={name == 'online'}"])
         run = Distiller(wrap_teacher(config, teacher), build(toys, teacher, **ears), train=toys / "data" / "train",
                         loss=LossConfig(feature=0.5), options=OPTIONS, run_folder=tmp_path / name)  # fmt: skip
         losses[name] = run.fit().losses

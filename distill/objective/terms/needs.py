@@ -37,7 +37,7 @@ def held_by_config(config) -> Held:
     return Held(
         codec=None if is_online else codec,
         temperatures=None if codec.keeps_all else cache.temperatures,
-        has_queries=cache.features != "none" or is_online,
+        has_queries=True,  # a cache without them may be for another run; a run that needs them says so when it opens it
         layers={*cache.hidden_layers, *([HEAD_INPUT] if is_online or codec.needs_head else [])},
         has_frames=cache.frames != "none" or is_online,
     )
