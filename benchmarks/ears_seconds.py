@@ -16,9 +16,9 @@ from record import write_result
 from transformers import WhisperConfig
 
 from distill.config import Config, LossConfig, load_config
+from distill.demo.scratch import teacher_config
 from distill.distiller import Distiller
 from distill.sizes.costs import model_config
-from distill.teach import teacher_config
 from shards.sample import SAMPLE_RATE
 from students.student import build_student
 from teachers.ears.whisper import WhisperEar

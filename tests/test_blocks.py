@@ -44,7 +44,7 @@ SMALL = {
 def toys(tmp_path_factory) -> Path:
     """A folder with the models, recordings and configs that the pages name."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_parts(folder / "parts")
+    tiny.make_parts(folder / "parts", student_width=64)  # of whole NF4 blocks, which a device's graph takes
     save_teachers(folder)
     for name, count in (("train", 24), ("test", 4)):
         write_manifest(folder / "my", name, count)

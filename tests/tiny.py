@@ -37,7 +37,7 @@ SIZES = ScratchConfig(seconds=2.0, ear_width=64, ear_layers=1, llm_width=64, llm
                       student_layers=1, qformer_width=32)  # fmt: skip
 
 
-def make_parts(folder: Path, *, seed: int = 0) -> None:
+def make_parts(folder: Path, *, seed: int = 0, student_width: int = SIZES.student_width) -> None:
     """Tokenizer, `whisper`, `llm` and `student-llm` with random weights."""
     torch.manual_seed(seed)
     prompts = load_prompts(None, SalmonnConfig("", "").template)
@@ -45,7 +45,7 @@ def make_parts(folder: Path, *, seed: int = 0) -> None:
     texts += [text for task in TASKS for text in prompts.by_task[task]]
     tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=420)
     build_whisper(SIZES).save_pretrained(folder / "whisper")
-    for name, width in (("llm", SIZES.llm_width), ("student-llm", SIZES.student_width)):
+    for name, width in (("llm", SIZES.llm_width), ("student-llm", student_width)):
         build_llm(len(tokenizer), width, 1, tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 

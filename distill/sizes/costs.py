@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from distill.config import Config
 from distill.demo.scratch import build_llm, build_whisper, teacher_config
 from distill.student import ears_of, lora_of, student_llm
+from distill.teach import lora_of as lora_of_teacher
+from distill.teach import salmonn_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
 from students.ears import choose_ears
@@ -82,11 +84,19 @@ def ear_titles() -> tuple[str, ...]:
 
 def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedConfig]]:
     """The teacher that a run's config names, and the configs of parts that are yet to be trained here."""
-    path, dtype = teacher_path(config), frozen_dtype(config)
+    dtype = frozen_dtype(config)
+    if is_of_given_parts(config):
+        return Blueprint(salmonn_config(config), lora_of_teacher(config.teach), dtype), {}
+    path = teacher_path(config)
     if not config.teacher.path:
         return Blueprint(teacher_config(config.scratch, path.parent), None, dtype), scratch_configs(config)
     kind = find_kind(path)
     return Blueprint(*KINDS[kind].describe(config.teacher, path), dtype, kind=kind), {}
+
+
+def is_of_given_parts(config: Config) -> bool:
+    """Whether `distill teach` makes the teacher of parts that the config names; such a config has no student."""
+    return bool(config.teacher.llm) and not config.teacher.path and not config.scratch.steps
 
 
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:

@@ -16,6 +16,7 @@ from distill.sizes.costs import (
     describe_teacher,
     ear_titles,
     frozen_dtype,
+    is_of_given_parts,
     measure,
     measure_sizes,
 )
@@ -45,6 +46,8 @@ def make_table(configs: Mapping[str, Config]) -> str:
         teacher, given = describe_teacher(config)
         if teacher not in teachers:
             teachers[teacher] = make_row("teacher", teacher, measure_sizes(teacher, given))
+        if is_of_given_parts(config):
+            continue
         student = describe_student(config, teacher)
         students.append(make_row(f"`{Path(path).stem}`", student, measure_sizes(student, given)))
     lines = [HEADER, ("---",) * 3 + ("---:",) * 6, *teachers.values(), *students]
@@ -69,13 +72,14 @@ def make_row(name: str, model: Blueprint, sizes: Mapping[str, tuple[int, float]]
 def print_costs(config: Config, usage: Usage) -> None:
     """Print what each part of a config's teacher and student costs."""
     teacher, given = describe_teacher(config)
-    student = describe_student(config, teacher)
     print(
         f"one sample: {usage.seconds:g} s of audio, {usage.prompt_tokens} tokens of prompt, {usage.answer_tokens} of "
         f"answer; forward; frozen weights in {str(frozen_dtype(config)).removeprefix('torch.')}"
     )
     print(f"\n{format_table(f'teacher ({teacher.config.llm})', measure(teacher, usage, given))}")
-    print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")
+    if not is_of_given_parts(config):
+        student = describe_student(config, teacher)
+        print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         OSError: something cannot be written; `folder` stays as it was.
     """
     folder = Path(os.path.abspath(folder))  # "." has no name
-    with _explain_unwritten(folder):
+    with explain_unwritten(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder.parent, escape(folder.name))
         temporary = temporary_path(folder)
@@ -171,7 +171,7 @@ def as_system_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _explain_unwritten(path: Path) -> Iterator[None]:
+def explain_unwritten(path: Path) -> Iterator[None]:
     """Say of a failed write what cannot be written, why, and what to do, in place of whatever a library raised."""
     try:
         with as_system_errors():

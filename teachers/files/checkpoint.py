@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shards.files.write import as_system_errors, open_atomically
+from shards.files.write import explain_unwritten, open_atomically
 from teachers.files.loading import build_salmonn
 from teachers.files.weights import assign_parameter_, read_torch_file
 from teachers.lora import SALMONN_LORA, Lora
@@ -190,7 +190,7 @@ def save_checkpoint(model: Salmonn, path: str | Path) -> None:
             state[key] = parameter.detach().cpu().clone()
     content = {"model": state, "config": {"model": _settings_to_save(model)}}
 
-    with open_atomically(Path(path), "wb") as file, as_system_errors():
+    with explain_unwritten(Path(path)), open_atomically(Path(path), "wb") as file:
         torch.save(content, file)
 
 

@@ -156,7 +156,7 @@ def test_augmented_samples_do_not_depend_on_ranks_workers_or_order(tmp_path):
     ("options", "message"),
     [
         ({"noise_share": 1.5}, "noise_share is 1.5, but a share is 0 to 1"),
-        ({"gain_range": (3, -3)}, r"gain_range is \(3, -3\), but it goes from the lower"),
+        ({"gain_range": (3, -3)}, r"gain_range is \(3\.0, -3\.0\), but it goes from the lower"),
         ({"noise_range": (0, float("nan"))}, "noise_range is"),
         ({"speed_range": (0.0, 1.0)}, "it must lie in 0.5 to 2"),
         ({"teacher_hears": "nothing"}, "teacher_hears is 'nothing'"),

@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distill.cli import main
 from distill.config import load_config
+from distill.demo.scratch import build_llm
 from distill.evaluation.efficiency import Efficiency, make_rows, measure_all, read_efficiency
 from distill.evaluation.efficiency import main as measure
 from distill.evaluation.evaluate import list_models
 from distill.evaluation.report import write_report
 from distill.exporting.gguf import to_iq4_nl, write_gguf
 from distill.run import run
-from distill.teach import build_llm
 from students.device.__main__ import main as run_device
 from students.device.export import MAX_ERROR, WHOLE, choose, describe, write_graphs
 from students.device.student import DeviceStudent

@@ -9,13 +9,13 @@ from transformers import WhisperForConditionalGeneration
 
 from distill.cache import cache
 from distill.config import StudentConfig, load_config
+from distill.demo.scratch import build_whisper
 from distill.distiller import Distiller
 from distill.doctor.doctor import build_case
 from distill.doctor.objective import check_gradients
 from distill.export import export
 from distill.run import run
 from distill.sizes.costs import describe_student, describe_teacher, measure_sizes
-from distill.teach import build_whisper
 from students.ears import measure_ears_error
 from students.student import build_student, load_student, save_student
 from teachers.ears.shape import even_places, keep_layers_

@@ -9,11 +9,11 @@ import torch
 
 from distill.cache import cache
 from distill.config import Config, LossConfig, StudentConfig, TeacherConfig, load_config
+from distill.demo.scratch import build_whisper
 from distill.distiller import Distiller
 from distill.objective.module import Objective
 from distill.objective.terms import TERMS
 from distill.run import run
-from distill.teach import build_whisper
 from distill.training.microbatch import Collator
 from students.student import build_student, load_student
 from teachers.lora import Lora

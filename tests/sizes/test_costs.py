@@ -28,6 +28,7 @@ from teachers.lora import Lora
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 WHOLE = [path for path in CONFIGS if "base:" not in path.read_text()]  # the page on recipes has the others
+STAGES = [path for path in WHOLE if path.stem.startswith("teacher_")]  # of a teacher's training: they have no student
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,14 @@ def test_a_4_bit_llm_keeps_its_embeddings_whole(parts):
     assert table["LLM embeddings"].bytes == 2 * table["LLM embeddings"].parameters
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_a_teacher_that_is_made_of_given_parts_is_described_and_has_no_student(path, capsys):
+    assert main(["stats", "model", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "teacher (meta-llama/Llama-3.2-3B-Instruct)" in text and "LoRA" in text and "student" not in text
+
+
+@pytest.mark.parametrize("path", [path for path in WHOLE if path not in STAGES], ids=lambda path: path.stem)
 def test_teacher_and_student_of_every_whole_config_are_described_without_their_files(path, tmp_path):
     is_given = bool(load_config(path).teacher.path)
     config = load_config(path, [f"runs={tmp_path}", *([f"teacher.path={tmp_path / 'x'}"] if is_given else [])])

@@ -343,7 +343,9 @@ def test_shards_that_the_catalog_does_not_describe_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "text", ['{"weight_map": {}}', "[1]", '{"shards": [{"name": "train-000000.tar"}]}', '{"shards": 3}', "{"]
 )
-@pytest.mark.parametrize("read", [partial(ShardStream, batch_size=1), partial(verify, workers=1), measure])
+@pytest.mark.parametrize(
+    "read", [lambda shards: ShardStream(shards, Order(batch_size=1)), partial(verify, workers=1), measure]
+)
 def test_an_index_json_of_something_else_is_refused_by_its_name(tmp_path, read, text):
     write_shards(tmp_path, [3])
     (tmp_path / "index.json").write_text(text)
