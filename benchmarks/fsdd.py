@@ -1,4 +1,5 @@
-"""What each term of the objective is worth on real spoken digits: WER of the teacher and of students, three seeds.
+"""What each term of the objective is worth on real spoken digits: WER of the teacher and of students, three seeds, and
+how far a student's predictions of the right answers agree with its teacher's.
 
 The teacher learned from every clip; a student sees the text of 2 % of them, and the teacher's answers to the others.
 Equal steps and batches; CE alone can only use the labelled clips. Run it where `../shared/data/fsdd` is:
@@ -11,11 +12,15 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
-from fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
+from fsdd_students import CONFIG, SEEDS, describe_percents, examine, load_trained
 from record import write_result
 
 from distill.config import load_config
+from distill.evaluation.agreement import Agreement, Predictions, compare_predictions
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import Difference, paired_difference, score
 from distill.pipeline import launch_stage, make_shards
 from distill.teacher import load_teacher
 
@@ -44,14 +49,17 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def train_and_score(variant: str, seed: int, words: list[str]) -> float:
-    """The test WER of one student."""
+def train_and_examine(
+    variant: str, seed: int, words: list[str], teacher: Predictions
+) -> tuple[list[Prediction], Agreement]:
+    """One student's answers to the test split, and its agreement with the teacher."""
     scratch = load_config(CONFIG).run_folder / "scratch"
     overrides = [f"name=fsdd-{variant}-{seed}", f"seed={seed}", f"teacher.path={scratch}/teacher",
                  f"student.llm={scratch}/student-llm", *VARIANTS[variant][1], *words]  # fmt: skip
     config = load_config(CONFIG, overrides)
     subprocess.run([sys.executable, "-m", "distill.run", CONFIG, *overrides], check=True)
-    return score_wer(load_trained(config), config)
+    answers, predictions = examine(load_trained(config), config, teacher)
+    return answers, compare_predictions(teacher, predictions)
 
 
 def main() -> None:
@@ -65,25 +73,68 @@ def main() -> None:
     make_shards(config)
     launch_stage("distill.teach", CONFIG, words, None)
     launch_stage("distill.cache", CONFIG, words, None)
-    teacher = score_wer(load_teacher(config), config)
+    answers, predictions = examine(load_teacher(config), config)
+    teacher = error_rate(answers)
     jobs = [(variant, seed) for seed in SEEDS for variant in variants]
     with ThreadPoolExecutor(2) as pool:
-        wers = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, words), jobs)))
-    students = {variant: [wers[variant, seed] for seed in SEEDS] for variant in variants}
+        found = dict(zip(jobs, pool.map(lambda job: train_and_examine(*job, words, predictions), jobs)))
+    answered = {variant: [found[variant, seed][0] for seed in SEEDS] for variant in variants}
+    students = {variant: [error_rate(answers) for answers in answered[variant]] for variant in variants}
+    agreement = {variant: [found[variant, seed][1] for seed in SEEDS] for variant in variants}
     means = {variant: statistics.mean(values) for variant, values in students.items()}
     gap_closed = (means["ce"] - min(means["ce_kl"], means["ce_kl_feature"])) / (means["ce"] - teacher)
-    figures = {"teacher": teacher, "students": students, "gap_closed": gap_closed, "steps": config.train.steps}
-    write_result("fsdd", figures, make_table(teacher, students, gap_closed))
+    over_answers = {variant: paired_difference(answered[variant], answered["ce_pseudo"], normalize=False)["asr"]
+                    for variant in variants if variant not in ("ce", "ce_pseudo")}  # fmt: skip
+    figures = {
+        "teacher": teacher,
+        "students": students,
+        "gap_closed": gap_closed,
+        "agreement": {v: {name: [getattr(a, name) for a in each] for name in ("top1", "kl", "student_ece")}
+                      for v, each in agreement.items()},
+        "teacher_ece": agreement["ce"][0].teacher_ece,
+        "over_answers": {variant: asdict(difference) for variant, difference in over_answers.items()},
+        "steps": config.train.steps,
+    }  # fmt: skip
+    write_result("fsdd", figures, make_table(teacher, students, gap_closed, agreement, over_answers))
 
 
-def make_table(teacher: float, students: dict[str, list[float]], gap_closed: float) -> str:
-    """Markdown: mean and standard deviation over the seeds."""
-    lines = ["| model | WER % (mean ± sd, 3 seeds) | each |", "|---|---|---|", f"| teacher | {100 * teacher:.2f} | |"]
-    lines += [f"| student, {VARIANTS[variant][0]} | {describe_percents(wers)} |" for variant, wers in students.items()]
-    closed = (
-        f"The better of the two distilled students closes {gap_closed:.0%} of the gap between CE alone and teacher."
+def error_rate(answers: list[Prediction]) -> float:
+    """WER of answers that are digits in words."""
+    return score(answers, normalize=False)["asr"].value
+
+
+def make_table(
+    teacher: float,
+    students: dict[str, list[float]],
+    gap_closed: float,
+    agreement: dict[str, list[Agreement]],
+    over_answers: dict[str, Difference],
+) -> str:
+    """Markdown: mean and standard deviation over the seeds, and of differences the interval over clips."""
+    ece = agreement["ce"][0].teacher_ece
+    lines = [
+        "| model | WER % (mean ± sd, 3 seeds) | each | beside the teacher's answers alone, points of WER | "
+        "same next token % | KL to teacher, nats | ECE % |",
+        "|---|---|---|---|---|---|---|",
+        f"| teacher | {100 * teacher:.2f} | | | | | {100 * ece:.2f} |",
+    ]
+    for variant, wers in students.items():
+        means = {name: statistics.mean(getattr(a, name) for a in agreement[variant])
+                 for name in ("top1", "kl", "student_ece")}  # fmt: skip
+        paired = ""
+        if variant in over_answers:
+            d = over_answers[variant]
+            paired = f"{100 * d.value:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
+        lines.append(
+            f"| student, {VARIANTS[variant][0]} | {describe_percents(wers)} | {paired} | {100 * means['top1']:.2f} | "
+            f"{means['kl']:.4f} | {100 * means['student_ece']:.2f} |"
+        )
+    notes = (
+        f"The better of the two distilled students closes {gap_closed:.0%} of the gap between CE alone and teacher.\n\n"
+        "In brackets: the 95 % interval of a paired bootstrap over clips, seeds averaged. Token, KL and ECE are of "
+        "the next tokens of the right answers."
     )
-    return "\n".join([*lines, "", closed])
+    return "\n".join([*lines, "", notes])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from threading import Lock
 
 from distill.config import Config
-from distill.evaluation.answering import evaluate
+from distill.evaluation.agreement import Predictions, predict_answers
+from distill.evaluation.answering import answer, evaluate
+from distill.evaluation.metrics.metric import Prediction
 from students.student import load_student
 from teachers.salmonn import Salmonn
 
@@ -23,6 +25,12 @@ def load_trained(config: Config) -> Salmonn:
 def score_wer(model: Salmonn, config: Config) -> float:
     """Its WER on the test split."""
     return evaluate(model, config.shards("test"), config.eval)["asr"].value
+
+
+def examine(model: Salmonn, config: Config, teacher: Predictions | None = None) -> tuple[list[Prediction], Predictions]:
+    """Its answers to the test split, and what it predicts of the right ones, beside its teacher's predictions."""
+    shards = config.shards("test")
+    return answer(model, shards, config.eval), predict_answers(model, shards, config.eval, teacher)
 
 
 def describe_percents(values: Sequence[float], digits: int = 2) -> str:

@@ -1,4 +1,5 @@
-"""A teacher's answers to a split and what they cost, kept beside its cache for the next student of the same teacher.
+"""A teacher's answers to a split, its predictions of the right ones and its cost, kept beside its cache for the next
+student of the same teacher.
 
 Known by a hash of the teacher, the split's shards, what is asked, the options of `eval` and the device; what is damaged
 or of another hash is made again. Knows no score.
@@ -8,21 +9,27 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from distill.caching.identity import describe_teacher
 from distill.config import Config, fingerprint
+from distill.evaluation.agreement import Predictions
 from distill.evaluation.answering import Cost
 from distill.evaluation.metrics.metric import Prediction
 from distill.teacher import load_teacher, resolve_ears
 from shards.files.write import write_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.streaming.catalog import hash_shards
+from shards.targets.distributions import Sparse
 from shards.tars.source import expand_shards
 
 FOLDER = "teacher-answers"  # inside the cache's folder
-VERSION = 2  # of the files, and of how answers are made
+TENSORS = ".safetensors"  # beside the answers: the predictions
+VERSION = 3  # of the files, and of how answers are made
 OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "front_end", "dtype")
 
 
@@ -49,22 +56,36 @@ def find_answer_cache(config: Config) -> Path:
     return config.cache_folder / FOLDER / f"{fingerprint([*parts, split])[:16]}.json"
 
 
-def read_answer_cache(path: Path) -> tuple[list[Prediction], Cost] | None:
-    """Answers and cost that were kept; None where there are none or the file is damaged."""
+class Examined(NamedTuple):
+    """What a model did with a split."""
+
+    answers: list[Prediction]
+    cost: Cost
+    predictions: Predictions
+
+
+def read_answer_cache(path: Path) -> Examined | None:
+    """What was kept; None where there is nothing or a file is damaged."""
     try:
-        content = read_object(path, {"answers": list, "cost": dict})
+        content = read_object(path, {"answers": list, "cost": dict, "vocabulary": str})
         answers = [Prediction(**{**fields, "references": tuple(fields["references"])}) for fields in content["answers"]]
-        return answers, Cost(**content["cost"])
-    except (OSError, ShapeError, TypeError, KeyError):
+        tensors = load_file(path.with_suffix(TENSORS))
+        sparse = Sparse(*(tensors.pop(name) for name in Sparse._fields))
+        return Examined(answers, Cost(**content["cost"]), Predictions(content["vocabulary"], sparse=sparse, **tensors))
+    except (OSError, ShapeError, TypeError, KeyError, SafetensorError):
         return None
 
 
-def write_answer_cache(path: Path, answers: list[Prediction], cost: Cost) -> None:
-    """Keep answers and cost for the next student.
+def write_answer_cache(path: Path, examined: Examined) -> None:
+    """Keep what a teacher did for the next student.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"answers": [asdict(a) for a in answers], "cost": asdict(cost)}, indent=1)
-    write_atomically(path, content)
+    predictions = examined.predictions
+    tensors = {name: getattr(predictions, name) for name in ("labels_S", "top_S", "confidence_S")}
+    write_atomically(path.with_suffix(TENSORS), save(tensors | predictions.sparse._asdict()))
+    content = {"answers": [asdict(a) for a in examined.answers], "cost": asdict(examined.cost),
+               "vocabulary": predictions.vocabulary}  # fmt: skip
+    write_atomically(path, json.dumps(content, indent=1))

@@ -41,8 +41,6 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
     """
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     clips = find_clips(folder)
-    if not clips.references:
-        raise ValueError(f"{folder} has no clip with a text, but answers are compared with one; pack some that have.")
     stream = ShardStream(
         folder,
         Order(batch_size=options.batch_size * size, shuffle=False, epochs=1),

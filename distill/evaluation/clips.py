@@ -31,6 +31,7 @@ def find_clips(shards: str | Path | Sequence[str | Path]) -> Clips:
 
     Raises:
         ShardError: a shard is missing or changed.
+        ValueError: no clip has a text, so there is nothing to compare with.
     """
     catalog = open_catalog(shards)
     reader = Reader(catalog, ShardCache(), None, 0, MAX_SECONDS)
@@ -50,4 +51,6 @@ def find_clips(shards: str | Path | Sequence[str | Path]) -> Clips:
         if asked != key:
             left_out.append(key)
     reader.close()
+    if not references:
+        raise ValueError(f"{shards} has no clip with a text, but answers are compared with one; pack some that have.")
     return Clips(references, tuple(left_out))

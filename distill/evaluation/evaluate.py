@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.config import SPLITS, Config
-from distill.evaluation.answer_cache import find_answer_cache, read_answer_cache, write_answer_cache
+from distill.evaluation.agreement import Predictions, compare_predictions, predict_answers
+from distill.evaluation.answer_cache import Examined, find_answer_cache, read_answer_cache, write_answer_cache
 from distill.evaluation.answering import Cost, answer, clock_tokens, measure_cost
 from distill.evaluation.efficiency import SECONDS, TOKENS, make_rows, measure_all
 from distill.evaluation.metrics.metric import Prediction
@@ -79,19 +80,19 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     ears = config.student.ears_quantization
     narrow = f", ears {ears}" if ears != "none" else ""
     student_name = f"student ({Path(student_llm(config)).name}, {config.student.quantization}{narrow})"
-    answers, costs = {}, {}  # one model after the other: a peak of memory is to be one model's
-    answers["teacher"], costs["teacher"] = evaluate_teacher(config)
+    teacher = evaluate_teacher(config)  # one model after the other: a peak of memory is to be one model's
     loader = partial(load_student, folder, dtype=resolve_precision(config.precision), for_inference=is_fast(config))
-    answers["student"], costs["student"] = evaluate_model(loader, "student", config)
-    device = None
+    student = evaluate_model(loader, "student", config, teacher.predictions)
+    answers, device = {"teacher": teacher.answers, "student": student.answers}, None
     if (config.run_folder / DEVICE / MANIFEST).is_file():
-        answers["device"], device = examine_device(config, costs["student"].num_parameters)
+        answers["device"], device = examine_device(config, student.cost.num_parameters)
     write_answers(answers, config.run_folder / "answers.jsonl")
     card = Scorecard(
         name=config.name,
-        teacher=figures("teacher", costs["teacher"], answers["teacher"], teacher_path(config), config),
-        student=figures(student_name, costs["student"], answers["student"], folder, config),
-        retained=retained_quality(answers["student"], answers["teacher"], normalize=config.eval.normalize),
+        teacher=figures("teacher", teacher.cost, teacher.answers, teacher_path(config), config),
+        student=figures(student_name, student.cost, student.answers, folder, config),
+        retained=retained_quality(student.answers, teacher.answers, normalize=config.eval.normalize),
+        agreement=compare_predictions(teacher.predictions, student.predictions),
         training=training_figures(config),
         device=device,
     )
@@ -105,26 +106,37 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     return card
 
 
-def evaluate_teacher(config: Config) -> tuple[list[Prediction], Cost]:
-    """What the teacher answers and costs, as it was kept of an evaluation of another student, or made now and kept."""
+def evaluate_teacher(config: Config) -> Examined:
+    """What the teacher answers, predicts and costs, kept of an evaluation of another student, or made now and kept."""
     path = find_answer_cache(config)
     kept = read_answer_cache(path)
     if kept is not None:
         print(f"teacher: its answers are in {path}, used again", file=sys.stderr)
         return kept
-    answers, cost = evaluate_model(lambda: load_teacher(config), "teacher", config)
-    write_answer_cache(path, answers, cost)
-    return answers, cost
+    examined = evaluate_model(lambda: load_teacher(config), "teacher", config)
+    write_answer_cache(path, examined)
+    return examined
 
 
-def evaluate_model(load: Callable[[], Salmonn], name: str, config: Config) -> tuple[list[Prediction], Cost]:
-    """Load a model, let it answer the test split, measure what it costs, and let it go."""
+def evaluate_model(
+    load: Callable[[], Salmonn], name: str, config: Config, teacher: Predictions | None = None
+) -> Examined:
+    """Load a model, let it answer and predict the test split, measure what it costs, and let it go.
+
+    Args:
+        load: gives the model.
+        name: of its progress lines.
+        config: the configuration of the run.
+        teacher: what its teacher predicted, for a student.
+    """
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
     if model.only_answers:
         print(f"{name} answers with {model.only_answers}; precision=float32 has it as it was trained", file=sys.stderr)
     model.set_eval_prompts(config.eval.prompts)
     with packed_for_answers(model.llm) if is_fast(config) else nullcontext():
-        return answer_and_cost(model, name, config)
+        answers = answer(model, config.shards("test"), config.eval, title=name)
+        predictions = predict_answers(model, config.shards("test"), config.eval, teacher, title=f"{name} predicts")
+        return Examined(answers, measure_cost(model, find_readable(config)), predictions)
 
 
 def examine_device(config: Config, num_parameters: int) -> tuple[list[Prediction], ModelFigures]:
@@ -149,12 +161,6 @@ def examine_device(config: Config, num_parameters: int) -> tuple[list[Prediction
 def is_fast(config: Config) -> bool:
     """Whether models answer as fast as this processor can, as a user's do, and less exactly (`students.answering`)."""
     return config.precision != "float32" and not torch.cuda.is_available()
-
-
-def answer_and_cost(model: Salmonn, name: str, config: Config) -> tuple[list[Prediction], Cost]:
-    """A model's answers to the test split, and what one costs."""
-    answers = answer(model, config.shards("test"), config.eval, title=name)
-    return answers, measure_cost(model, find_readable(config))
 
 
 def find_readable(config: Config) -> Sample:

@@ -14,6 +14,7 @@ from distill.evaluation.scorecard import (
     DEVICE_HEADERS,
     SCORECARD,
     Scorecard,
+    agreement_rows,
     cost_rows,
     count_clips,
     device_rows,
@@ -81,7 +82,7 @@ def _scorecard_html(card: Scorecard) -> list[str]:
     """The same rows as in the terminal."""
     parts = ["<h2>Scorecard</h2>"]
     headers = ("", card.teacher.name, card.student.name, "student ÷ teacher")
-    for rows in (score_rows(card), cost_rows(card)):
+    for rows in filter(None, (score_rows(card), agreement_rows(card), cost_rows(card))):
         lines = [_row_html("th", headers), *(_row_html("td", row) for row in rows)]
         parts += ["<table>", *lines, "</table>"]
     if card.device is not None:

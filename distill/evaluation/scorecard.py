@@ -39,6 +39,17 @@ class ModelFigures:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Of a student with its teacher: what both predict at all positions of the right answers, see `agreement.py`."""
+
+    num_positions: int  # of the student
+    teacher_ece: float  # expected calibration error, a fraction
+    student_ece: float
+    top1: float | None = None  # share of positions whose most probable token is the same; None: other tokens
+    kl: float | None = None  # KL(teacher ‖ student), nats a token, temperature 1; None: other tokens
+
+
+@dataclass(frozen=True)
 class Scorecard:
     """Teacher and student side by side."""
 
@@ -48,6 +59,7 @@ class Scorecard:
     retained: dict[str, Retained] = field(default_factory=dict)  # by task
     training: dict[str, float | str] = field(default_factory=dict)  # name with unit to figure: steps, seconds, …
     device: ModelFigures | None = None  # the student's folder for devices
+    agreement: Agreement | None = None  # of the student's predictions with the teacher's
 
     def to_json(self) -> str:
         """As text; `from_json` gives an equal scorecard back."""
@@ -73,7 +85,8 @@ class Scorecard:
             scores = {task: TaskScore(**score) for task, score in fields[role]["scores"].items()}
             models[role] = ModelFigures(**{**fields[role], "scores": scores})
         retained = {task: Retained(**kept) for task, kept in fields["retained"].items()}
-        return cls(**{**fields, **models, "retained": retained})
+        agreement = Agreement(**fields["agreement"]) if fields.get("agreement") else None  # older ones have none
+        return cls(**{**fields, **models, "retained": retained, "agreement": agreement})
 
 
 def write_scorecard(card: Scorecard, run_folder: Path) -> Path:
@@ -97,7 +110,7 @@ def read_scorecard(run_folder: Path) -> Scorecard:
         )
     try:
         card = Scorecard.from_json(path.read_bytes())
-        score_rows(card), cost_rows(card)  # what cannot be shown is damaged too
+        score_rows(card), agreement_rows(card), cost_rows(card)  # what cannot be shown is damaged too
         return card
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         problem = error if isinstance(error, ShapeError) else f"is no scorecard ({error})"
@@ -121,6 +134,18 @@ def score_rows(card: Scorecard) -> list[Row]:
                 _show_retained(card.retained.get(task), found[0]),
             )
         )
+    return rows
+
+
+def agreement_rows(card: Scorecard) -> list[Row]:
+    """How the student predicts the right answers' tokens beside the teacher, and how well calibrated each is."""
+    found = card.agreement
+    if found is None:
+        return []
+    rows = [("calibration error ↓", f"{found.teacher_ece:.1%}", f"{found.student_ece:.1%}", "–")]
+    if found.top1 is not None and found.kl is not None:
+        rows.insert(0, ("same next token ↑", "–", f"{found.top1:.1%}", "–"))
+        rows.insert(1, ("KL to teacher ↓", "–", f"{found.kl:.3f}", "–"))
     return rows
 
 
@@ -162,6 +187,12 @@ def explain_scores(card: Scorecard) -> list[str]:
         "In brackets: the 95 % bootstrap interval over clips. Student ÷ teacher is of quality: (1 − rate) ÷ (1 − rate) "
         "for error rates, the score itself for the others."
     ]
+    if card.agreement is not None:
+        known = "" if card.agreement.top1 is not None else "; their tokens differ, so nothing else is compared"
+        lines.append(
+            f"Next tokens of the right answers ({card.agreement.num_positions:,}): KL in nats a token, calibration "
+            f"error (ECE) over 15 bins of confidence{known}."
+        )
     chances = [
         f"{task} {_form(score.metric).format(score.extra['chance'])}"
         for task, score in sorted(scores.items())
@@ -220,9 +251,10 @@ def print_scorecard(card: Scorecard, console: Console | None = None) -> None:
         table.add_column(header, justify="right", min_width=14, overflow="fold")
     for name, *figures in score_rows(card):  # on two lines, so that 80 columns hold them
         table.add_row(name.replace(": ", "\n"), *(figure.replace(" [", "\n[") for figure in figures))
-    table.add_section()
-    for row in cost_rows(card):
-        table.add_row(*row)
+    for rows in (agreement_rows(card), cost_rows(card)):
+        table.add_section()
+        for row in rows:
+            table.add_row(*row)
     console.print(table)
     if card.device is not None:
         console.print(make_device_table(card))

@@ -7,6 +7,7 @@ import soundfile
 import tiny
 
 from distill.config import EvalConfig
+from distill.evaluation.agreement import predict_answers
 from distill.evaluation.answering import answer, evaluate
 from distill.evaluation.clips import find_clips
 from distill.evaluation.metrics.scores import score
@@ -61,3 +62,5 @@ def test_a_split_without_a_text_is_refused_by_name(tmp_path):
     pack(tmp_path / "x.json", tmp_path / "x", name="x", workers=1)
     with pytest.raises(ValueError, match=r"x has no clip with a text, but answers are compared with one"):
         answer(None, tmp_path / "x", EvalConfig())
+    with pytest.raises(ValueError, match=r"x has no clip with a text, but answers are compared with one"):
+        predict_answers(None, tmp_path / "x", EvalConfig())

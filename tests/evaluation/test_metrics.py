@@ -5,7 +5,15 @@ import pytest
 
 from distill.evaluation.metrics.captions import bleu_4, cider_d, rouge_l
 from distill.evaluation.metrics.metric import Prediction
-from distill.evaluation.metrics.scores import is_above_chance, name_metric, retained_quality, score, scored_tasks
+from distill.evaluation.metrics.scores import (
+    Difference,
+    is_above_chance,
+    name_metric,
+    paired_difference,
+    retained_quality,
+    score,
+    scored_tasks,
+)
 
 
 def asr(*pairs, task="asr"):
@@ -239,3 +247,19 @@ def test_repeating_a_right_word_does_not_raise_cider():
     references = [["a dog barks in the rain"], ["a low tone"]]
     once, often = cider_d(["a dog barks", ""], references)[0], cider_d(["a dog dog dog barks", ""], references)[0]
     assert often < once
+
+
+def test_a_paired_difference_is_of_the_means_over_runs_and_knows_clips_that_are_hard_for_both():
+    def run(wrong):
+        return [
+            Prediction(f"c{i}", "asr", "toys", ("one two",), "nine nine" if i in wrong else "one two")
+            for i in range(40)
+        ]
+
+    hard = set(range(20))
+    found = paired_difference([run(hard), run(hard)], [run(hard | {20}), run(hard | {20, 21})])["asr"]
+    assert found.value == pytest.approx(-1.5 / 40)
+    assert -0.15 < found.low < found.value < found.high <= 0
+    assert paired_difference([run(hard)], [run(hard)])["asr"] == Difference(0, 0, 0)
+    with pytest.raises(ValueError, match=r"clips of the runs are \[39, 40\] and not the same ones"):
+        paired_difference([run(hard)], [run(hard)[1:]])

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -15,7 +16,14 @@ from distill.evaluation.evaluate import figures
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import retained_quality, score
 from distill.evaluation.report import read_metrics, write_report
-from distill.evaluation.scorecard import ModelFigures, Scorecard, print_scorecard, read_scorecard, write_scorecard
+from distill.evaluation.scorecard import (
+    Agreement,
+    ModelFigures,
+    Scorecard,
+    print_scorecard,
+    read_scorecard,
+    write_scorecard,
+)
 
 
 def predictions(wrong):
@@ -37,6 +45,7 @@ def card():
         student=ModelFigures("student-<0.2M>", 250_000, score(student), weights_mb=0.5, first_token_ms=5.0),
         retained=retained_quality(student, teacher),
         training={"steps": 300, "minutes": 1.5, "launch": "2 ranks, ZeRO-2"},
+        agreement=Agreement(120, teacher_ece=0.015, student_ece=0.052, top1=0.968, kl=0.0213),
     )
 
 
@@ -50,6 +59,14 @@ def show(card, width=160):
     console = Console(file=io.StringIO(), width=width)
     print_scorecard(card, console)
     return console.file.getvalue()
+
+
+def test_a_scorecard_shows_how_far_the_predictions_agree_and_says_where_tokens_differ(card):
+    text = show(card)
+    assert all(part in text for part in ("same next token ↑", "96.8%", "0.021", "1.5%", "5.2%", "answers (120)"))
+    apart = show(replace(card, agreement=Agreement(120, teacher_ece=0.015, student_ece=0.052)))
+    assert "same next token" not in apart and "their tokens differ, so nothing else is compared" in apart
+    assert "calibration" not in show(replace(card, agreement=None))
 
 
 def test_a_scorecard_comes_back_from_its_file_as_it_was(card, tmp_path):

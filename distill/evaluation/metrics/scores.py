@@ -47,6 +47,15 @@ class Retained:
     high: float
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Of two metrics on the same clips, with the 95 % interval of a bootstrap over pairs of answers."""
+
+    value: float
+    low: float
+    high: float
+
+
 def scored_tasks() -> tuple[str, ...]:
     """The tasks that have a metric. One that is missing here cannot be scored, and says so."""
     return tuple(task for metric in METRICS.values() for task in metric.tasks)
@@ -199,6 +208,41 @@ def retained_quality(
             our, their = (metric.quality(tally.value) for tally in (ours, theirs))
             retained[task] = Retained(float(our / their), *_interval(our_N[their_N > 0] / their_N[their_N > 0]))
     return retained
+
+
+def paired_difference(
+    first: Sequence[Iterable[Prediction]],
+    second: Sequence[Iterable[Prediction]],
+    *,
+    normalize: bool = True,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """How much one way of training scores above another, by task: of each, one or more runs that answered one split.
+
+    Runs are averaged clip by clip, and clips are resampled for both at once: the interval is of the clips, and what
+    varies from seed to seed is in it only by its mean.
+
+    Args:
+        first, second: answers of each run.
+        normalize, seed: as in `score`.
+
+    Raises:
+        ValueError: the runs did not answer the same clips.
+    """  # fmt: skip
+    runs = [[_by_task(answers) for answers in side] for side in (first, second)]
+    clips = [{(task, p.key) for task, group in run.items() for p in group} for side in runs for run in side]
+    if any(clips[0] != other for other in clips):
+        raise ValueError(
+            f"clips of the runs are {sorted({len(c) for c in clips})} and not the same ones, but a paired difference "
+            f"compares answers to the same; evaluate all on one manifest."
+        )
+    differences = {}
+    for task in runs[0][0]:
+        tallies = [[find_metric(task).tally(run[task], normalize) for run in side] for side in runs]
+        means = [Tally(sum(t.gained for t in side), sum(t.possible for t in side)) for side in tallies]
+        ours_N, theirs_N = (np.divide(*_resample(tally, seed)) for tally in means)
+        differences[task] = Difference(means[0].value - means[1].value, *_interval(ours_N - theirs_N))
+    return differences
 
 
 def _resampled_quality(metric: Metric, tally: Tally, seed: int) -> np.ndarray:
