@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.objective.fused import fused_ce_kl
+from distill.objective.head import Head
 from distill.objective.losses import ce, dense_divergence, forward_kl
 from shards.targets.distributions import Distribution
 
@@ -67,8 +68,8 @@ class Inputs:
 
 def ours(x: Inputs) -> None:
     share_S = torch.full((NUM_SUPERVISED,), 1 / NUM_SUPERVISED)
-    fused = fused_ce_kl(x.hidden_PD[x.positions_S], x.weight_VD, x.labels_S, x.targets.at(1.0), share_S, share_S,
-                        1.0)  # fmt: skip
+    fused = fused_ce_kl(x.hidden_PD[x.positions_S], Head(x.weight_VD), x.labels_S, x.targets.at(1.0), share_S,
+                        share_S, 1.0)  # fmt: skip
     fused.loss_S.sum().backward()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.doctor.plain import PLAIN, answer_of, say_plainly
 from distill.objective.fused import fused_ce_kl
+from distill.objective.head import Head
 from distill.objective.module import Objective
 from distill.objective.terms import TERMS
 from distill.objective.weighing import MicroBatch, Terms, count, weigh
@@ -245,8 +246,8 @@ def check_zero(case: Case) -> str:
     states_SC = (loss.temperature * outcomes_SC).clamp(min=-1e4).requires_grad_()
     head_CC, one_S = torch.eye(num_kept + 1, dtype=torch.double, device=states_SC.device), torch.ones_like(residual_S)
     value = fused_ce_kl(
-        states_SC, head_CC, ids_SK[:, 0], Sparse(ids_SK, logprobs_SK, residual_S), 0 * one_S, one_S, loss.temperature,
-        divergence=case.objective.divergence,
+        states_SC, Head(head_CC), ids_SK[:, 0], Sparse(ids_SK, logprobs_SK, residual_S), 0 * one_S, one_S,
+        loss.temperature, divergence=case.objective.divergence,
     ).loss_S.sum()  # fmt: skip
     slope = torch.autograd.grad(value, states_SC)[0].abs().max()
     value = abs(float(value.detach()))

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from distill.objective.alignment import NO_CHUNK, Alignment, align, answer_ends, token_bytes
+from distill.objective.divergences import Divergence, forward_kl_terms
 from distill.objective.fused import fused_ce_kl
+from distill.objective.head import Head
 from distill.objective.losses import check_temperature, move_into_bucket
 from distill.objective.numerics import expect, widen
 from shards.targets.distributions import Sparse
@@ -201,7 +203,7 @@ class CrossLoss(NamedTuple):
 
 def fused_cross_loss(
     hidden_SD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     labels_S: Tensor,
     targets: CrossTargets,
     ce_weight_S: Tensor,
@@ -209,7 +211,8 @@ def fused_cross_loss(
     chunk_weight_C: Tensor,
     temperature: float,
     chunk_temperature: float = 100.0,
-    **head_options,
+    *,
+    divergence: Divergence = forward_kl_terms,
 ) -> CrossLoss:
     """Weighted sum of cross-entropy, KL at matched positions and chunk likelihood, without the logits.
 
@@ -218,25 +221,26 @@ def fused_cross_loss(
     matrix products with the head instead of two, and the exact gradient.
 
     Args:
-        hidden_SD: the student's states that enter the head; `weight_VD` and `labels_S` as in `fused_ce_kl`.
+        hidden_SD: the student's states that enter the head; `head` and `labels_S` as in `fused_ce_kl`.
         targets: from `Translator.translate`, at `temperature`.
         ce_weight_S: what a position's cross-entropy counts.
         kl_weight_S: what its KL counts; positions that do not match count nothing whatever it is.
         chunk_weight_C: what a chunk counts.
         temperature: the temperature of the KL, whose value holds its square.
         chunk_temperature: the temperature of the chunks, see `chunk_likelihood`.
-        head_options: `softcap`, `logit_scale`, `bias_V` and `vocab_size` of `fused_ce_kl`.
+        divergence: terms of the KL, as in `fused_ce_kl`.
     """
-    common, sparse = (hidden_SD, weight_VD, labels_S), targets.sparse
+    common, sparse = (hidden_SD, head, labels_S), targets.sparse
     with torch.no_grad():
         one_S, none_S = torch.ones_like(ce_weight_S), torch.zeros_like(kl_weight_S)
-        ce_S = fused_ce_kl(*common, sparse, one_S, none_S, temperature, **head_options).ce_S
+        ce_S = fused_ce_kl(*common, sparse, one_S, none_S, temperature).ce_S
     logprobs_S = (-ce_S).requires_grad_()
     with torch.enable_grad():
         chunk_C = chunk_likelihood(logprobs_S, targets.teacher_logprobs_S, targets.alignment, chunk_temperature)
         slope_S = torch.autograd.grad((chunk_weight_C * chunk_C).sum(), logprobs_S)[0]
     kl_weight_S = kl_weight_S * targets.is_matched_S
-    fused = fused_ce_kl(*common, sparse, ce_weight_S - slope_S, kl_weight_S, temperature, **head_options)
+    weights = ce_weight_S - slope_S, kl_weight_S
+    fused = fused_ce_kl(*common, sparse, *weights, temperature, divergence=divergence)
     # The slopes' share of the value gives way to the chunk term itself.
     exchange = (chunk_weight_C * chunk_C).sum() + (slope_S * ce_S).sum()
     return CrossLoss(fused.loss_S.sum() + exchange.detach(), ce_S, fused.kl_S, chunk_C.detach())

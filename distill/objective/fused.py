@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.objective.divergences import Divergence, forward_kl_terms
-from distill.objective.head import Head, choose_product_dtype, columns_in_tile, is_quantized
+from distill.objective.head import Head, TiledHead, columns_in_tile
 from distill.objective.losses import bucket_divergence, check_temperature, move_into_bucket
 from distill.objective.numerics import widen
 from shards.targets.distributions import Sparse
@@ -32,7 +32,7 @@ class FusedLoss(NamedTuple):
 class _Request(NamedTuple):
     """Everything of a call that is not differentiated."""
 
-    head: Head
+    head: TiledHead
     labels_S: Tensor
     teacher: Sparse
     ce_weight_S: Tensor
@@ -55,7 +55,7 @@ class _Mean:
         self.sum_S = torch.zeros_like(self.max_S)
         self.mean_SD = torch.zeros_like(hidden_SD) if needs_mean else None
 
-    def add(self, head: Head, logits_SC: Tensor, slope_SC: Tensor | None, tile_CD: Tensor) -> None:
+    def add(self, head: TiledHead, logits_SC: Tensor, slope_SC: Tensor | None, tile_CD: Tensor) -> None:
         """Take in one tile; `logits_SC` is used up."""
         if self.temperature != 1:
             logits_SC /= self.temperature
@@ -235,7 +235,7 @@ class _Fused(torch.autograd.Function):
 
 def fused_ce_kl(
     hidden_SD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     labels_S: Tensor,
     teacher: Sparse,
     ce_weight_S: Tensor,
@@ -243,27 +243,19 @@ def fused_ce_kl(
     temperature: float,
     *,
     divergence: Divergence = forward_kl_terms,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    bias_V: Tensor | None = None,
-    vocab_size: int | None = None,
 ) -> FusedLoss:
     """`ce_weight * ce + kl_weight * kl` of each supervised position, without its logits.
 
     Args:
         hidden_SD: the states that enter the head, bfloat16 or wider; accumulated in float32 (float64 stays).
-        weight_VD: the head's weight, from `head_weight`; a frozen one gets no gradient buffer, 4-bit is read in tiles.
+        head: the head, `Head.of(llm)`; what the teacher gave to ids beyond its `vocab_size` counts as outside the kept
+            ones.
         labels_S: next-token ids; anything where `ce_weight_S` is 0. An id outside the tokens makes it infinite.
         teacher: at `temperature`; anything where `kl_weight_S` is 0. K may be 0.
         ce_weight_S: what a position's cross-entropy counts: 0 for none, and `ce_S` is 0 there.
         kl_weight_S: what its divergence counts: 0 where the teacher said nothing, and `kl_S` is 0 there.
         temperature: the temperature of the divergence, whose value and gradient it multiplies by its square.
         divergence: terms of the divergence, from `divergences.build_divergence`.
-        softcap: c of `c * tanh(logits / c)`, applied last. Both from `logit_transform(config)`.
-        logit_scale: multiplies the head's product.
-        bias_V: the head's bias.
-        vocab_size: number of tokens that teacher and student share, from `shared_vocab_size`; rows of a padded head
-            beyond it take no part, and what the teacher gave to such ids counts as outside the kept ones.
 
     Returns:
         `FusedLoss`; the kl of `loss_S` and of `kl_S` holds temperature². A second derivative is refused.
@@ -272,21 +264,18 @@ def fused_ce_kl(
         ValueError: the temperature is not positive, or `vocab_size` is larger than the head.
     """
     check_temperature(temperature)
-    dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
-    product_dtype = choose_product_dtype(hidden_SD, weight_VD, dtype)
-    head = Head(weight_VD, bias_V, logit_scale, softcap, vocab_size, dtype, product_dtype)
-    if vocab_size is not None:
-        teacher = move_into_bucket(teacher, teacher.ids_SK < vocab_size)
-    tensors = (hidden_SD, bias_V) if is_quantized(weight_VD) else (hidden_SD, weight_VD, bias_V)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    tiled = TiledHead(head, hidden_SD)
+    if head.vocab_size is not None:
+        teacher = move_into_bucket(teacher, teacher.ids_SK < head.vocab_size)
+    dtype = tiled.dtype
     request = _Request(
-        head=head,
+        head=tiled,
         labels_S=labels_S,
         teacher=Sparse(teacher.ids_SK, *(x.detach().to(dtype) for x in teacher[1:])),
         ce_weight_S=ce_weight_S.detach().to(dtype),
         kl_weight_S=kl_weight_S.detach().to(dtype),
         temperature=float(temperature),
         divergence=divergence,
-        needs_gradient=needs_gradient,
+        needs_gradient=torch.is_grad_enabled() and (hidden_SD.requires_grad or bool(head.trained)),
     )
-    return FusedLoss(*_Fused.apply(request, hidden_SD, weight_VD, bias_V))
+    return FusedLoss(*_Fused.apply(request, hidden_SD, head.weight_VD, head.bias_V))

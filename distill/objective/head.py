@@ -5,14 +5,54 @@ Knows which modules hold such a weight and how a 4-bit one becomes floats a few 
 Shapes: S supervised positions, D width, C rows of the weight in one tile, K gathered rows a position.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from teachers.fourbit import bnb, check_unpacked
+from teachers.logits import logit_transform
 
 # One tile of logits has about so many elements: on a CPU it stays in the cache, on a GPU it fills the processors.
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 CPU_BLOCK = 96  # rows that one product sums over on a CPU: longer sums are slower there
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands between the last hidden states and the logits.
+
+    Attributes:
+        weight_VD: the head's weight, from `head_weight`; a frozen one gets no gradient buffer, 4-bit is read in tiles.
+        bias_V: added to the product, or None.
+        logit_scale: multiplies the product and the bias.
+        softcap: c of `c * tanh(logits / c)`, applied last, or None. Both from `logit_transform(config)`.
+        vocab_size: number of tokens that teacher and student share, from `shared_vocab_size`; rows of a padded head
+            beyond it take no part. None: all rows are tokens.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    @classmethod
+    def of(cls, llm: nn.Module, vocab_size: int | None = None) -> "Head":
+        """The head of a causal LM of transformers.
+
+        Raises:
+            ValueError: it has no single weight to read.
+        """
+        module = llm.get_output_embeddings()
+        transform = logit_transform(llm.config.get_text_config())
+        return cls(head_weight(module), getattr(module, "bias", None), vocab_size=vocab_size, **transform)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Its tensors that may have a gradient; a 4-bit weight has none."""
+        tensors = (None if is_quantized(self.weight_VD) else self.weight_VD, self.bias_V)
+        return [x for x in tensors if x is not None and x.requires_grad]
 
 
 def head_weight(module: nn.Module, name: str = "lm_head") -> Tensor:
@@ -91,26 +131,26 @@ def columns_in_tile(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]
     return (ids - start).clamp(0, stop - start - 1), (ids >= start) & (ids < stop)
 
 
-class Head:
+class TiledHead:
     """Logits of one tile of the vocabulary, and sums of weight rows, in the accumulation dtype.
 
     Args:
-        weight_VD: the head's weight, 4-bit or not; never copied as a whole.
-        bias_V: added to the product, or None.
-        logit_scale: multiplies the product and the bias.
-        softcap: c of `c * tanh(logits / c)`, applied last, or None.
-        num_tokens: rows from here on are padding and take no part.
-        dtype: the data type of everything that is returned.
-        product_dtype: of what enters the matrix products: `dtype`, or 16 bits on a GPU, which adds up in float32.
+        head: the head, whose weight is never copied as a whole.
+        hidden_SD: the states that enter it. Accumulated is in float32 (float64 stays), and so is what is returned;
+            what enters the matrix products is that too, or 16 bits on a GPU, which adds up in float32.
+
+    Raises:
+        ValueError: `vocab_size` is larger than the head.
     """
 
-    def __init__(self, weight_VD, bias_V, logit_scale: float, softcap: float | None, num_tokens: int | None, dtype,
-                 product_dtype):  # fmt: skip
-        self.product_dtype = product_dtype
+    def __init__(self, head: Head, hidden_SD: Tensor):
+        weight_VD, bias_V = head.weight_VD, head.bias_V
+        self.dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
+        self.product_dtype = choose_product_dtype(hidden_SD, weight_VD, self.dtype)
         self.rows = _Packed(weight_VD) if is_quantized(weight_VD) else weight_VD.detach()
         self.bias_V = None if bias_V is None else bias_V.detach()
-        self.scale, self.softcap, self.dtype = logit_scale, softcap, dtype
-        num_rows = self.rows.shape[0]
+        self.scale, self.softcap = head.logit_scale, head.softcap
+        num_rows, num_tokens = self.rows.shape[0], head.vocab_size
         if num_tokens is not None and not 0 < num_tokens <= num_rows:
             raise ValueError(
                 f"vocab_size is {num_tokens}, but the head has {num_rows} rows; give the tokenizer's number of tokens."

@@ -13,14 +13,13 @@ from distill.objective.crosstokenizer import fused_cross_loss
 from distill.objective.divergences import build_divergence
 from distill.objective.features import FEATURES
 from distill.objective.fused import fused_ce_kl
-from distill.objective.head import head_weight
+from distill.objective.head import Head
 from distill.objective.losses import check_temperature
 from distill.objective.terms.needs import check_needs, held_by_targets
 from distill.objective.terms.term import Seen
 from distill.objective.weighing import MicroBatch, Terms, present_terms
 from shards.targets.distributions import Sparse
 from teachers.blocks import record_blocks
-from teachers.logits import logit_transform
 from teachers.salmonn import Salmonn
 
 
@@ -81,23 +80,21 @@ class Objective(nn.Module):
 
     def _from_head(self, seen: Seen, weights: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The terms that share one pass over the vocabulary: their sum, and each one's values without gradient."""
-        head, loss, targets = self.student.llm.get_output_embeddings(), self.loss, seen.targets
-        options = {"divergence": self.divergence, "bias_V": getattr(head, "bias", None), "vocab_size": self.vocab_size,
-                   **logit_transform(self.student.llm.config.get_text_config())}  # fmt: skip
-        common = seen.hidden_SD, head_weight(head), seen.batch.labels_S
+        loss, targets = self.loss, seen.targets
+        common = seen.hidden_SD, Head.of(self.student.llm, self.vocab_size), seen.batch.labels_S
         none_S = torch.zeros(len(seen.batch.labels_S), device=seen.batch.labels_S.device)
         weights = {"ce": none_S, "kl": none_S} | weights  # a pass without any of them keeps the ranks in step
         if targets is not None and targets.cross is not None:
             weights = {"chunk": none_S.new_zeros(targets.cross.alignment.num_chunks)} | weights
             found = fused_cross_loss(*common, targets.cross, weights["ce"], weights["kl"], weights["chunk"],
-                                     loss.temperature, loss.chunk_temperature, **options)  # fmt: skip
+                                     loss.temperature, loss.chunk_temperature, divergence=self.divergence)  # fmt: skip
             return found.loss, {"ce": found.ce_S, "kl": found.kl_S, "chunk": found.chunk_C}
         if targets is None or "kl" not in self.terms:
             empty_S0 = seen.hidden_SD.new_zeros((len(none_S), 0))
             sparse = Sparse(empty_S0.long(), empty_S0, empty_S0.sum(-1))
         else:
             sparse = targets.distribution.at(loss.temperature)
-        found = fused_ce_kl(*common, sparse, weights["ce"], weights["kl"], loss.temperature, **options)
+        found = fused_ce_kl(*common, sparse, weights["ce"], weights["kl"], loss.temperature, divergence=self.divergence)
         return found.loss_S.sum(), {"ce": found.ce_S, "kl": found.kl_S}
 
 

@@ -19,6 +19,7 @@ from distill.objective.crosstokenizer import (
     matched_targets,
     twin_ids,
 )
+from distill.objective.head import Head
 from distill.objective.losses import ce, forward_kl
 from shards.targets.distributions import Sparse
 from teachers.words.ending import End
@@ -335,7 +336,7 @@ def test_the_fused_objective_equals_the_plain_terms_in_value_and_gradient(tokeni
     batch = CrossBatch(tokenizers[teacher], tokenizers[student], temperature)
     targets, weights = batch.targets, (batch.ce_weight_S, batch.kl_weight_S, batch.chunk_weight_C)
     assert 2 <= targets.is_matched_S.sum() < len(batch.labels_S), "the end tokens match, and not every token does"
-    fused = fused_cross_loss(batch.hidden_SD, batch.weight_VD, batch.labels_S, targets, *weights, temperature)
+    fused = fused_cross_loss(batch.hidden_SD, Head(batch.weight_VD), batch.labels_S, targets, *weights, temperature)
     logits_SV = batch.hidden_SD @ batch.weight_VD.T
     ce_S = ce(logits_SV, batch.labels_S)
     kl_S = forward_kl(logits_SV, targets.sparse, temperature)

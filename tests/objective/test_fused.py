@@ -8,9 +8,9 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import distill.objective.head
-from distill.objective.divergences import build_divergence
+from distill.objective.divergences import build_divergence, forward_kl_terms
 from distill.objective.fused import FusedLoss, fused_ce_kl
-from distill.objective.head import head_weight
+from distill.objective.head import Head, head_weight
 from distill.objective.losses import ce, dense_divergence, sampled_divergence, sparse_divergence
 from shards.targets.distributions import Sparse
 
@@ -54,10 +54,10 @@ class Case:
     def sparse(self) -> Sparse:
         return Sparse(self.ids_SK, self.logprobs_SK, self.log_residual_S)
 
-    def fused(self, **options) -> FusedLoss:
-        weights = self.ce_weight_S, self.kl_weight_S
+    def fused(self, divergence=forward_kl_terms, **head) -> FusedLoss:
+        head, weights = Head(self.weight_VD, **head), (self.ce_weight_S, self.kl_weight_S)
         return fused_ce_kl(
-            self.hidden_SD, self.weight_VD, self.labels_S, self.sparse, *weights, self.temperature, **options
+            self.hidden_SD, head, self.labels_S, self.sparse, *weights, self.temperature, divergence=divergence
         )
 
     def plain(self, divergence=None, softcap=None, logit_scale=1.0, bias_V=None, vocab_size=None) -> FusedLoss:
@@ -156,8 +156,9 @@ def test_finite_differences_agree(temperature):
     weights = torch.tensor([[0.5, 1.0, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
 
     def loss(hidden_SD, weight_VD, bias_V):
-        return fused_ce_kl(hidden_SD, weight_VD, torch.tensor([8, 0, 1]), Sparse(ids_SK, logprobs_SK, rest_S), *weights,
-                           temperature, softcap=3.0, logit_scale=0.7, bias_V=bias_V).loss_S  # fmt: skip
+        head, labels_S = Head(weight_VD, bias_V, logit_scale=0.7, softcap=3.0), torch.tensor([8, 0, 1])
+        sparse = Sparse(ids_SK, logprobs_SK, rest_S)
+        return fused_ce_kl(hidden_SD, head, labels_S, sparse, *weights, temperature).loss_S
 
     assert gradcheck(loss, [x.requires_grad_() for x in (hidden_SD, weight_VD, bias_V)])
 
@@ -214,7 +215,7 @@ def test_the_gradient_of_a_batch_does_not_depend_on_how_it_is_split():
         for start, stop in itertools.pairwise(borders):
             hidden_SD = case.hidden_SD.detach()[start:stop].requires_grad_()
             part = [Sparse(*(y[start:stop] for y in x)) if isinstance(x, Sparse) else x[start:stop] for x in rows]
-            loss_S = fused_ce_kl(hidden_SD, case.weight_VD, *part, case.temperature).loss_S
+            loss_S = fused_ce_kl(hidden_SD, Head(case.weight_VD), *part, case.temperature).loss_S
             parts.append(gradients(loss_S, 1.0, [hidden_SD])[0])
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-14)
 
