@@ -20,6 +20,7 @@ from distill.demo.scratch import teacher_config
 from distill.distiller import Distiller
 from distill.sizes.costs import model_config
 from shards.sample import SAMPLE_RATE
+from students.hearing import Connector, Hearing
 from students.student import build_student
 from teachers.ears.whisper import WhisperEar
 from teachers.files.loading import build_salmonn
@@ -34,8 +35,8 @@ def train_and_score(ears_seconds: str, config: Config, scratch: Path) -> float:
     """The test WER of a student whose ears are cut so."""
     torch.manual_seed(0)
     base = build_salmonn(teacher_config(config.scratch, scratch))
-    student = build_student(base, str(scratch / "student-llm"), ears_seconds=ears_seconds, connector="new",
-                            quantization="none", seed=config.seed)  # fmt: skip
+    student = build_student(base, str(scratch / "student-llm"), hearing=Hearing(ears_seconds=ears_seconds),
+                            connector=Connector("new"), quantization="none", seed=config.seed)  # fmt: skip
     loss = LossConfig(kl=0.0, feature=0.0)
     name = ears_seconds.replace("+", "-plus-")
     Distiller(None, student, train=config.shards("train"), loss=loss, options=config.train, answers=config.eval,

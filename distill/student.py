@@ -1,7 +1,7 @@
 """The student a config names, at its start: its LLM, its ears, its LoRA. Knows no training."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from distill.training.ranks import resolve_precision
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.ears import describe_ears_error, share_or_load_ears, with_ears
+from students.hearing import Connector, Hearing
 from students.start import load_start_weights_
 from students.student import build_student
 from teachers.lora import Lora
@@ -32,15 +33,9 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         student_llm(config),
         lora=lora_of(config),
         quantization=config.student.quantization,
-        connector=config.student.connector,
-        qformer_dropout=config.student.qformer_dropout,
-        windows=config.student.windows,
-        ears_seconds=config.student.ears_seconds,
-        ears_quantization=config.student.ears_quantization,
-        whisper_layers=config.student.whisper_layers,
-        train_ears=config.student.train_ears,
+        hearing=hearing_of(config),
+        connector=Connector(config.student.connector, config.student.qformer_dropout),
         template=config.student.template,
-        **ears_of(config),
         dtype=dtype,
         seed=config.seed,
         say=say,
@@ -76,9 +71,9 @@ def student_llm(config: Config) -> str:
     raise ValueError("student.llm is empty, but a student needs a LLM; give a folder or a hub id.")
 
 
-def ears_of(config: Config) -> dict[str, str]:
-    """The names of the student's own ears, as `build_student` takes them."""
-    return {name: getattr(config.student, name) for name in ("whisper", "second", "second_kind")}
+def hearing_of(config: Config) -> Hearing:
+    """What the student hears with, whose fields are the config's."""
+    return Hearing(**{field.name: getattr(config.student, field.name) for field in fields(Hearing)})
 
 
 def lora_of(config: Config) -> Lora:

@@ -3,6 +3,8 @@
 from shards.lazy_imports import lazy_exports
 
 _EXPORTS = {
+    "Connector": "students.hearing",
+    "Hearing": "students.hearing",
     "Student": "students.pretrained",
     "build_student": "students.student",
     "load_student": "students.student",

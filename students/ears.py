@@ -1,4 +1,4 @@
-"""What a student hears with: the teacher's frozen encoders, or others; and what its connector starts from.
+"""The encoders of a student: the teacher's own frozen modules, or others; and how its connector is filled.
 
 A student with other ears reads other frames. Every tensor of the teacher's connector that still fits is its start: of
 the cross-attention's keys and values, which stand over both encoders' frames side by side, the columns of an encoder
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.sample import Sample
-from teachers.ears.encoders import WHISPER, second_kinds, shares_spectrum
+from teachers.ears.encoders import WHISPER
 from teachers.ears.shape import reshape_ears_
 from teachers.files.loading import load_ear
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -23,39 +23,6 @@ from teachers.words.batch import pad_waveforms
 
 EARS = ("whisper", "second")
 CONNECTOR = ("ln_speech", "ln_audio", "qformer", "project")
-NONE = "none"  # as a second encoder's kind: there is to be no second encoder
-
-
-def choose_ears(teacher: SalmonnConfig, *, whisper: str = "", second: str = "", second_kind: str = "") -> SalmonnConfig:
-    """The teacher's config with a student's ears.
-
-    Args:
-        teacher: of whom what is not named is taken.
-        whisper: folder or hub id; empty: the teacher's.
-        second: file or folder of the second encoder; empty: the teacher's.
-        second_kind: of `teachers.ears.encoders`, or "none" for no second encoder; empty: the teacher's.
-
-    Raises:
-        ValueError: the second encoder's name and kind contradict each other or the teacher's.
-    """
-    if second_kind == NONE and second:
-        raise ValueError(f"student.second is {second!r}, but student.second_kind is 'none'; empty one of them.")
-    if second and not (second_kind or teacher.second_kind):
-        raise ValueError(
-            f"student.second is {second!r}, but student.second_kind is empty and the teacher has no second encoder "
-            f"whose kind it could be; set student.second_kind to {' or '.join(second_kinds())}."
-        )
-    if not second and second_kind not in ("", NONE, teacher.second_kind):
-        raise ValueError(
-            f"student.second_kind is {second_kind!r}, but student.second is empty and the teacher's second encoder is "
-            f"{teacher.second_kind or NONE!r}; give the {second_kind} file as student.second."
-        )
-    if second_kind == NONE:
-        kept = {"second": "", "second_kind": ""}
-    else:
-        kept = {"second": second or teacher.second, "second_kind": second_kind or teacher.second_kind}
-    front_end = teacher.front_end if shares_spectrum(kept["second_kind"]) else "exact"
-    return dataclasses.replace(teacher, whisper=whisper or teacher.whisper, front_end=front_end, **kept)
 
 
 def find_shared(teacher: SalmonnConfig, student: SalmonnConfig, *, train_ears: bool = False) -> frozenset[str]:

@@ -16,13 +16,13 @@ from students.answering import prepare_to_answer_
 from students.ears import (
     CONNECTOR,
     EARS,
-    choose_ears,
     describe_ears,
     find_shared,
     inherit_connector_,
     inherited_names,
     share_or_load_ears,
 )
+from students.hearing import Connector, Hearing
 from students.quantize import check_whole, quantize_4bit_
 from teachers.files.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
@@ -31,7 +31,7 @@ from teachers.words.rows import RowTokenizer
 from teachers.words.templates import CHAT
 from teachers.words.vocabulary import Vocabulary
 
-LORA = Lora()  # of a student where nothing else is said
+LORA, HEARING, CONNECTOR_START = Lora(), Hearing(), Connector()  # of a student where nothing else is said
 
 
 def build_student(
@@ -40,17 +40,9 @@ def build_student(
     *,
     lora: Lora = LORA,
     quantization: str = "nf4",
-    connector: str = "teacher",
-    qformer_dropout: float = 0.0,
-    windows: str = "audio",
-    ears_seconds: str = "",
-    ears_quantization: str = "none",
-    whisper_layers: int = 0,
-    train_ears: bool = False,
+    hearing: Hearing = HEARING,
+    connector: Connector = CONNECTOR_START,
     template: str = "",
-    whisper: str = "",
-    second: str = "",
-    second_kind: str = "",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     say: Callable[[str], None] = print_status,
@@ -62,17 +54,10 @@ def build_student(
         llm: the student's LLM, a local folder or hub id.
         lora: LoRA on it.
         quantization: "nf4" or "none".
-        connector: "teacher" starts LayerNorms, Q-Former and projection from the teacher's weights where they fit,
-            "new" from random ones.
-        qformer_dropout: in training.
-        windows: "audio" or "all", see `SalmonnConfig`.
-        ears_seconds: what Whisper hears of a clip, "30", "clip" or "clip+P"; empty: as the teacher's does.
-        ears_quantization: bits of the ears' linear layers: "none" (as they are), "bf16" or "int8".
-        whisper_layers: that are kept of Whisper's, evenly spread; 0: all.
-        train_ears: train all of Whisper too, from where it stands; it is then a copy of its own.
+        hearing: ears other than the teacher's, or the teacher's in another form; whether Whisper is trained.
+        connector: what LayerNorms, Q-Former and projection start from, and their dropout.
         template: what stands around a prompt, see `SalmonnConfig`; empty: the teacher's. In its own chat form the
             student's answers end as its turns do.
-        whisper, second, second_kind: other ears than the teacher's, see `students.ears.choose_ears`.
         dtype: the data type of the LLM's products, of what is not quantized, and of ears of its own.
         seed: the seed of LoRA's and the connector's random weights, so that every rank starts from the same.
         say: is told which ears are its own, which tensors of the connector are not the teacher's, and when its answers
@@ -84,34 +69,33 @@ def build_student(
         FileNotFoundError: there is no such encoder.
     """
     torch.manual_seed(seed)
-    heard = choose_ears(teacher.config, whisper=whisper, second=second, second_kind=second_kind)
-    words = {"template": CHAT, "end_token": "", "bos_token": ""}
-    if template != CHAT:
-        words = {"template": template or heard.template, "end_token": choose_end_token(teacher, llm, say),
-                 "bos_token": choose_bos_token(teacher, llm)}  # fmt: skip
-    length = {"windows": windows, "ears_seconds": ears_seconds or teacher.config.ears_seconds}
-    form = {"ears_quantization": ears_quantization if ears_quantization != "none" else heard.ears_quantization,
-            "whisper_layers": whisper_layers or heard.whisper_layers}  # fmt: skip
-    if train_ears and form["ears_quantization"] != "none":
-        raise ValueError(
-            f"ears_quantization is {form['ears_quantization']!r}, but weights in so few bits are not trained; train "
-            f"the ears first, and quantize them with `distill export --ears-bits {form['ears_quantization']}`."
-        )
-    config = dataclasses.replace(heard, llm=llm, qformer_dropout=qformer_dropout, **length, **form, **words)
+    heard, words = hearing.of(teacher.config), choose_words(teacher, llm, template, say)
+    config = dataclasses.replace(heard, llm=llm, qformer_dropout=connector.dropout, **words)
     student = build_salmonn(
         config,
         lora=lora,
         dtype=dtype,
         transform_llm_=quantizer(quantization, dtype),
-        ears=share_or_load_ears(teacher, config, dtype, train_ears=train_ears),
+        ears=share_or_load_ears(teacher, config, dtype, train_ears=hearing.train_ears),
     )
-    shared = find_shared(teacher.config, config, train_ears=train_ears)
+    shared = find_shared(teacher.config, config, train_ears=hearing.train_ears)
     if own := set(EARS) - shared:
         say(f"ears of its own: {describe_ears(config, own)}")
-    if connector == "teacher":
+    if connector.start == "teacher":
         say(inherit_connector_(student, teacher))
     student.inherited_names = inherited_names(student, teacher, shared)
-    return train_own_(student, train_ears=train_ears)
+    return train_own_(student, train_ears=hearing.train_ears)
+
+
+def choose_words(teacher: Salmonn, llm: str, template: str, say: Callable[[str], None]) -> dict[str, str]:
+    """What stands around a student's prompts and answers, by field of `SalmonnConfig`."""
+    if template == CHAT:
+        return {"template": CHAT, "end_token": "", "bos_token": ""}
+    return {
+        "template": template or teacher.config.template,
+        "end_token": choose_end_token(teacher, llm, say),
+        "bos_token": choose_bos_token(teacher, llm),
+    }
 
 
 def choose_end_token(teacher: Salmonn, llm: str, say: Callable[[str], None]) -> str:

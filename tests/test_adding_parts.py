@@ -21,6 +21,7 @@ from distill.teacher import load_teacher
 from shards.manifests.datasets.dataset import Dataset
 from shards.manifests.datasets.table import DATASETS
 from shards.manifests.manifest import read_manifest
+from students.hearing import Hearing
 from students.student import build_student
 from teachers.ears.encoders import ENCODERS
 from teachers.files.loading import load_salmonn, save_salmonn
@@ -37,9 +38,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train_a_step(folder, tmp_path, model, **changes):
+def train_a_step(folder, tmp_path, model, **hearing):
     """The losses of a step of a student of this teacher."""
-    student = build_student(model, str(folder / "parts" / "student-llm"), lora=Lora(rank=4), **changes)
+    student = build_student(model, str(folder / "parts" / "student-llm"), lora=Lora(rank=4), hearing=Hearing(**hearing))
     data = folder / "data" / "train"
     return Distiller(model, student, train=data, options=OPTIONS, run_folder=tmp_path / "run").fit().losses, student
 

@@ -21,6 +21,7 @@ from shards.audio.augmentation import Augmentation
 from shards.field_types import is_null
 from shards.targets.codecs.table import CODECS, find_codec
 from shards.tars.source import is_remote, join_place
+from students.hearing import Connector, Hearing
 from teachers.lora import SALMONN_LORA, Lora
 
 SPLITS = ("train", "valid", "test")  # each a folder of shards
@@ -89,9 +90,9 @@ class StudentConfig:
     """The small model that is trained. Its ears are frozen: the teacher's, or smaller ones."""
 
     llm: str = ""  # folder or hub id
-    whisper: str = ""  # its own Whisper: folder or hub id; empty: the teacher's, shared
-    second: str = ""  # its own second encoder: BEATs or EAT file; empty: the teacher's, shared
-    second_kind: str = ""  # "beats", "eat", or "none": it has no second encoder; empty: the teacher's
+    whisper: str = Hearing.whisper  # its own Whisper: folder or hub id; empty: the teacher's, shared
+    second: str = Hearing.second  # its own second encoder: BEATs or EAT file; empty: the teacher's, shared
+    second_kind: str = Hearing.second_kind  # "beats", "eat", or "none": it has no second encoder; empty: the teacher's
     quantization: str = "nf4"  # "nf4" (double quantization) or "none"
     lora_rank: int = Lora.rank  # of the two small matrices beside each of lora_targets
     lora_alpha: float = Lora.alpha  # their product counts lora_alpha / lora_rank
@@ -99,14 +100,16 @@ class StudentConfig:
     lora_targets: tuple[str, ...] = Lora.targets  # the last parts of the names of the layers that get LoRA, or
     # [all-linear]: every linear layer of the LLM but its head
     start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
-    connector: str = "teacher"  # Q-Former at the start: "teacher" (its weights) or "new" (random)
-    qformer_dropout: float = 0.0  # in training
-    windows: str = "audio"  # "audio": only windows that hold audio reach the LLM; "all": also those of pure padding
-    ears_seconds: str = ""  # that Whisper hears: "30", padded to all it takes; "clip"; "clip+P": and P s of silence;
-    # empty: as the teacher's. A student is trained so, and cached frames are made so
-    ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
-    whisper_layers: int = 0  # that are kept of its Whisper's, evenly spread; 0: all
-    train_ears: bool = False  # train its Whisper too, all of it; loss.frames pulls it to the teacher's
+    connector: str = Connector.start  # Q-Former at the start: "teacher" (its weights) or "new" (random)
+    qformer_dropout: float = Connector.dropout  # in training
+    windows: str = Hearing.windows  # "audio": only windows that hold audio reach the LLM; "all": also those of pure
+    # padding
+    ears_seconds: str = Hearing.ears_seconds  # that Whisper hears: "30", padded to all it takes; "clip"; "clip+P": and
+    # P s of silence; empty: as the teacher's. A student is trained so, and cached frames are made so
+    ears_quantization: str = Hearing.ears_quantization  # of the ears' linear layers, weights alone: "none", "bf16" or
+    # "int8"
+    whisper_layers: int = Hearing.whisper_layers  # that are kept of its Whisper's, evenly spread; 0: all
+    train_ears: bool = Hearing.train_ears  # train its Whisper too, all of it; loss.frames pulls it to the teacher's
     template: str = ""  # what stands around a prompt, as teacher.template; empty: the teacher's
 
     def __post_init__(self):

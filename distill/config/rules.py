@@ -18,6 +18,7 @@ from distill.objective.terms.needs import check_needs, held_by_config
 from distill.training.monitoring.trackers import TRACKERS
 from shards.field_types import convert_fields
 from shards.targets.codecs.table import CODECS, find_codec
+from students.hearing import check_trainable
 from teachers.ears.encoders import second_kinds
 from teachers.ears.length import parse_ears_seconds
 from teachers.words.templates import check_template
@@ -158,12 +159,7 @@ def check_temperatures(cache) -> None:
 
 def check_student(student) -> None:
     """Refuse ears in few bits that are to be trained, and a length of the ears that cannot be."""
-    if student.train_ears and student.ears_quantization != "none":
-        raise ValueError(
-            f"student.train_ears is true, but student.ears_quantization is {student.ears_quantization!r} and weights "
-            f"in so few bits are not trained; set it to none, and quantize with `distill export --ears-bits "
-            f"{student.ears_quantization}` afterwards."
-        )
+    check_trainable(student.train_ears, student.ears_quantization, "student.")
     check_ears(student)
 
 

@@ -21,12 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from distill.config import Config
 from distill.demo.scratch import build_llm, build_whisper, teacher_config
-from distill.student import ears_of, lora_of, student_llm
+from distill.student import hearing_of, lora_of, student_llm
 from distill.teach import lora_of as lora_of_teacher
 from distill.teach import salmonn_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
-from students.ears import choose_ears
 from students.quantize import is_fused, nf4_bytes, weight_names
 from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
 from teachers.ears.length import FULL
@@ -101,12 +100,7 @@ def is_of_given_parts(config: Config) -> bool:
 
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
-    heard = choose_ears(teacher.config, **ears_of(config))
-    length = {"windows": config.student.windows,
-              "ears_seconds": config.student.ears_seconds or teacher.config.ears_seconds,
-              "ears_quantization": config.student.ears_quantization,
-              "whisper_layers": config.student.whisper_layers or heard.whisper_layers}  # fmt: skip
-    salmonn = dataclasses.replace(heard, llm=student_llm(config), **length)
+    salmonn = dataclasses.replace(hearing_of(config).of(teacher.config), llm=student_llm(config))
     return Blueprint(salmonn, lora_of(config), frozen_dtype(config), config.student.quantization == "nf4")
 
 

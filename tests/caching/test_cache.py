@@ -39,6 +39,7 @@ from shards.targets.record import TargetRecord
 from shards.targets.store import TargetReader
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
+from students.hearing import Connector, Hearing
 from students.student import build_student
 from teachers.cached import CachedTeacher
 from teachers.files.cacheparts import FOLDER, HEAD, PROMPTS
@@ -74,7 +75,7 @@ def make_cache(toys: Path, folder: Path, *words: str) -> Config:
 def train(toys: Path, run_folder: Path, config, model=None, **loss) -> list[float]:
     """Losses of a short run, from the cache of a config or, with `teacher.online`, from the teacher itself."""
     model = model or load_salmonn(toys / "teacher")
-    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new",
+    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector=Connector("new"),
                             quantization="none")  # fmt: skip
     teacher = wrap_teacher(config, model)
     selection, decode = Selection(targets=teacher.cache_folder), config.cache.frames == "none"
@@ -228,8 +229,8 @@ def test_a_record_is_unpacked_once_a_step_and_by_the_workers_where_there_are_som
 
 def test_frames_of_some_windows_are_refused_for_a_student_that_reads_all(toys, tmp_path):
     make_cache(toys, tmp_path / "cache", "cache.frames=int8")
-    student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), windows="all",
-                            quantization="none")  # fmt: skip
+    student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), quantization="none",
+                            hearing=Hearing(windows="all"))  # fmt: skip
     with pytest.raises(ValueError, match=r"windows of the student is 'all', but .*/cache keeps the frames of 'audio'"):
         Distiller(tmp_path / "cache", student, train=toys / "data" / "train", run_folder=tmp_path / "run")
 

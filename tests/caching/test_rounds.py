@@ -28,6 +28,7 @@ from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.header import CacheHeader, read_header
 from shards.targets.store import TargetReader
+from students.hearing import Hearing
 from students.start import identify_student, load_start_weights_
 from students.student import build_student, load_student
 from teachers.cached import CachedTeacher
@@ -312,9 +313,10 @@ def test_a_student_of_another_tokenizer_answers_in_its_own_tokens_and_is_scored_
 LORA = lora_of(Config(student=StudentConfig(lora_rank=4)))  # as r0's
 
 
-def make_student(toys: Path, lora: Lora = LORA, **options):
+def make_student(toys: Path, lora: Lora = LORA, **hearing):
     model = load_salmonn(toys / "teacher")
-    return build_student(model, str(toys / "parts/student-llm"), lora=lora, quantization="none", seed=5, **options)
+    return build_student(model, str(toys / "parts/student-llm"), lora=lora, quantization="none", seed=5,
+                         hearing=Hearing(**hearing))  # fmt: skip
 
 
 def test_a_started_student_is_the_saved_one(toys):
@@ -326,7 +328,7 @@ def test_a_started_student_is_the_saved_one(toys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "quantization", "options", "message"),
+    ("changes", "quantization", "hearing", "message"),
     [
         ({"rank": 8}, "none", {}, r"whose lora rank is 4, but this run's is 8"),
         ({"alpha": 16.0}, "none", {}, r"whose lora alpha is 32\.0, but this run's is 16\.0"),
@@ -334,11 +336,11 @@ def test_a_started_student_is_the_saved_one(toys):
         ({}, "none", {"windows": "all"}, r"whose windows is 'audio', but this run's is 'all'"),
     ],
 )
-def test_a_student_of_another_shape_is_no_start(toys, changes, quantization, options, message):
+def test_a_student_of_another_shape_is_no_start(toys, changes, quantization, hearing, message):
     lora = dataclasses.replace(LORA, **changes)
     with pytest.raises(ValueError, match=message):
         load_start_weights_(
-            make_student(toys, lora, **options), toys / "runs/r0/student", lora=lora, quantization=quantization
+            make_student(toys, lora, **hearing), toys / "runs/r0/student", lora=lora, quantization=quantization
         )
 
 

@@ -21,7 +21,8 @@ from distill.config import (
     load_config,
     to_yaml,
 )
-from distill.student import lora_of
+from distill.student import hearing_of, lora_of
+from students.hearing import Connector, Hearing
 from students.student import build_student
 from teachers.lora import Lora
 
@@ -452,8 +453,9 @@ def test_the_defaults_of_python_are_those_of_the_command_line():
     build = inspect.signature(build_student).parameters
     config = StudentConfig()
     assert build["lora"].default == lora_of(Config()) == Lora()
-    for name in ("quantization", "connector", "qformer_dropout", "windows", "whisper", "second", "second_kind"):
-        assert build[name].default == getattr(config, name), name
+    assert build["quantization"].default == config.quantization
+    assert build["hearing"].default == hearing_of(Config()) == Hearing()
+    assert build["connector"].default == Connector(config.connector, config.qformer_dropout) == Connector()
 
 
 @pytest.mark.parametrize("field", ["llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts"])

@@ -25,6 +25,7 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.store import TargetReader
+from students.hearing import Connector, Hearing
 from students.start import load_start_weights_
 from students.student import build_student, load_student
 from teachers.cached import CachedTeacher
@@ -98,8 +99,8 @@ def make_student(parts, ears_seconds, *, beats=False, **changes):
     second = {"second": str(parts / "beats.pt"), "second_kind": "beats"} if beats else {}
     teacher = tiny.make_teacher(parts, **second, **changes).eval()
     llm = str(parts / "student-llm")
-    student = build_student(teacher, llm, lora=LORA, quantization="none", connector="teacher", say=lambda text: None,
-                            ears_seconds=ears_seconds)  # fmt: skip
+    student = build_student(teacher, llm, lora=LORA, quantization="none", say=lambda text: None,
+                            hearing=Hearing(ears_seconds=ears_seconds))  # fmt: skip
     return teacher, student.eval()
 
 
@@ -148,7 +149,8 @@ def test_windows_of_padding_and_cut_ears_exclude_each_other(parts):
 def test_a_student_inherits_its_teachers_length_and_shares_its_frames_only_then(parts):
     teacher = tiny.make_teacher(parts, ears_seconds="clip", windows="audio")
     llm, options = str(parts / "student-llm"), {"quantization": "none", "say": lambda text: None, "lora": LORA}
-    same, other = build_student(teacher, llm, **options), build_student(teacher, llm, ears_seconds="30", **options)
+    same = build_student(teacher, llm, **options)
+    other = build_student(teacher, llm, hearing=Hearing(ears_seconds="30"), **options)
     assert (same.config.ears_seconds, other.config.ears_seconds) == ("clip", "30")
     samples, online = [tiny.make_sample(1)], OnlineTeacher(teacher)
     assert Collator(online, same, same.device, torch.float32)(samples).frames is not None
@@ -197,8 +199,8 @@ def test_a_cache_of_another_length_is_refused_with_both_values(toys):
     teacher = load_teacher(config)
     with pytest.raises(ValueError, match=r'features\.ears_seconds: cached "clip", this run "clip\+1"'):
         wrap_teacher(config, teacher)
-    student = build_student(teacher, str(toys / "parts/student-llm"), ears_seconds="clip+1", quantization="none",
-                            connector="new", say=lambda text: None)  # fmt: skip
+    student = build_student(teacher, str(toys / "parts/student-llm"), hearing=Hearing(ears_seconds="clip+1"),
+                            quantization="none", connector=Connector("new"), say=lambda text: None)  # fmt: skip
     cached = CachedTeacher(config.cache_folder)
     with pytest.raises(ValueError, match=r"ears_seconds of the student is 'clip\+1', but the cache keeps .* of 'clip'"):
         check_frames(cached.header, student)
@@ -229,7 +231,8 @@ def test_a_saved_and_an_exported_student_hear_as_they_were_trained_and_salmonns_
 
 def test_a_student_does_not_go_on_from_one_that_heard_another_length(toys):
     student = build_student(load_teacher(load_config(toys / "toy.yaml")), str(toys / "parts/student-llm"),
-                            quantization="none", connector="new", say=lambda text: None, lora=Lora(rank=4))  # fmt: skip
+                            quantization="none", connector=Connector("new"), say=lambda text: None,
+                            lora=Lora(rank=4))  # fmt: skip
     with pytest.raises(ValueError, match=r"whose ears_seconds is 'clip', but this run's is '30'"):
         load_start_weights_(student, toys / "runs/toy/student", lora=Lora(rank=4), quantization="none")
 

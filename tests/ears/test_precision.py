@@ -14,6 +14,7 @@ from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig, load_config
 from distill.run import wrap_teacher
 from distill.teacher import load_teacher, resolve_ears
+from students.hearing import Connector
 from students.student import build_student
 from teachers.ears.beats import BeatsEar
 from teachers.ears.precision import WEIGHTS, set_ear_precision_
@@ -59,7 +60,7 @@ def test_ears_of_bf16_weights_have_many_times_the_error_of_fp16_autocast_and_flo
 def test_shared_ears_bring_their_precision_with_them(toys):
     teacher = load_salmonn(toys / "teacher", dtype=torch.bfloat16, ear_precision="float32")
     llm = str(toys / "parts" / "student-llm")
-    student = build_student(teacher, llm, quantization="none", connector="new", dtype=torch.bfloat16)
+    student = build_student(teacher, llm, quantization="none", connector=Connector("new"), dtype=torch.bfloat16)
     with BFLOAT16():
         assert torch.equal(frames_of(student), frames_of(teacher))
     set_ear_precision_(teacher.whisper, "bf16")

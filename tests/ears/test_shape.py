@@ -17,6 +17,7 @@ from distill.export import export
 from distill.run import run
 from distill.sizes.costs import describe_student, describe_teacher, measure_sizes
 from students.ears import measure_ears_error
+from students.hearing import Hearing
 from students.student import build_student, load_student, save_student
 from teachers.ears.shape import even_places, keep_layers_
 from teachers.ears.whisper import WhisperEar
@@ -49,8 +50,8 @@ def make_teacher(parts, *, own_ears: bool):
     return teacher.requires_grad_(False)
 
 
-def make_student(teacher, parts, **changes):
-    options = {"lora": LORA, "quantization": "none", "connector": "teacher", "say": lambda text: None, **changes}
+def make_student(teacher, parts, **hearing):
+    options = {"lora": LORA, "quantization": "none", "say": lambda text: None, "hearing": Hearing(**hearing)}
     return build_student(teacher, str(parts / "student-llm"), **options).eval()
 
 

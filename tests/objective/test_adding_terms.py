@@ -17,6 +17,7 @@ from distill.objective.terms import TERMS
 from distill.objective.terms.term import Term
 from distill.objective.weighing import count
 from distill.training.microbatch import Collator
+from students.hearing import Connector
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
@@ -33,7 +34,7 @@ def toys(tmp_path_factory):
 
 def fit(toys, run_folder, loss: LossConfig, **changes) -> Distiller:
     student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), lora=Lora(rank=4),
-                            connector="new", quantization="none")  # fmt: skip
+                            connector=Connector("new"), quantization="none")  # fmt: skip
     run = Distiller(toys / "teacher", student, train=toys / "data" / "train", loss=loss,
                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
     run.result = run.fit()

@@ -21,6 +21,7 @@ from distill.training.microbatch import Collator
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from students.hearing import Connector
 from students.student import build_student, load_student
 from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn
@@ -52,7 +53,7 @@ def toys(tmp_path_factory):
 
 
 def make_student(toys, llm: str = "qwen"):
-    return build_student(load_salmonn(toys / "teacher"), str(toys / llm), lora=Lora(rank=4), connector="new")
+    return build_student(load_salmonn(toys / "teacher"), str(toys / llm), lora=Lora(rank=4), connector=Connector("new"))
 
 
 def open_stream(toys) -> ShardStream:
@@ -196,7 +197,9 @@ def test_ids_that_mean_other_tokens_in_a_vocabulary_of_the_same_size_are_refused
     texts = [*tiny.WORDS, *"abcdefghijklmnopqrstuvwxyz", "quite other words than those of the teacher"]
     tokenizer = train_tokenizer(texts, tmp_path / "llm", vocab_size=420)
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
-    student = build_student(load_salmonn(toys / "teacher"), str(tmp_path / "llm"), lora=Lora(rank=4), connector="new")
+    student = build_student(
+        load_salmonn(toys / "teacher"), str(tmp_path / "llm"), lora=Lora(rank=4), connector=Connector("new")
+    )
     with pytest.raises(ValueError, match=r"set loss\.cross_tokenizer=chunk"):
         match_vocab(CachedTeacher(toys / "data" / "cache"), student, "refuse", 1.0)
     assert isinstance(match_vocab(CachedTeacher(toys / "data" / "cache"), student, "chunk", 1.0)[0], CrossTeacher)

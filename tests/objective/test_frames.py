@@ -15,6 +15,7 @@ from distill.objective.module import Objective
 from distill.objective.terms import TERMS
 from distill.run import run
 from distill.training.microbatch import Collator
+from students.hearing import Hearing
 from students.student import build_student, load_student
 from teachers.lora import Lora
 from teachers.online import OnlineTeacher
@@ -37,7 +38,7 @@ def toys(tmp_path_factory):
 def make_pair(toys, *, whisper="", train_ears=True):
     teacher = tiny.make_teacher(toys / "parts").eval()
     student = build_student(teacher, str(toys / "parts/student-llm"), lora=LORA, quantization="none",
-                            train_ears=train_ears, whisper=whisper, say=lambda text: None)  # fmt: skip
+                            hearing=Hearing(train_ears=train_ears, whisper=whisper), say=lambda text: None)  # fmt: skip
     return OnlineTeacher(teacher), student
 
 

@@ -20,6 +20,7 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.targets.codecs.table import find_codec
+from students.hearing import Connector
 from students.student import build_student, save_student
 from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn, read_names
@@ -40,7 +41,9 @@ def toys(tmp_path_factory):
 
 def make_run(toys, run_folder, loss: LossConfig, teacher=None, stream=None, **changes) -> Distiller:
     model = load_salmonn(toys / "teacher")
-    student = build_student(model, str(toys / "parts" / "student-llm"), lora=LORA, connector="new", quantization="none")
+    student = build_student(
+        model, str(toys / "parts" / "student-llm"), lora=LORA, connector=Connector("new"), quantization="none"
+    )
     teacher = teacher or OnlineTeacher(model, k=16, temperatures=(1.0, 2.0), hidden_layers=[1])
     return Distiller(teacher, student, train=stream or toys / "data" / "train", loss=loss,
                      options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import students.answering
 from distill.distiller import Distiller
+from students.hearing import Connector
 from students.pretrained import Student
 from students.quantize import dequantize, quantize_4bit_
 from students.student import build_student, load_student, save_student, train_own_
@@ -210,7 +211,9 @@ def saved(tmp_path_factory):
     teacher = tiny.make_teacher(folder / "parts")
     teacher.whisper.requires_grad_(True)
     teacher.own_names = frozenset(n for n, p in teacher.named_parameters() if p.requires_grad)
-    student = build_student(teacher, str(folder / "parts" / "llm"), lora=LORA, connector="new", say=lambda text: None)
+    student = build_student(
+        teacher, str(folder / "parts" / "llm"), lora=LORA, connector=Connector("new"), say=lambda text: None
+    )
     save_student(student, folder / "student", lora=LORA, quantization="nf4")
     return folder / "student"
 

@@ -15,6 +15,7 @@ from distill.evaluation.metrics.scores import TaskScore
 from distill.evaluation.scorecard import ModelFigures, Scorecard, write_scorecard
 from distill.export import export, place_parts
 from distill.run import run
+from students.hearing import Connector
 from students.student import build_student, load_student, save_student
 from teachers.files.checkpoint import load_checkpoint
 from teachers.files.loading import load_salmonn, save_salmonn
@@ -102,8 +103,8 @@ def test_a_folders_own_relative_names_are_of_the_folder_it_was_trained_in(finish
     """`student.llm=./llm` is a place below where training began, no part inside the saved folder."""
     monkeypatch.chdir(finished.parents[1] / "parts")
     teacher = load_salmonn(finished.parents[1] / "teacher")
-    save_student(build_student(teacher, "./student-llm", lora=Lora(rank=4), connector="new"), tmp_path / "student",
-                 lora=Lora(rank=4), quantization="nf4")  # fmt: skip
+    student = build_student(teacher, "./student-llm", lora=Lora(rank=4), connector=Connector("new"))
+    save_student(student, tmp_path / "student", lora=Lora(rank=4), quantization="nf4")
     assert load_student(tmp_path / "student").config.llm == "student-llm"
 
 
@@ -152,7 +153,9 @@ def test_ears_that_the_teacher_trained_are_saved_with_the_student(finished, tmp_
             parameter += 0.1 * torch.randn_like(parameter)
     save_salmonn(teacher, tmp_path / "teacher")
     lora = Lora(rank=4)
-    student = build_student(load_salmonn(tmp_path / "teacher"), str(parts / "student-llm"), lora=lora, connector="new")
+    student = build_student(
+        load_salmonn(tmp_path / "teacher"), str(parts / "student-llm"), lora=lora, connector=Connector("new")
+    )
     save_student(student.eval(), tmp_path / "run" / "student", lora=lora, quantization="nf4")
     exported = load_student(export(tmp_path / "run", tmp_path / "out", merge=merge))
     torch.testing.assert_close(logits(exported), logits(student), atol=1e-4, rtol=1e-4)

@@ -22,7 +22,7 @@ from distill.export import export
 from distill.run import find_valid, run, wrap_teacher
 from distill.sizes.costs import Blueprint, build_on_meta, describe_student
 from distill.training.microbatch import Collator
-from students.ears import choose_ears
+from students.hearing import Connector, Hearing
 from students.student import CONNECTOR, build_student, load_student, save_student
 from teachers.ears.beats import BeatsEar
 from teachers.ears.eat import EatEar
@@ -70,7 +70,7 @@ def build(toys, teacher, lines=None, **ears):
     names = {key: str(toys / "parts" / name) if name != "none" and key != "second_kind" else name
              for key, name in ears.items()}  # fmt: skip
     return build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, quantization="none",
-                         say=([] if lines is None else lines).append, **names)  # fmt: skip
+                         hearing=Hearing(**names), say=([] if lines is None else lines).append)  # fmt: skip
 
 
 def small_words(toys) -> list[str]:
@@ -82,7 +82,8 @@ def small_words(toys) -> list[str]:
 
 def test_an_encoder_that_is_named_as_the_teachers_is_the_teachers(toys, teacher):
     odd = f"{toys / 'parts'}/../parts/whisper"
-    student = build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, quantization="none", whisper=odd)
+    student = build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, quantization="none",
+                            hearing=Hearing(whisper=odd))  # fmt: skip
     assert student.whisper is teacher.whisper and student.second is teacher.second
 
 
@@ -126,8 +127,8 @@ def test_the_connector_starts_from_every_tensor_of_the_teachers_that_fits(toys, 
 
 def test_a_new_connector_says_nothing_of_the_teachers(toys, teacher):
     lines = []
-    build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, quantization="none", connector="new",
-                  say=lines.append)  # fmt: skip
+    build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, quantization="none",
+                  connector=Connector("new"), say=lines.append)  # fmt: skip
     assert lines == []
 
 
@@ -143,19 +144,19 @@ def test_a_new_connector_says_nothing_of_the_teachers(toys, teacher):
 )
 def test_ears_that_contradict_each_other_are_refused(ears, message):
     with pytest.raises(ValueError, match=message):
-        choose_ears(SalmonnConfig("llm", "whisper", "a.pt", "beats"), **ears)
+        Hearing(**ears).of(SalmonnConfig("llm", "whisper", "a.pt", "beats"))
 
 
 def test_a_second_encoder_of_no_kind_is_refused_where_the_teacher_has_none():
     with pytest.raises(ValueError, match=r"second_kind is empty and the teacher has no second encoder"):
-        choose_ears(SalmonnConfig("llm", "whisper"), second="b.pt")
+        Hearing(second="b.pt").of(SalmonnConfig("llm", "whisper"))
 
 
 def test_one_spectrum_for_both_encoders_ends_with_beats():
     shared = SalmonnConfig("llm", "whisper", "a.pt", "beats", front_end="shared")
-    assert choose_ears(shared, whisper="small").front_end == "shared"
-    assert choose_ears(shared, second_kind="none").front_end == "exact"
-    assert choose_ears(shared, second="e", second_kind="eat").front_end == "exact"
+    assert Hearing(whisper="small").of(shared).front_end == "shared"
+    assert Hearing(second_kind="none").of(shared).front_end == "exact"
+    assert Hearing(second="e", second_kind="eat").of(shared).front_end == "exact"
 
 
 def test_one_spectrum_serves_ears_of_128_mel_bins(toys, tmp_path):
@@ -230,7 +231,7 @@ def test_a_clip_that_its_ears_cannot_hear_is_refused_before_training(toys, tmp_p
 def test_a_clip_for_validation_that_its_ears_cannot_hear_is_refused_before_training(toys, tmp_path):
     build_whisper(dataclasses.replace(tiny.SIZES, seconds=0.7)).save_pretrained(tmp_path / "short")
     student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), lora=LORA,
-                            whisper=str(tmp_path / "short"))  # fmt: skip
+                            hearing=Hearing(whisper=str(tmp_path / "short")))  # fmt: skip
     config = load_config(toys / "toy.yaml", [f"data.folder={tmp_path}"])
     assert find_valid(config, student, None) is None
     (tmp_path / "valid").symlink_to(toys / "data" / "train")
@@ -292,7 +293,8 @@ def test_it_is_saved_without_its_ears_and_loads_as_it_was(toys, teacher, tmp_pat
 def test_other_weights_under_the_names_of_its_ears_are_refused(toys, teacher, tmp_path):
     whisper = build_whisper(dataclasses.replace(tiny.SIZES, ear_width=32))
     whisper.save_pretrained(tmp_path / "own")
-    student = build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, whisper=str(tmp_path / "own"))
+    student = build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA,
+                            hearing=Hearing(whisper=str(tmp_path / "own")))  # fmt: skip
     save_student(student, tmp_path / "student", lora=LORA, quantization="nf4")
     build_whisper(dataclasses.replace(tiny.SIZES, ear_width=32)).save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match=r"whisper of .* has hash"):

@@ -29,6 +29,7 @@ import teachers.fourbit
 from distill.config import load_config
 from distill.export import export
 from distill.run import run
+from students.hearing import Connector
 from students.quantize import dequantize, dequantize_, measure_share, quantize_4bit_, to_4bit
 from students.student import build_student, load_student, save_student
 from teachers.fourbit import FLAG, bnb, keep_unpacked_
@@ -322,7 +323,7 @@ def save_llm(parts: Path, name: str, config, **options) -> str:
 )
 def test_a_student_is_saved_loaded_and_merged_and_its_card_says_its_share(parts, tmp_path, name, config, options):
     llm = save_llm(parts, name, config, **options)
-    student = build_student(tiny.make_teacher(parts), llm, lora=LORA, connector="new").eval()
+    student = build_student(tiny.make_teacher(parts), llm, lora=LORA, connector=Connector("new")).eval()
     for parameter in (p for n, p in student.named_parameters() if "lora_B" in n):
         torch.nn.init.normal_(parameter, std=0.1)
     samples = [tiny.make_sample(1), tiny.make_sample(2)]
@@ -356,4 +357,4 @@ def test_a_student_is_saved_loaded_and_merged_and_its_card_says_its_share(parts,
 def test_a_stored_4_bit_llm_is_not_called_what_it_is_not(parts, quant_type, quantization, message):
     llm = save_llm(parts, quant_type, small(), load_in_4bit=True, bnb_4bit_quant_type=quant_type)
     with pytest.raises(ValueError, match=message):
-        build_student(tiny.make_teacher(parts), llm, lora=LORA, quantization=quantization, connector="new")
+        build_student(tiny.make_teacher(parts), llm, lora=LORA, quantization=quantization, connector=Connector("new"))

@@ -6,6 +6,7 @@ import tiny
 from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_byte_tokenizer, train_tokenizer
 from distill.objective.crossteacher import CrossTeacher
+from students.hearing import Connector
 from students.quantize import quantize_4bit_
 from students.student import build_student, load_student, save_student
 from teachers.lora import ALL_LINEAR, Lora, add_lora_
@@ -33,7 +34,7 @@ def parts(tmp_path_factory):
 def build(parts, llm, lines):
     teacher = tiny.make_teacher(parts, end_token=END)
     assert len(teacher.rows.end_ids) == 1
-    return teacher, build_student(teacher, str(parts / llm), lora=LORA, quantization="none", connector="new",
+    return teacher, build_student(teacher, str(parts / llm), lora=LORA, quantization="none", connector=Connector("new"),
                                   say=lines.append)  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_tokenizer
 from distill.teacher import load_teacher
 from shards.sample import Sample
+from students.hearing import Connector
 from students.student import build_student
 from teachers.ears.beats import BeatsEar
 from teachers.files.checkpoint import load_checkpoint, our_name, save_checkpoint, their_name
@@ -355,9 +356,9 @@ def test_a_forced_bos_is_part_of_a_saved_teacher_and_of_its_cache_and_of_a_stude
         save_salmonn(model, tmp_path / "saved")
         assert load_salmonn(tmp_path / "saved").config.bos_token == bos_token
         headers.append(describe_teacher(model, Config()).identity["teacher_config"]["bos_token"])
-        alike = build_student(model, without_bos["llm"], quantization="none", connector="new")
+        alike = build_student(model, without_bos["llm"], quantization="none", connector=Connector("new"))
         assert alike.config.bos_token == bos_token and alike.rows.bos_ids == model.rows.bos_ids
-        student = build_student(model, str(tmp_path / "other"), quantization="none", connector="new")
+        student = build_student(model, str(tmp_path / "other"), quantization="none", connector=Connector("new"))
         assert student.rows.bos_ids == [other.bos_token_id]
     assert headers == ["none", pad]
 

@@ -26,6 +26,7 @@ from distill.config import Config, EvalConfig
 from distill.demo.scratch import build_llm
 from distill.evaluation.answering import predict
 from distill.objective.alignment import answer_ends, token_bytes
+from students.hearing import Connector
 from students.student import build_student, load_student, save_student
 from teachers.blocks import llm_blocks, record_blocks
 from teachers.files.checkpoint import load_checkpoint, save_checkpoint
@@ -320,7 +321,9 @@ def test_a_student_of_another_family_hears_answers_and_is_saved(parts, tmp_path,
     torch.manual_seed(0)
     kind(config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=2, **sizes)).save_pretrained(tmp_path / "llm")
     teacher, lora = tiny.make_teacher(parts), Lora(rank=2, targets=(target,))
-    student = build_student(teacher, str(tmp_path / "llm"), lora=lora, quantization="none", connector="new").eval()
+    student = build_student(
+        teacher, str(tmp_path / "llm"), lora=lora, quantization="none", connector=Connector("new")
+    ).eval()
     samples = [tiny.make_sample(0), tiny.make_sample(1, text="three", seconds=1.5)]
     logits_SV, _ = student(batch := student.collate(samples))
     for b, sample in enumerate(samples):
@@ -361,7 +364,7 @@ def test_a_sentencepiece_tokenizer_run_by_itself_spells_its_control_pieces(tmp_p
 def test_a_students_answer_keeps_the_ids_it_was_said_in_and_ends_once(parts):
     teacher = tiny.make_teacher(parts, end_token=END)
     student = build_student(teacher, str(parts / "student-llm"), lora=Lora(rank=2), quantization="none",
-                            connector="new", say=lambda line: None).eval()  # fmt: skip
+                            connector=Connector("new"), say=lambda line: None).eval()  # fmt: skip
     config = Config(name="toy", precision="float32")
     answerer = Answerer(student, Capturer(OnlineTeacher(teacher), config), config)
     rows, sample = teacher.rows, tiny.make_sample(0)

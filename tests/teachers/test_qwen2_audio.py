@@ -11,6 +11,7 @@ from distill.cli import main
 from distill.config import Config, TeacherConfig, load_config
 from distill.demo.tokenizer import train_tokenizer
 from distill.teacher import load_teacher
+from students.hearing import Connector
 from students.student import build_student
 from teachers.ears.whisper import WhisperEar
 from teachers.files.loading import hash_frozen_parts
@@ -147,7 +148,9 @@ def test_a_setting_that_it_does_not_take_is_refused_by_name(folder, name, value)
 def test_a_student_hears_with_its_tower(folder, teacher, tmp_path):
     tiny.make_parts(tmp_path)
     lora = Lora(rank=4, alpha=8)
-    student = build_student(teacher, str(tmp_path / "student-llm"), lora=lora, quantization="none", connector="new")
+    student = build_student(
+        teacher, str(tmp_path / "student-llm"), lora=lora, quantization="none", connector=Connector("new")
+    )
     own = WhisperEar.from_pretrained(folder)
     waveforms_BN, num_samples_B = torch.randn(1, 16_000), torch.tensor([16_000])
     expected = own(waveforms_BN, num_samples_B)[0]

@@ -15,6 +15,7 @@ from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig
 from distill.teacher import load_teacher
 from shards.sample import SAMPLE_RATE
+from students.hearing import Connector
 from students.student import build_student, load_student
 from teachers.ears.beats import BeatsEar
 from teachers.files.loading import load_salmonn, save_salmonn
@@ -197,7 +198,7 @@ def test_frozen_parts_stay_in_evaluation_mode_while_a_model_trains(parts, beats)
 def test_a_students_training_leaves_its_online_teacher_alone(parts, beats):
     teacher = OnlineTeacher(tiny.make_teacher(parts, qformer_dropout=0.5, **beats))
     student = build_student(teacher.model, str(parts / "student-llm"), lora=Lora(rank=4, dropout=0.5),
-                            quantization="none", qformer_dropout=0.5).train()  # fmt: skip
+                            quantization="none", connector=Connector(dropout=0.5)).train()  # fmt: skip
     assert student.second is teacher.model.second and student.qformer.training
     assert not any(module.training for module in teacher.model.modules())
     batch = teacher.model.collate(SAMPLES)

@@ -23,6 +23,7 @@ from shards.packing.pack import pack
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from students.hearing import Connector
 from students.student import build_student, load_student, save_student
 from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn, own_tensors
@@ -54,7 +55,7 @@ def toys(tmp_path_factory):
 def make_distiller(toys, run_folder, teacher=None, **changes) -> Distiller:
     """A run on the toys; online teacher by default."""
     model = load_salmonn(toys / "teacher")
-    student = build_student(model, str(toys / "parts" / "student-llm"), lora=LORA, connector="new")
+    student = build_student(model, str(toys / "parts" / "student-llm"), lora=LORA, connector=Connector("new"))
     loss, valid = changes.pop("loss", LossConfig()), changes.pop("valid", None)
     return Distiller(teacher or OnlineTeacher(model), student, train=toys / "data" / "train", valid=valid, loss=loss,
                      options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
@@ -74,7 +75,8 @@ def test_a_resumed_run_draws_the_dropout_of_the_uninterrupted_one(toys, tmp_path
     def make(folder, **changes) -> Distiller:
         model = load_salmonn(toys / "teacher")
         lora = dataclasses.replace(LORA, dropout=0.2)
-        student = build_student(model, str(toys / "parts" / "student-llm"), lora=lora, qformer_dropout=0.2)
+        student = build_student(model, str(toys / "parts" / "student-llm"), lora=lora,
+                                connector=Connector(dropout=0.2))  # fmt: skip
         return Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path / folder,
                          options=dataclasses.replace(OPTIONS, **changes))  # fmt: skip
 
@@ -448,7 +450,7 @@ def test_a_student_of_another_vocabulary_is_refused(toys, tmp_path):
     tokenizer = train_tokenizer(["a b c", "other words"], tmp_path / "llm", vocab_size=300)
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
     model = load_salmonn(toys / "teacher")
-    student = build_student(model, str(tmp_path / "llm"), lora=LORA, connector="new")
+    student = build_student(model, str(tmp_path / "llm"), lora=LORA, connector=Connector("new"))
     with pytest.raises(ValueError, match=r"vocabulary of the student .* is not that of the teacher"):
         Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path)
 

@@ -26,6 +26,7 @@ from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.tars.archive import ShardError
 from shards.tars.tarwriter import TarWriter
+from students.hearing import Connector
 from students.student import build_student
 from teachers.cached import CachedTeacher
 from teachers.files.loading import load_salmonn
@@ -124,7 +125,7 @@ def test_the_student_hears_the_augmented_clip_and_cached_targets_are_those_of_th
 @pytest.mark.parametrize(("augmentation", "is_clean"), [(CLEAN, True), (SAME, False)])
 def test_an_online_teacher_hears_what_the_config_says(toys, augmentation, is_clean):
     model = load_salmonn(toys / "teacher")
-    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector="new")
+    student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), connector=Connector("new"))
     collator = Collator(OnlineTeacher(model), student, torch.device("cpu"), torch.float32)
     assert collator.shares_ears
     clean, loud = (collator(next(iter(open_stream(toys, a)))) for a in (None, augmentation))

@@ -20,6 +20,7 @@ from distill.training.checkpoint import find_checkpoint
 from distill.training.runlock import make_run_folder
 from distill.training.stopping import BadSteps, BadStepsError, HangWatch, StopRequest, warn_of_slow_save
 from distill.training.zero import describe_build_locks, report_build
+from students.hearing import Connector
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
@@ -217,7 +218,7 @@ def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys
     tiny.make_shards(tmp_path, split="valid", num_samples=2)
     model = load_salmonn(toys / "teacher")
     student = build_student(
-        model, str(toys / "parts" / "student-llm"), lora=Lora(4), connector="new", quantization="none"
+        model, str(toys / "parts" / "student-llm"), lora=Lora(4), connector=Connector("new"), quantization="none"
     )
     Distiller(
         OnlineTeacher(model),
