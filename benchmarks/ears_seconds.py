@@ -17,7 +17,7 @@ from transformers import WhisperConfig
 
 from distill.config import Config, LossConfig, load_config
 from distill.demo.scratch import teacher_config
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Run
 from distill.sizes.costs import model_config
 from shards.sample import SAMPLE_RATE
 from students.hearing import Connector, Hearing
@@ -39,9 +39,9 @@ def train_and_score(ears_seconds: str, config: Config, scratch: Path) -> float:
                             connector=Connector("new"), quantization="none", seed=config.seed)  # fmt: skip
     loss = LossConfig(kl=0.0, feature=0.0)
     name = ears_seconds.replace("+", "-plus-")
+    run = Run(Path(config.runs) / f"fsdd-seconds-{name}-{config.train.steps}", config.seed, config.precision)
     Distiller(None, student, train=config.shards("train"), loss=loss, options=config.train, answers=config.eval,
-              run_folder=Path(config.runs) / f"fsdd-seconds-{name}-{config.train.steps}", seed=config.seed,
-              precision=config.precision).fit()  # fmt: skip
+              run=run).fit()  # fmt: skip
     return score_wer(student.eval(), config)
 
 

@@ -98,7 +98,7 @@ def train(config, run_folder: Path, steps: int, workers: int) -> tuple[list[floa
                          decode=False, max_seconds=SECONDS)  # fmt: skip
     options = TrainConfig(steps=steps, batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, trackers=(), save_every=1000)
     clock = Clock()
-    run = Distiller(config.cache_folder, student, train=stream, options=options, run_folder=run_folder,
+    run = Distiller(config.cache_folder, student, train=stream, options=options, run=run_folder,
                     callbacks=[clock])  # fmt: skip
     return run.fit().losses, clock.steps[WARM_UP:]
 

@@ -12,7 +12,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.config import Config, EvalConfig, LossConfig, TrainConfig
 from distill.config.rules import check_terms
-from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric
+from distill.evaluation.metrics.scores import OwnMetric
 from distill.evaluation.validation import Best, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips, check_heard_alike
 from distill.objective.crossteacher import match_vocab
@@ -68,6 +67,7 @@ from shards.tars.source import expand_shards
 from students.pretrained import Student
 from teachers.files.loading import hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
+from teachers.teacher import Teacher
 
 DEFAULTS = Config()
 
@@ -89,6 +89,41 @@ class FitResult:
         return [record["loss"] for record in self.metrics]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Where and how a run takes place.
+
+    Attributes:
+        folder: where metrics and checkpoints go.
+        seed: of the order of samples and of dropout.
+        precision: "auto", "float32" or "bf16".
+        accelerator: the processes; None: those of the environment.
+        identity: what else must not change between a run and its resumption, as plain data.
+    """
+
+    folder: str | Path = DEFAULTS.run_folder
+    seed: int = DEFAULTS.seed
+    precision: str = DEFAULTS.precision
+    accelerator: Accelerator | None = None
+    identity: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Own:
+    """Parts of one's own, beside the library's.
+
+    Attributes:
+        terms: loss terms, by name.
+        metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
+    """
+
+    terms: Mapping[str, Term] = field(default_factory=dict)
+    metrics: Mapping[str, OwnMetric] = field(default_factory=dict)
+
+
+RUN, OWN = Run(), Own()  # where nothing else is said
+
+
 class Distiller:
     """Trains a student on a teacher's targets.
 
@@ -99,20 +134,15 @@ class Distiller:
         student: a model, of which whatever requires gradients is trained, or the folder of a saved one.
         train: shards (folder, pattern, URL), a manifest, a `ShardStream` of global batches, a Hugging Face data set, or
             any iterable with an end of samples (see `shards.packing.items`); what is not shards yet is packed into
-            `run_folder/data`, once.
+            `data/` of the run's folder, once.
         valid: as train; the student answers it every `options.eval_every` steps and at the end, and keeps the weights
             of the step whose answers were best.
         loss: weights of the terms.
         options: steps, batch sizes, learning rate, checkpoints.
         answers: how validation answers are made and counted.
-        run_folder: where metrics and checkpoints go.
-        seed: the seed of the order of samples and of dropout.
-        precision: "auto", "float32" or "bf16".
-        accelerator: the processes; by default those of the environment.
-        identity: what else must not change between a run and its resumption, as plain data.
+        run: the run's folder, or a `Run`: the folder with seed, precision and processes.
         callbacks: are told of steps, validations and checkpoints, see `distill.training.monitoring.callbacks`.
-        terms: loss terms of one's own, by name.
-        metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
+        own: loss terms and metrics of one's own.
 
     Raises:
         ValueError: no shard is where it should be, validation has nothing to score or was heard otherwise than the
@@ -123,57 +153,70 @@ class Distiller:
 
     def __init__(self, teacher, student: Salmonn | Student | str | Path, *, train, valid=None,
                  loss: LossConfig | None = None, options: TrainConfig | None = None, answers: EvalConfig | None = None,
-                 run_folder: str | Path | None = None, seed: int = DEFAULTS.seed, precision: str = DEFAULTS.precision,
-                 accelerator: Accelerator | None = None, identity: dict | None = None, callbacks: Sequence = (),
-                 terms: Mapping[str, Term] = MappingProxyType({}),
-                 metrics: Mapping[str, OwnMetric] = NO_METRICS):  # fmt: skip
-        self.loss, self.options = loss or LossConfig(), options or TrainConfig()
-        if teacher is None:
-            self.loss = without_teacher(self.loss)
-        self.metrics = metrics
-        check_own(terms)
-        check_terms(self.loss, self.options.steps, terms)
+                 run: Run | str | Path = RUN, callbacks: Sequence = (), own: Own = OWN):  # fmt: skip
+        run = run if isinstance(run, Run) else Run(run)
+        loss, self.options, self.answers = loss or LossConfig(), options or TrainConfig(), answers or EvalConfig()
+        self.loss, self.metrics = without_teacher(loss) if teacher is None else loss, own.metrics
+        check_own(own.terms)
+        check_terms(self.loss, self.options.steps, own.terms)
         self.callbacks = Callbacks(self, callbacks).callbacks
         check_trackers(self.options.trackers)
-        self.dtype = resolve_precision(precision)
-        teacher, student = as_teacher(teacher, self.loss, precision), as_student(student, self.dtype)
-        self.student = student
-        check_tasks(self.loss.task_weights, student.rows.prompts.by_task)
-        check_frames(teacher.header, student)
-        self.teacher, vocab_size = match_vocab(teacher, student, self.loss.cross_tokenizer, self.loss.temperature)
-        self.run_folder, self.seed = Path(run_folder or DEFAULTS.run_folder), seed
-        self.accelerator = accelerator or build_accelerator()
-        check_optimizer(self.accelerator, self.options)
-        for model in (student, teacher.model):
-            if model is not None:
-                model.to(self.accelerator.device)
+        self.run_folder, self.seed, self.dtype = Path(run.folder), run.seed, resolve_precision(run.precision)
+        teacher, self.student = as_teacher(teacher, self.loss, run.precision), as_student(student, self.dtype)
+        vocab_size = self._match(teacher)
+        self._place(run.accelerator, teacher.model)
         self.lock = RunLock(self.run_folder).acquire()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
-        self.schedules = build_schedules({**TERMS, **terms}, self.loss, self.options.steps)
-        self.terms = active_terms({**TERMS, **terms}, self.schedules, self.teacher)
-        check_term_of_ears(self.terms, student)
-        widths = self.teacher.widths
-        self.objective = Objective(
-            student, self.loss, self.dtype, self.terms, vocab_size=vocab_size, widths=widths, seed=seed
-        )
-        self.projectors = {f"projectors.{name}": p for name, p in self.objective.projectors.named_parameters()}
-        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad} | self.projectors
-        if not self.named:
-            raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
-        check_cached(teacher, self.loss, self.terms, student, self.stream)
-        teacher.ask_as(student.rows.prompts.template)
-        if valid is not None:
-            valid = self._shards(valid, "valid")
-            check_heard_alike(self.stream, valid)
-            check_clips(ShardStream(valid, Order(batch_size=1, shuffle=False, epochs=1)), student)
-            check_split(valid, metrics)  # a wrong one is an error now, not after the first steps
-        self.valid, self.answers = valid, answers or EvalConfig()
-        self.identity = {"seed": seed, **identify_training(self.options)}
-        self.identity |= identify_fit(student, teacher, self.loss, terms, identity or {}, self.dtype)
+        self._choose_terms(own.terms, vocab_size)
+        check_cached(teacher, self.loss, self.terms, self.student, self.stream)
+        teacher.ask_as(self.student.rows.prompts.template)
+        self.valid = valid if valid is None else self._open_valid(valid)
+        self.identity = {"seed": self.seed, **identify_training(self.options)}
+        self.identity |= identify_fit(self.student, teacher, self.loss, own.terms, run.identity, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
         self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
         self._find_start()
+
+    # What a run begins with
+
+    def _match(self, teacher: Teacher) -> int | None:
+        """Let the teacher speak the student's tokens; the number of ids that they share."""
+        check_tasks(self.loss.task_weights, self.student.rows.prompts.by_task)
+        check_frames(teacher.header, self.student)
+        self.teacher, vocab_size = match_vocab(teacher, self.student, self.loss.cross_tokenizer, self.loss.temperature)
+        return vocab_size
+
+    def _place(self, accelerator: Accelerator | None, model: nn.Module | None) -> None:
+        """Move the student, and a teacher that runs, to this process' device."""
+        self.accelerator = accelerator or build_accelerator()
+        check_optimizer(self.accelerator, self.options)
+        for one in (self.student, model):
+            if one is not None:
+                one.to(self.accelerator.device)
+
+    def _choose_terms(self, own: Mapping[str, Term], vocab_size: int | None) -> None:
+        """The terms that have a weight, the objective that they make, and the tensors that it trains."""
+        terms = {**TERMS, **own}
+        self.schedules = build_schedules(terms, self.loss, self.options.steps)
+        self.terms = active_terms(terms, self.schedules, self.teacher)
+        check_term_of_ears(self.terms, self.student)
+        widths = self.teacher.widths
+        self.objective = Objective(
+            self.student, self.loss, self.dtype, self.terms, vocab_size=vocab_size, widths=widths, seed=self.seed
+        )
+        self.projectors = {f"projectors.{name}": p for name, p in self.objective.projectors.named_parameters()}
+        self.named = {name: p for name, p in self.student.named_parameters() if p.requires_grad} | self.projectors
+        if not self.named:
+            raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
+
+    def _open_valid(self, samples) -> str | Path:
+        """The validation split as shards; a wrong one is an error now, not after the first steps."""
+        valid = self._shards(samples, "valid")
+        check_heard_alike(self.stream, valid)
+        check_clips(ShardStream(valid, Order(batch_size=1, shuffle=False, epochs=1)), self.student)
+        check_split(valid, self.metrics)
+        return valid
 
     def _find_start(self) -> None:
         """Find the checkpoint that the run goes on from, and put the stream where it stood."""

@@ -11,7 +11,7 @@ from distill.caching.filter import load_weights
 from distill.caching.identity import describe_teacher
 from distill.command import run_stage
 from distill.config import SPLITS, Config, to_yaml
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Run
 from distill.inputs import check_clips
 from distill.student import lora_of, make_student, student_llm, tell_ears_error
 from distill.teacher import load_teacher, precision_name, teach_online
@@ -65,23 +65,24 @@ def train_student(config: Config) -> int:
         loss=config.loss,
         options=config.train,
         answers=config.eval,
-        run_folder=config.run_folder,
-        seed=config.seed,
-        precision=config.precision,
-        accelerator=accelerator,
-        identity=identify_run(config, teacher),
+        run=Run(config.run_folder, config.seed, config.precision, accelerator, identify_run(config, teacher)),
     )
-    if accelerator.is_main_process:  # now that the folder proved to be this run's
-        if distiller.saved is not None:
-            report_changed_fields(config)
-        write_atomically(config.run_folder / "config.yaml", to_yaml(config))
-    if distiller.fit().preempted:
+    if not is_trained(config, distiller):
         return PREEMPTED
     if accelerator.is_main_process:
         save_student(student, folder, lora=lora_of(config), quantization=config.student.quantization)
         say(accelerator, f"student: {folder}")
     accelerator.wait_for_everyone()
     return 0
+
+
+def is_trained(config: Config, distiller: Distiller) -> bool:
+    """Train until the last step, with the config written beside it; False where the run was told to stop before."""
+    if distiller.accelerator.is_main_process:  # now that the folder proved to be this run's
+        if distiller.saved is not None:
+            report_changed_fields(config)
+        write_atomically(config.run_folder / "config.yaml", to_yaml(config))
+    return not distiller.fit().preempted
 
 
 def report_changed_fields(config: Config) -> None:

@@ -14,17 +14,16 @@ import torch
 
 from distill.caching.frames import KeptFrames, keep_frames
 from distill.command import run_stage
-from distill.config import Config, LossConfig, ScratchConfig, TeachConfig, TrainConfig, to_yaml
+from distill.config import Config, LossConfig, ScratchConfig, TeachConfig, TrainConfig
 from distill.config.rules import HEAD_WIDTH
 from distill.demo import scratch
-from distill.distiller import Distiller, FitResult
+from distill.distiller import Distiller, FitResult, Run
 from distill.inputs import check_clips
-from distill.run import find_valid, report_changed_fields
+from distill.run import find_valid, is_trained
 from distill.teacher import resolve_ears
 from distill.training.ranks import build_accelerator, resolve_precision, say
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
-from shards.files.write import write_atomically
 from shards.sample import SAMPLE_RATE
 from shards.streaming.limits import Limits
 from shards.streaming.order import Order
@@ -58,6 +57,7 @@ def train_on_parts(config: Config) -> int:
     accelerator = build_accelerator()
     teacher = build_teacher(config).to(accelerator.device)
     kept = keep_frames(config, teacher, accelerator) if config.cache.frames != "none" else None
+    identity = {"teach": dataclasses.asdict(config.teach) | {"start": ""}}  # whose weights are the student's own
     distiller = Distiller(
         kept,
         teacher,
@@ -66,17 +66,9 @@ def train_on_parts(config: Config) -> int:
         loss=ONLY_CE,
         options=config.train,
         answers=config.eval,
-        run_folder=config.run_folder,
-        seed=config.seed,
-        precision=config.precision,
-        accelerator=accelerator,
-        identity={"teach": dataclasses.asdict(config.teach) | {"start": ""}},  # whose weights are the student's own
+        run=Run(config.run_folder, config.seed, config.precision, accelerator, identity),
     )
-    if accelerator.is_main_process:  # now that the folder proved to be this run's
-        if distiller.saved is not None:
-            report_changed_fields(config)
-        write_atomically(config.run_folder / "config.yaml", to_yaml(config))
-    if distiller.fit().preempted:
+    if not is_trained(config, distiller):
         return PREEMPTED
     if accelerator.is_main_process:
         save_teacher(teacher, config)
@@ -226,16 +218,13 @@ def train_whole(config: Config, teacher: Salmonn, accelerator, folder: Path) -> 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+    identity = {"scratch": dataclasses.asdict(config.scratch), "corpus": dataclasses.asdict(config.corpus)}
     return Distiller(
         None,
         teacher,
         train=stream,
         options=train_options(config.scratch, accelerator.num_processes),
-        run_folder=folder,
-        seed=config.seed,
-        precision=config.precision,
-        accelerator=accelerator,
-        identity={"scratch": dataclasses.asdict(config.scratch), "corpus": dataclasses.asdict(config.corpus)},
+        run=Run(folder, config.seed, config.precision, accelerator, identity),
     ).fit()
 
 

@@ -42,7 +42,7 @@ def train_a_step(folder, tmp_path, model, **hearing):
     """The losses of a step of a student of this teacher."""
     student = build_student(model, str(folder / "parts" / "student-llm"), lora=Lora(rank=4), hearing=Hearing(**hearing))
     data = folder / "data" / "train"
-    return Distiller(model, student, train=data, options=OPTIONS, run_folder=tmp_path / "run").fit().losses, student
+    return Distiller(model, student, train=data, options=OPTIONS, run=tmp_path / "run").fit().losses, student
 
 
 def test_a_toy_encoder_is_one_line_and_is_heard_saved_and_counted(folder, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from benchmarks.house import (
     find_circles,
     find_climbs,
     find_homes,
+    find_long_signatures,
     find_unused_fields,
     import_graph,
     measure_docstrings,
@@ -52,6 +53,10 @@ def test_no_modules_hang_in_a_circle_through_functions_or_strings_either(graph):
 
 def test_a_folder_is_read_in_one_look():
     assert {folder: number for folder, number in count_files().items() if number > MOST_FILES} == {}
+
+
+def test_no_signature_has_more_arguments_than_a_reader_keeps_in_mind():
+    assert find_long_signatures() == {}
 
 
 def test_every_field_of_a_config_is_in_a_recipe_a_document_or_a_benchmark():

@@ -80,7 +80,7 @@ def train(toys: Path, run_folder: Path, config, model=None, **loss) -> list[floa
     teacher = wrap_teacher(config, model)
     selection, decode = Selection(targets=teacher.cache_folder), config.cache.frames == "none"
     stream = ShardStream(toys / "data" / "train", Order(batch_size=4), selection, decode=decode)
-    run = Distiller(teacher, student, train=stream, options=OPTIONS, run_folder=run_folder, loss=LossConfig(**loss))
+    run = Distiller(teacher, student, train=stream, options=OPTIONS, run=run_folder, loss=LossConfig(**loss))
     return run.fit().losses
 
 
@@ -232,7 +232,7 @@ def test_frames_of_some_windows_are_refused_for_a_student_that_reads_all(toys, t
     student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), quantization="none",
                             hearing=Hearing(windows="all"))  # fmt: skip
     with pytest.raises(ValueError, match=r"windows of the student is 'all', but .*/cache keeps the frames of 'audio'"):
-        Distiller(tmp_path / "cache", student, train=toys / "data" / "train", run_folder=tmp_path / "run")
+        Distiller(tmp_path / "cache", student, train=toys / "data" / "train", run=tmp_path / "run")
 
 
 def test_a_clip_that_is_not_decoded_is_silence_of_its_length(toys):

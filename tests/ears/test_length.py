@@ -205,7 +205,7 @@ def test_a_cache_of_another_length_is_refused_with_both_values(toys):
     with pytest.raises(ValueError, match=r"ears_seconds of the student is 'clip\+1', but the cache keeps .* of 'clip'"):
         check_frames(cached.header, student)
     with pytest.raises(ValueError, match=r"ears_seconds of the student is 'clip\+1', but the cache keeps"):
-        Distiller(cached, student, train=toys / "data/train", run_folder=toys / "other")
+        Distiller(cached, student, train=toys / "data/train", run=toys / "other")
 
 
 def test_a_fingerprint_without_frames_does_not_hold_the_students_length(toys):

@@ -10,7 +10,7 @@ from transformers import WhisperForConditionalGeneration
 from distill.cache import cache
 from distill.config import StudentConfig, load_config
 from distill.demo.scratch import build_whisper
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Run
 from distill.doctor.doctor import build_case
 from distill.doctor.objective import check_gradients
 from distill.export import export
@@ -181,7 +181,7 @@ def test_ears_are_trained_as_a_copy_saved_whole_and_the_teachers_stay(parts, tmp
     student = make_student(teacher, parts, whisper_layers=2, train_ears=True)
     start = copy.deepcopy(student.whisper.state_dict())
     shards = tiny.make_shards(tmp_path / "data", num_samples=4)
-    Distiller(OnlineTeacher(teacher), student, train=shards, run_folder=tmp_path / "run", precision="float32",
+    Distiller(OnlineTeacher(teacher), student, train=shards, run=Run(tmp_path / "run", precision="float32"),
               options=tiny_options()).fit()  # fmt: skip
     assert all(torch.equal(x, before[name]) for name, x in teacher.whisper.state_dict().items())
     moved = [name for name, x in student.whisper.state_dict().items() if not torch.equal(x, start[name])]

@@ -36,7 +36,7 @@ def fit(toys, run_folder, loss: LossConfig, **changes) -> Distiller:
     student = build_student(load_salmonn(toys / "teacher"), str(toys / "parts" / "student-llm"), lora=Lora(rank=4),
                             connector=Connector("new"), quantization="none")  # fmt: skip
     run = Distiller(toys / "teacher", student, train=toys / "data" / "train", loss=loss,
-                    options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+                    options=dataclasses.replace(OPTIONS, **changes), run=run_folder)  # fmt: skip
     run.result = run.fit()
     return run
 

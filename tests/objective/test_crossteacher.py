@@ -67,7 +67,7 @@ def make_run(toys, run_folder, teacher=None, loss=CROSS, **changes) -> Distiller
     cached = CachedTeacher(toys / "data" / "cache")
     stream = open_stream(toys)
     return Distiller(teacher or cached, student, train=stream, loss=loss,
-                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+                     options=dataclasses.replace(OPTIONS, **changes), run=run_folder)  # fmt: skip
 
 
 def test_a_qwen_student_trains_and_answers_from_the_cache_of_a_llama_teacher(toys):

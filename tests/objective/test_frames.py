@@ -102,4 +102,4 @@ def test_frozen_ears_and_targets_without_frames_do_not_serve_it(toys, tmp_path):
         Config(loss=LossConfig(frames=1.0), student=StudentConfig(train_ears=True))
     teacher, student = make_pair(toys, train_ears=False)
     with pytest.raises(ValueError, match=r"loss\.frames is above 0, but this student's ears are frozen"):
-        Distiller(teacher, student, train=toys / "data/train", loss=LossConfig(**ONLY), run_folder=tmp_path)
+        Distiller(teacher, student, train=toys / "data/train", loss=LossConfig(**ONLY), run=tmp_path)

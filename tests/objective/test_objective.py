@@ -46,7 +46,7 @@ def make_run(toys, run_folder, loss: LossConfig, teacher=None, stream=None, **ch
     )
     teacher = teacher or OnlineTeacher(model, k=16, temperatures=(1.0, 2.0), hidden_layers=[1])
     return Distiller(teacher, student, train=stream or toys / "data" / "train", loss=loss,
-                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+                     options=dataclasses.replace(OPTIONS, **changes), run=run_folder)  # fmt: skip
 
 
 def gradients(run: Distiller, samples, parts: int) -> tuple[float, dict[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import students.answering
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Run
 from students.hearing import Connector
 from students.pretrained import Student
 from students.quantize import dequantize, quantize_4bit_
@@ -258,7 +258,7 @@ def test_a_student_made_fast_is_written_as_it_was_trained_and_trains_on_from_tha
     exact, again = load_student(saved), load_student(copied)
     assert all(torch.equal(a, b) for a, b in zip(exact.whisper.parameters(), again.whisper.parameters()))
     shards = tiny.make_shards(tmp_path / "data", num_samples=4)
-    distiller = Distiller(None, student, train=shards, run_folder=tmp_path / "run", precision="float32")
+    distiller = Distiller(None, student, train=shards, run=Run(tmp_path / "run", precision="float32"))
     assert distiller.student is not student.model and not distiller.student.only_answers
 
 

@@ -185,7 +185,7 @@ def test_it_learns_the_same_from_the_cache_and_from_the_teacher(toys, teacher, t
     for name in ("online", "cached"):
         config = load_config(toys / "toy.yaml", [f"teacher.online={name == 'online'}"])
         run = Distiller(wrap_teacher(config, teacher), build(toys, teacher, **ears), train=toys / "data" / "train",
-                        loss=LossConfig(feature=0.5), options=OPTIONS, run_folder=tmp_path / name)  # fmt: skip
+                        loss=LossConfig(feature=0.5), options=OPTIONS, run=tmp_path / name)  # fmt: skip
         losses[name] = run.fit().losses
     assert losses["cached"] == pytest.approx(losses["online"], abs=5e-3)
     assert losses["online"][-1] < losses["online"][0] - 0.05

@@ -2,14 +2,13 @@
 
 import ast
 import dataclasses
-import functools
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from distill import Distiller, LossConfig, TeacherConfig, TrainConfig
+from distill import Distiller, LossConfig, Run, TeacherConfig, TrainConfig
 from distill.training.microbatch import Collator
 from distill.training.resuming import compare
 from shards.targets.distributions import Distribution
@@ -68,7 +67,7 @@ class Sure(Teacher):
 
 
 def test_a_toy_of_the_protocol_teaches_and_its_certainty_is_the_cross_entropy(student, tmp_path):
-    run = Distiller(Sure(student), student, train=CLIPS, loss=LossConfig(feature=0), run_folder=tmp_path,
+    run = Distiller(Sure(student), student, train=CLIPS, loss=LossConfig(feature=0), run=tmp_path,
                     options=TrainConfig(steps=2, batch_size=4, trackers=()))  # fmt: skip
     first = run.fit().metrics[0]
     assert first["kl"] == pytest.approx(first["ce"], rel=1e-4) and first["kl"] > 1
@@ -100,7 +99,10 @@ def test_a_model_that_would_say_something_else_is_another_teacher(toys, field):
 
 def test_a_run_goes_on_with_its_teachers_ears_and_its_precision_alone(toys, student, tmp_path):
     options = TrainConfig(steps=1, batch_size=4, trackers=())
-    begin = functools.partial(Distiller, train=CLIPS, run_folder=tmp_path, options=options)
+
+    def begin(teacher, student, precision):
+        return Distiller(teacher, student, train=CLIPS, run=Run(tmp_path, precision=precision), options=options)
+
     begin(toys / "teacher", student, precision="float32").fit()
     other = TeacherConfig(path=str(toys / "teacher"), ears="bf16")
     with pytest.raises(ValueError, match=r"settings \(targets\.ears: float32 there, bf16 here\)"):
@@ -122,7 +124,7 @@ def test_a_teacher_that_lacks_a_part_of_the_protocol_cannot_be_made():
 
 def test_what_is_no_teacher_is_refused_with_what_may_be_given(student, tmp_path):
     with pytest.raises(ValueError, match=r"teacher is a int, but must be a model, a path, .* or None; give one"):
-        Distiller(3, student, train=CLIPS, run_folder=tmp_path)
+        Distiller(3, student, train=CLIPS, run=tmp_path)
 
 
 def test_no_teacher_leaves_the_labels_alone_to_be_learned(student):

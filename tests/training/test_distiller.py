@@ -58,7 +58,7 @@ def make_distiller(toys, run_folder, teacher=None, **changes) -> Distiller:
     student = build_student(model, str(toys / "parts" / "student-llm"), lora=LORA, connector=Connector("new"))
     loss, valid = changes.pop("loss", LossConfig()), changes.pop("valid", None)
     return Distiller(teacher or OnlineTeacher(model), student, train=toys / "data" / "train", valid=valid, loss=loss,
-                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+                     options=dataclasses.replace(OPTIONS, **changes), run=run_folder)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_resumed_run_draws_the_dropout_of_the_uninterrupted_one(toys, tmp_path
         lora = dataclasses.replace(LORA, dropout=0.2)
         student = build_student(model, str(toys / "parts" / "student-llm"), lora=lora,
                                 connector=Connector(dropout=0.2))  # fmt: skip
-        return Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path / folder,
+        return Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run=tmp_path / folder,
                          options=dataclasses.replace(OPTIONS, **changes))  # fmt: skip
 
     make("part", stop_after=3).fit()
@@ -281,7 +281,7 @@ def test_kl_of_the_teacher_to_itself_is_zero(toys, tmp_path):
     loss = LossConfig(ce=0.0, kl=1.0, feature=1.0)
     options = dataclasses.replace(OPTIONS, steps=1, learning_rate=1e-9, min_learning_rate=0.0)
     run = Distiller(OnlineTeacher(model), twin, train=toys / "data" / "train", loss=loss, options=options,
-                    run_folder=tmp_path)  # fmt: skip
+                    run=tmp_path)  # fmt: skip
     assert run.fit().losses == pytest.approx([0.0], abs=1e-6)
 
 
@@ -452,7 +452,7 @@ def test_a_student_of_another_vocabulary_is_refused(toys, tmp_path):
     model = load_salmonn(toys / "teacher")
     student = build_student(model, str(tmp_path / "llm"), lora=LORA, connector=Connector("new"))
     with pytest.raises(ValueError, match=r"vocabulary of the student .* is not that of the teacher"):
-        Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run_folder=tmp_path)
+        Distiller(OnlineTeacher(model), student, train=toys / "data" / "train", run=tmp_path)
 
 
 def test_a_checkpoint_that_a_full_disk_does_not_take_leaves_those_before_it_and_nothing_else(tmp_path):

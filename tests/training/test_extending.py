@@ -14,7 +14,7 @@ import soundfile
 import tiny
 import torch
 
-from distill import Distiller, EvalConfig, LossConfig, OwnTerm, TrainConfig
+from distill import Distiller, EvalConfig, LossConfig, Own, OwnTerm, TrainConfig
 from distill.cache import cache
 from distill.config import load_config
 from distill.training.identity import identify_fit
@@ -51,7 +51,7 @@ def make_student(toys, **changes):
 def fit(toys, folder, teacher=None, student=None, **changes):
     options = changes.pop("options", OPTIONS)
     train = changes.pop("train", toys / "data" / "train")
-    return Distiller(teacher, student or toys / "student", train=train, options=options, run_folder=folder, **changes)
+    return Distiller(teacher, student or toys / "student", train=train, options=options, run=folder, **changes)
 
 
 def test_every_block_of_the_document_runs(toys, tmp_path):
@@ -116,7 +116,7 @@ def test_a_finished_fit_called_again_gives_the_whole_runs_result(toys, tmp_path)
         ({"student": 7}, r"student\.own: \w{16} there, \w{16} here"),
         ({"teacher": None}, r"targets: .* there, nothing here"),
         ({"options": TrainConfig(steps=2, batch_size=4, learning_rate=1e-3)}, r"train\.learning_rate: 0\.0001 there"),
-        ({"terms": {"mine": OwnTerm(1.0, lambda seen: seen.logits_SV.sum(-1))}}, r"terms: nothing there"),
+        ({"own": Own({"mine": OwnTerm(1.0, lambda seen: seen.logits_SV.sum(-1))})}, r"terms: nothing there"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused_field_by_field(toys, finished, changes, message):
@@ -228,14 +228,14 @@ def test_an_own_term_does_not_depend_on_micro_batches(toys, tmp_path):
     terms = {"mine": OwnTerm(0.5, lambda seen: seen.hidden_SD.square().mean(-1))}
     loss = LossConfig(ce=0, kl=0, feature=0)
     losses = [
-        fit(toys, tmp_path / str(size), toys / "teacher", loss=loss, terms=terms,
+        fit(toys, tmp_path / str(size), toys / "teacher", loss=loss, own=Own(terms),
             options=TrainConfig(steps=2, batch_size=4, micro_batch_size=size, trackers=())).fit()
         for size in (1, 4)
     ]  # fmt: skip
     assert losses[0].losses == pytest.approx(losses[1].losses, abs=1e-5)
     assert losses[0].metrics[0]["mine"] == pytest.approx(losses[0].losses[0])
     with pytest.raises(ValueError, match=r"terms names 'kl', but that name is taken"):
-        fit(toys, tmp_path / "b", terms={"kl": terms["mine"]})
+        fit(toys, tmp_path / "b", own=Own({"kl": terms["mine"]}))
 
 
 def test_the_packages_faces_import_nothing_before_they_are_asked():

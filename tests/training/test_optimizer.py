@@ -37,7 +37,7 @@ def make_run(toys, run_folder, loss=None, quantization="nf4", rank=4, **changes)
     student = build_student(model, str(toys / "parts" / "student-llm"), lora=lora, quantization=quantization)
     teacher = OnlineTeacher(model, k=16, hidden_layers=[1])
     return Distiller(teacher, student, train=toys / "data" / "train", loss=loss,
-                     options=dataclasses.replace(OPTIONS, **changes), run_folder=run_folder)  # fmt: skip
+                     options=dataclasses.replace(OPTIONS, **changes), run=run_folder)  # fmt: skip
 
 
 @pytest.mark.parametrize(

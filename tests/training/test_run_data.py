@@ -149,7 +149,7 @@ def test_validation_is_never_augmented(toys, tmp_path):
             heard[student.training].add(waveform_N[:length].numpy().tobytes())
 
     student.whisper.register_forward_pre_hook(note)
-    Distiller(None, student, train=open_stream(toys, CLEAN), valid=toys / "data" / "valid", run_folder=tmp_path,
+    Distiller(None, student, train=open_stream(toys, CLEAN), valid=toys / "data" / "valid", run=tmp_path,
               options=TrainConfig(steps=2, batch_size=12, warmup_steps=1, eval_every=1)).fit()  # fmt: skip
     clips = {
         split: {

@@ -226,7 +226,7 @@ def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys
         train=toys / "data" / "train",
         valid=tmp_path / "valid",
         options=TrainConfig(steps=1, batch_size=2, micro_batch_size=2, warmup_steps=0, trackers=()),
-        run_folder=tmp_path / "run",
+        run=tmp_path / "run",
         callbacks=[Slow()],
     ).fit()
     parts = [beat for beat in dict.fromkeys(beats) if not beat.endswith((" of RunLog", " of Trackers", " of Progress"))]
