@@ -89,8 +89,8 @@ def main() -> None:
         "teacher": teacher,
         "students": students,
         "gap_closed": gap_closed,
-        "agreement": {v: {name: [getattr(a, name) for a in each] for name in ("top1", "kl", "student_ece")}
-                      for v, each in agreement.items()},
+        "agreement": {v: {"top1": [a.top1 for a in each], "kl": [a.kl for a in each],
+                          "ece": [a.student_ece for a in each]} for v, each in agreement.items()},
         "teacher_ece": agreement["ce"][0].teacher_ece,
         "over_answers": {variant: asdict(difference) for variant, difference in over_answers.items()},
         "steps": config.train.steps,
