@@ -3,6 +3,7 @@
 Whoever answers pieces of audio is a `Listener`: the student in torch, and the one that was exported for a device.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Answer:
         return self.text
 
 
-class Listener:
+class Listener(ABC):
     """Asks about audio: a path, an array of float or int16 samples (`rate` says how many a second), or a list of those.
 
     For a list comes a list, answered in batches. A subclass says how long its pieces may be and how they are answered.
@@ -49,9 +50,9 @@ class Listener:
     max_samples: int  # of a piece
     min_samples: int
 
+    @abstractmethod
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int) -> list[str]:
         """The greedy answers to one batch of clips."""
-        raise NotImplementedError
 
     def transcribe(self, audio, *, rate: int = SAMPLE_RATE, max_new_tokens: int = MAX_NEW_TOKENS):
         """What is said: an `Answer`, or a list of them for a list."""

@@ -14,7 +14,7 @@ from distill.objective.divergences import DIVERGENCES, DivergenceKind, plain_kl
 from distill.objective.features import FEATURES, FeatureKind
 from distill.objective.numerics import expect
 from distill.objective.terms import TERMS
-from distill.objective.terms.term import Term
+from distill.objective.terms.term import SeenTerm, Term
 from distill.objective.weighing import count
 from distill.training.microbatch import Collator
 from students.hearing import Connector
@@ -41,7 +41,7 @@ def fit(toys, run_folder, loss: LossConfig, **changes) -> Distiller:
     return run
 
 
-class StateSize(Term):
+class StateSize(SeenTerm):
     """How large the states that enter the head are; one element a clip."""
 
     title = "Size of the states"
@@ -69,6 +69,12 @@ def test_a_toy_term_is_one_line_and_trains_under_a_schedule_in_log_curve_and_cou
     collate = Collator(runs[0].teacher, runs[0].student, torch.device("cpu"), torch.float32)
     assert count(runs[0].terms, collate(samples))["size"] == 3
     assert load_config(toys / "toy.yaml", ["loss.schedules.size=linear 0"]).loss.schedules == loss.schedules
+
+
+def test_a_term_that_does_not_say_where_its_values_come_from_cannot_be_made():
+    for kind, missing in ((Term, "is_of_head"), (SeenTerm, "values")):
+        with pytest.raises(TypeError, match=rf"abstract method '?{missing}"):
+            type("Mute", (kind,), {})()
 
 
 def test_the_line_of_a_toy_term_is_needed(toys, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from shards.audio.segmentation import segment_at_quiet
 from students import Student, build_student, save_student
-from students.asking import load_waveform
+from students.asking import Listener, load_waveform
 from teachers import Lora, load_salmonn
 
 RATE = 16_000
@@ -141,3 +141,8 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub_is_said_in_one_line():
         FileNotFoundError, match=r"^student is no/such, but it is no folder here and the hub does not give"
     ):
         Student.from_pretrained("no/such")
+
+
+def test_a_listener_that_cannot_answer_cannot_be_made():
+    with pytest.raises(TypeError, match=r"abstract method '?generate"):
+        type("Mute", (Listener,), {"max_samples": 9, "min_samples": 1})()

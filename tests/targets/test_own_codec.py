@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import tiny
 import torch
 
@@ -46,6 +47,13 @@ class Best(Codec):
         ids_S1 = torch.from_numpy(reader.take("<i4", sizes).astype(np.int64))[:, None]
         logprobs_S1 = torch.from_numpy(reader.take("<f4", sizes).copy())[:, None]
         return Distribution(ids_S1, logprobs_S1, {1.0: torch.zeros(len(ids_S1))}, vocab_size)
+
+
+@pytest.mark.parametrize("step", ["plain", "capture", "encode", "read"])
+def test_a_codec_that_lacks_a_step_cannot_be_made(step):
+    parts = {name: vars(Best)[name] for name in ("plain", "capture", "encode", "read") if name != step}
+    with pytest.raises(TypeError, match=rf"abstract method '?{step}"):
+        type("Less", (Codec,), parts)()
 
 
 def test_a_toy_codec_is_one_line_and_is_planned_cached_proved_and_learned(tmp_path, monkeypatch):

@@ -1,13 +1,12 @@
 """Cross-entropy on the answers: the labels' own, and at `loss.pseudo_ce` the teacher's."""
 
-from distill.objective.terms.term import Term
+from distill.objective.terms.term import HeadTerm
 
 
-class CrossEntropy(Term):
+class CrossEntropy(HeadTerm):
     """Of each supervised position, but of those of a student's own answer, whose words are not the truth."""
 
     title = "Cross-entropy (nat a token)"
-    is_of_head = True
     settings = ("pseudo_ce",)
 
     def count(self, m) -> int:

@@ -3,19 +3,18 @@
 from typing import TYPE_CHECKING
 
 from distill.objective.terms.needs import Held, lacks_temperature
-from distill.objective.terms.term import Term
+from distill.objective.terms.term import HeadTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ChunkLikelihood(Term):
+class ChunkLikelihood(HeadTerm):
     """Of each chunk of the answers, see `crosstokenizer.chunk_likelihood`."""
 
     title = "Likelihood of chunks"
     needs_teacher = True
     only_crossed = True
-    is_of_head = True
     settings = ("chunk_temperature", "temperature")
 
     def lacks(self, loss, held: Held) -> str | None:

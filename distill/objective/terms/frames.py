@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from distill.objective.features import feature_loss
 from distill.objective.terms.needs import Held
-from distill.objective.terms.term import Seen, Term
+from distill.objective.terms.term import Seen, SeenTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FrameDistance(Term):
+class FrameDistance(SeenTerm):
     """Of each frame that holds audio."""
 
     title = "Distance of frames"

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from distill.objective.features import feature_loss
 from distill.objective.terms.needs import Held
-from distill.objective.terms.term import Seen, Term
+from distill.objective.terms.term import Seen, SeenTerm
 from shards.targets.header import HEAD_INPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class StateDistance(Term):
+class StateDistance(SeenTerm):
     """Of each supervised position: the mean over `loss.layer_pairs`."""
 
     title = "Distance of hidden states"

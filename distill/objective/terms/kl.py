@@ -1,15 +1,14 @@
 """The divergence of the student's next token from the teacher's, times temperature squared."""
 
 from distill.objective.terms.needs import Held, lacks_temperature
-from distill.objective.terms.term import Term
+from distill.objective.terms.term import HeadTerm
 
 
-class TokenDivergence(Term):
+class TokenDivergence(HeadTerm):
     """Of each supervised position; across tokenizers of those that are the same token on both sides."""
 
     title = "Divergence from the teacher (nat a token)"
     needs_teacher = True
-    is_of_head = True
     settings = ("kl_kind", "temperature")
 
     def lacks(self, loss, held: Held) -> str | None:

@@ -9,6 +9,7 @@ where it computes.
 Shapes: B batch, S supervised positions, X elements of a term, V vocabulary, D LLM width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,9 +57,10 @@ class Seen:
         return self.projectors[name](x.float()) if name in self.projectors else x.float()
 
 
-class Term:
-    """A term of the loss; what stands here is that of one with a value a supervised position and no teacher.
+class Term(ABC):
+    """A term of the loss; what stands here is that of one with an element a supervised position and no teacher.
 
+    A term is a `SeenTerm`, which computes its values, or a `HeadTerm`, whose values the head's pass finds.
     `m` is a micro-batch (`weighing.MicroBatch`), `loss` the settings, a LossConfig, whose field of the term's name is
     its weight.
     """
@@ -67,8 +69,12 @@ class Term:
     weight: float | None = None  # where LossConfig has no field of its name
     needs_teacher = False  # whether there is nothing of it where no teacher speaks
     only_crossed = False  # whether it is there only where teacher and student have other tokenizers
-    is_of_head = False  # whether its values come out of the head's one pass over the vocabulary, and not of `values`
     settings: Collection[str] = ()  # fields of LossConfig that nothing reads where it has no weight
+
+    @property
+    @abstractmethod
+    def is_of_head(self) -> bool:
+        """Whether its values come out of the head's one pass over the vocabulary."""
 
     @property
     def identity(self) -> dict:
@@ -91,10 +97,6 @@ class Term:
         """What it counts on each sample, beside the sample's own weight."""
         return [1.0] * len(m.batch.samples)
 
-    def values(self, seen: Seen) -> "Tensor":
-        """Its value at each element, differentiable in the student, float32: value_X."""
-        raise NotImplementedError(f"{type(self).__name__} has no values; give it some, or set is_of_head.")
-
     def layers(self, loss) -> Collection[int]:
         """The student's LLM blocks whose outputs it looks at, from 1."""
         return ()
@@ -104,8 +106,24 @@ class Term:
         return {}
 
 
+class HeadTerm(Term):
+    """A term whose values come out of the head's one pass over the vocabulary, see `module.Objective`."""
+
+    is_of_head = True
+
+
+class SeenTerm(Term):
+    """A term whose values are computed from what the student saw."""
+
+    is_of_head = False
+
+    @abstractmethod
+    def values(self, seen: Seen) -> "Tensor":
+        """Its value at each element, differentiable in the student, float32: value_X."""
+
+
 @dataclass(frozen=True)
-class OwnTerm(Term):
+class OwnTerm(SeenTerm):
     """A term of one's own, with one value a supervised position.
 
     Attributes:

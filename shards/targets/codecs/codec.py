@@ -9,6 +9,7 @@ S supervised positions, V vocabulary, D LLM width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from shards.targets.distributions import Distribution, HiddenStates
 
 
-class Codec:
+class Codec(ABC):
     """How a teacher's distribution at S positions becomes bytes and comes back; a frozen dataclass of its parameters.
 
     Attributes:
@@ -61,6 +62,7 @@ class Codec:
         """Whether a divergence can be taken of its targets at a temperature."""
         return (self.kl_kinds is None or kl_kind in self.kl_kinds) and self.serves(temperature)
 
+    @abstractmethod
     def plain(self, probs_V: np.ndarray) -> np.ndarray:
         """Which ids of one position are kept, or may be drawn: its definition, written a second time, for the proofs.
 
@@ -71,8 +73,8 @@ class Codec:
             bool of V ids. Of the probabilities of these, and of the mass of the others together, what comes back is off
             by `error` at most.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def capture(
         self, logits_SV: Tensor, hidden_SD: Tensor | None = None, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -83,13 +85,13 @@ class Codec:
             hidden_SD: what enters its head; given to codecs that need it.
             generator: for a random codec, of the CPU and seeded by the sample: a repeated job draws the same anywhere.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, captured: dict[str, np.ndarray]) -> bytes:
         """The payload of what `capture` returned, as numpy arrays."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def read(
         reader: Reader, sizes: Sequence[int], vocab_size: int, parameters: Sequence[float]
     ) -> Distribution | HiddenStates:
@@ -100,4 +102,3 @@ class Codec:
             sizes: positions of each payload.
             vocab_size, parameters: as the header has them.
         """
-        raise NotImplementedError
