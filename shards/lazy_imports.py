@@ -24,6 +24,12 @@ def lazy_exports(package: str, faces: Mapping[str, str]) -> tuple[Callable[[str]
     return find, lambda: sorted(faces)
 
 
+def import_named(place: str) -> object:
+    """What "module:name" stands for, as a dict of parts names each one."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def late(name: str) -> ModuleType:
     """A library that is imported with the first thing that is asked of it, as in `np = late("numpy")`.
 

@@ -208,6 +208,29 @@ def _to_entry(
     def fail(field: str, reason: str, problem: str):
         return RowError(path, number, f"{place}{field}", reason, problem)
 
+    value = _check_row(value, questions, fail)
+    text, more = value.get("text"), value.get("expand_wav") or []
+    start, end = _read_part(value, more, fail)
+    content = [value["path"], more, text, value["task"], value.get("Q"), start, end]
+    first, *rest = (_locate(name, path, root) for name in (value["path"], *more))
+    return Entry(
+        path=first,
+        text=text,
+        task=value["task"],
+        question=value.get("Q"),
+        source=value.get("source") or source,
+        more_paths=tuple(rest),
+        speaker=value.get("speaker"),
+        start=start,
+        end=end,
+        number=number,
+        place=f"{path}: {place.rstrip(': ')}",
+        digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8],
+    )
+
+
+def _check_row(value: object, questions: Collection[str], fail: Callable) -> dict:
+    """The row with its speaker as text, once every field holds what it may."""
     if not isinstance(value, dict):
         raise fail("", "type", f"is {_describe(value)}, but a row must be an object; mend the row.")
     for field in ("path", "task"):
@@ -228,23 +251,7 @@ def _to_entry(
         raise fail(".expand_wav", "type", f"is {_describe(more)}, but must be a list of strings; mend the row.")
     if sum(map(len, (value["path"], *more, text or "", value.get("Q") or ""))) > MAX_CHARS_A_ROW:
         raise fail("", "too_large", f"has over {MAX_CHARS_A_ROW} characters, which no clip's answer has; mend the row.")
-    start, end = _read_part(value, more, fail)
-    content = [value["path"], more, text, value["task"], value.get("Q"), start, end]
-    first, *rest = (_locate(name, path, root) for name in (value["path"], *more))
-    return Entry(
-        path=first,
-        text=text,
-        task=value["task"],
-        question=value.get("Q"),
-        source=value.get("source") or source,
-        more_paths=tuple(rest),
-        speaker=value.get("speaker"),
-        start=start,
-        end=end,
-        number=number,
-        place=f"{path}: {place.rstrip(': ')}",
-        digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8],
-    )
+    return value
 
 
 def _read_part(value: dict, more: list, fail: Callable) -> tuple[float, float | None]:

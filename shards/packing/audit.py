@@ -103,12 +103,7 @@ def audit(
         ValueError: unknown reason, or too large a share was dropped.
     """
     policy = make_policy(policy or {})
-    manifests, out = [Path(path).expanduser() for path in manifests], Path(out).expanduser()
-    for path in manifests:
-        if path.is_dir() or not path.suffix:
-            raise ValueError(
-                f"manifests is {path} in part, but that is no file of rows; for the results say --out {path}."
-            )
+    manifests, out = _check_manifests(manifests), Path(out).expanduser()
     workers = count_cpus() if workers is None else workers
     num_rows = [sum(1 for _ in scan_manifest(path)) for path in manifests]
     if show_progress:
@@ -133,6 +128,17 @@ def audit(
     if failures:
         raise failures[0]
     return report
+
+
+def _check_manifests(manifests: Sequence[Path]) -> list[Path]:
+    """Refuse what is no file of rows, such as the folder of the results."""
+    manifests = [Path(path).expanduser() for path in manifests]
+    for path in manifests:
+        if path.is_dir() or not path.suffix:
+            raise ValueError(
+                f"manifests is {path} in part, but that is no file of rows; for the results say --out {path}."
+            )
+    return manifests
 
 
 class TooManyDropped(ValueError):

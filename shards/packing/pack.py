@@ -8,7 +8,7 @@ out; nothing takes its place.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import dropwhile
@@ -96,8 +96,7 @@ def pack(
             check_space(out, needed, "shards", remedy="free some space, or give a folder on another disk")
             max_bad = max(MIN_MAX_BAD, math.ceil(max_bad_share * num_rows))
             rows = scan_manifest(manifest, root=root, questions=tasks.questions)
-            rows = dropwhile(lambda row: row.number < packing.next_row, rows)
-            encoded = map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
+            encoded = _encode_from(packing.next_row, rows, options, workers)
             with progress_bar(f"packing {packing.name}", num_rows, show=show_progress) as advance:
                 advance(packing.next_row)
                 packing.write(encoded, max_bad, num_rows, advance)
@@ -110,6 +109,12 @@ def pack(
         bad=tuple(packing.bad),
         num_resumed=resumed,
     )
+
+
+def _encode_from(first: int, rows: Iterable, options: EncodeOptions, workers: int) -> Iterator:
+    """The rows from a number on, encoded by several processes, in order."""
+    rows = dropwhile(lambda row: row.number < first, rows)
+    return map_in_order(partial(encode_rows, options=options), batched(rows, ROWS_A_PIECE), workers=workers)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,11 @@ Imports no torch, as what a config may say is read from here.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shards.lazy_imports import import_named
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,7 @@ def find_encoder(name: str) -> type[nn.Module]:
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder is {name!r}, but there are {', '.join(ENCODERS)}; choose one of them.")
-    module, _, kind = ENCODERS[name].partition(":")
-    return getattr(importlib.import_module(module), kind)
+    return import_named(ENCODERS[name])
 
 
 def shares_spectrum(name: str) -> bool:

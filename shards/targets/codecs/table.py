@@ -5,11 +5,11 @@ Imports a codec when it is asked for, and no torch.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
+from shards.lazy_imports import import_named
 from shards.targets.codecs.codec import Codec
 from shards.targets.codecs.payload import read_header
 
@@ -33,8 +33,7 @@ def find_codec(name: str) -> type[Codec]:
     """
     if name not in CODECS:
         raise ValueError(f"codec is {name!r}, but this program knows {', '.join(CODECS)}; cache this sample again.")
-    module, _, kind = CODECS[name].partition(":")
-    return getattr(importlib.import_module(module), kind)
+    return import_named(CODECS[name])
 
 
 def describe_codec(codec: Codec) -> dict:
