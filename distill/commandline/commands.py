@@ -35,6 +35,7 @@ class Command:
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill pipeline` takes."""
     add_config_arguments(parser)
     parser.add_argument(
         "--launch",
@@ -43,6 +44,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_pipeline_arguments(args: argparse.Namespace) -> None:
+    """Find the config and the launch file of `distill pipeline` by their names."""
     read_config_arguments(args)
     args.launch = args.launch and str(find_launch(args.launch))
 
@@ -77,6 +79,7 @@ def read_model_arguments(args: argparse.Namespace) -> None:
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill plan` takes."""
     add_config_arguments(parser)
     parser.add_argument("--max-gb", type=float, help="the most that the cache may take, 10^9 bytes; default: any")
     parser.add_argument("--clips", type=int, default=300, help="that the teacher hears (%(default)s)")
@@ -87,6 +90,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill verify` takes."""
     add_config_arguments(parser)
     parser.add_argument(
         "--share", type=float, default=0.01, help="of the batches that are computed again (%(default)s)"
@@ -95,6 +99,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill filter` takes."""
     add_config_arguments(parser)
     parser.add_argument("--max-wer", type=float, help="of the teacher's own transcript against the label, a fraction")
     parser.add_argument("--max-ce", type=float, help="the teacher's mean cross-entropy on the label, nats a token")
@@ -105,6 +110,7 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill evaluate` takes."""
     add_config_arguments(parser)
     parser.add_argument("--efficiency", action="store_true", help="measure time, memory, energy of an answer instead")
     parser.add_argument(
@@ -113,6 +119,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill export` takes."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, runs/NAME, or its config")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--merge", action="store_true", help="write the LLM with LoRA inside instead of LoRA alone")
@@ -137,14 +144,17 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_export_arguments(args: argparse.Namespace) -> None:
+    """Find the run of `distill export` by its name."""
     args.run = find_run(args.run)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill report` takes."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/NAME, or its config")
 
 
 def add_transcribe_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill transcribe` takes."""
     parser.add_argument("student", metavar="STUDENT", help="saved student, such as runs/NAME/student, run or export")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, or folders of them")
     parser.add_argument("--format", choices=("txt", "srt", "vtt", "tsv", "json"), default="txt", help="(%(default)s)")
@@ -176,6 +186,7 @@ def read_transcribe_arguments(args: argparse.Namespace) -> None:
 
 
 def add_new_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill new` takes."""
     recipes = ", ".join(list_recipes())
     parser.add_argument("words", nargs="+", metavar="[RECIPE] FILE", help=f"the file to write, after one of {recipes}")
 
@@ -193,6 +204,7 @@ def read_new(args: argparse.Namespace) -> None:
 
 
 def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill prune` takes."""
     parser.add_argument("llm", metavar="LLM", help="folder or hub id of a causal LM")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--shards", required=True, help="calibration: packed clips, whose texts the LLM reads")
@@ -204,6 +216,7 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill completion` takes."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script is printed")
     parser.add_argument("words", nargs="*", metavar="WORD", help="after --: print what the last one may become instead")
 

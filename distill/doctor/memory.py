@@ -70,6 +70,7 @@ def make_as_in_training_(case: Case) -> None:
 
 
 def is_on_gpu(case: Case) -> bool:
+    """Whether the student is on a GPU."""
     return case.student.device.type == "cuda"
 
 

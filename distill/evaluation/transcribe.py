@@ -78,10 +78,12 @@ def answer(ask: Callable[[list], list[Answer]], waiting: Sequence[tuple[Path, np
 
 
 def format_txt(transcript: Transcript) -> str:
+    """The text alone."""
     return transcript.text
 
 
 def format_srt(transcript: Transcript) -> str:
+    """SubRip subtitles: a numbered block a segment."""
     return "\n".join(
         f"{number}\n{clock(s.start, ',')} --> {clock(s.end, ',')}\n{s.text}\n"
         for number, s in enumerate(transcript.segments, 1)
@@ -89,6 +91,7 @@ def format_srt(transcript: Transcript) -> str:
 
 
 def format_vtt(transcript: Transcript) -> str:
+    """WebVTT subtitles: a cue a segment."""
     cues = (f"\n{clock(s.start, '.')} --> {clock(s.end, '.')}\n{s.text}" for s in transcript.segments)
     return "\n".join(["WEBVTT", *cues])
 

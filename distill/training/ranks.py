@@ -42,6 +42,7 @@ def build_accelerator() -> Accelerator:
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed trains."""
     return accelerator.state.deepspeed_plugin is not None
 
 

@@ -134,7 +134,7 @@ class TargetRecord:
     """The targets of one sample.
 
     Attributes:
-        payload: the distribution at S positions, of a codec (`shards.targets.codecs.decode` reads it).
+        payload: the distribution at S positions, of a codec (`shards.targets.codecs.table.decode` reads it).
         answer_ids_S: int32, the answer's tokens with the end token: what the positions predict.
         label_logprobs_S: float32, the teacher's natural log-probability of each.
         entropy_S: float32 (float16 on disk), nats, of the teacher's distribution at temperature 1.

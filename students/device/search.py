@@ -131,5 +131,6 @@ class _Beam:
 
 
 def log_softmax(logits_BV: np.ndarray) -> np.ndarray:
+    """The natural log-probabilities, [B, V]."""
     shifted = logits_BV - logits_BV.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

@@ -263,6 +263,7 @@ def own_tensors(model: Salmonn) -> dict[str, Tensor]:
 
 
 def read_names(path: Path) -> set[str]:
+    """The names of the tensors of a safetensors file."""
     with open_safetensors(path) as file:
         return set(file.keys())
 
