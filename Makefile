@@ -10,9 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/distill pipeline configs/demo.yaml --launch configs/accelerate/two_cpus_zero2.yaml
 
-# a process a core, at most four: each takes up to 2 GB, and a file's tests stay together for their fixtures
+# a process a core, at most four: each takes up to 2 GB. Each begins with a part of the files in order, for their
+# fixtures, and takes from another's when it is done
 test: .venv/installed
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders or PACKAGES for path in (ROOT / folder).rglob("*.py"))
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     """A file's syntax tree."""
     return ast.parse(path.read_text())

@@ -122,8 +122,9 @@ def write_config(path: Path, data: Path, teacher: Path, parts: Path, **changes) 
     values = {
         "name": "toy", "runs": path.parent / "runs", "data__folder": data, "teacher__path": teacher,
         "student__llm": parts / "student-llm", "student__connector": "new", "student__lora_rank": 4,
-        "cache__batch_size": 4, "train__steps": 4, "train__batch_size": 4,
-        "train__micro_batch_size": 4, "train__learning_rate": 2e-3, "train__warmup_steps": 2, "train__save_every": 2,
+        "cache__batch_size": 4, "cache__max_new_tokens": 8, "eval__max_new_tokens": 8,  # toys rarely end an answer
+        "train__steps": 4, "train__batch_size": 4, "train__micro_batch_size": 4,
+        "train__learning_rate": 2e-3, "train__warmup_steps": 2, "train__save_every": 2,
         "corpus__valid_share": 0.0, **changes,
     }  # fmt: skip
     if "k" in find_codec(values.get("cache__codec", CacheConfig.codec)).settings:

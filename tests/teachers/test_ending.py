@@ -1,5 +1,6 @@
 """Ends of answers: an end that is text, joined to the last word or not; text that spells control tokens; leftovers."""
 
+import copy
 import dataclasses
 import io
 
@@ -184,15 +185,26 @@ ODD = {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.1, "min_p":
        "diversity_penalty": 5.0, "dola_layers": "low", "top_h": 0.3, "prefill_chunk_size": 2}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_no_field_of_a_generation_config_changes_an_answer(parts, name):
-    model = tiny.make_teacher(parts).eval()
+def answer_both_ways(model) -> tuple[list[list[int]], ...]:
+    """Ids of greedy answers, and of beams."""
     batch = model.collate([tiny.make_sample(0), tiny.make_sample(1, seconds=1.4)], with_answer=False)
-    expected = model.generate_ids(batch, max_new_tokens=8), model.generate_ids(batch, max_new_tokens=8, num_beams=2)
-    own = model.llm.generation_config
+    return tuple(model.generate_ids(batch, max_new_tokens=8, num_beams=num_beams) for num_beams in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def answered(parts):
+    """A teacher whose LLM's generation config is plain, and its answers."""
+    model = tiny.make_teacher(parts).eval()
+    return model, answer_both_ways(model)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_field_of_a_generation_config_changes_an_answer(answered, monkeypatch, name):
+    model, expected = answered
+    own = copy.deepcopy(model.llm.generation_config)
     setattr(own, name, ODD[name])
-    found = model.generate_ids(batch, max_new_tokens=8), model.generate_ids(batch, max_new_tokens=8, num_beams=2)
-    assert found == expected and model.llm.generation_config is own
+    monkeypatch.setattr(model.llm, "generation_config", own)
+    assert answer_both_ways(model) == expected and model.llm.generation_config is own
 
 
 def test_rows_of_a_padded_head_are_never_said(parts, tmp_path):

@@ -363,7 +363,7 @@ def test_a_run_whose_loss_or_teacher_changed_does_not_resume_and_says_field_by_f
     for change in (
         "loss.kl: 1.0 there, 0.25 here",
         "loss.task_weights.asr: nothing there, 2.0 here",
-        "targets.answers.max_new_tokens: 60 there, 9 here",
+        "targets.answers.max_new_tokens: 8 there, 9 here",
     ):
         assert change in str(error.value)
     assert (tmp_path / "own" / "config.yaml").read_bytes() == before

@@ -46,11 +46,12 @@ def toys(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(toys: Path, name: str, *words: str, launch_file: str, program=("--module", "distill.run")):
-    """Train on two ranks as a user does; returns the finished launcher."""
+def launch(toys: Path, name: str, *words: str, launch_file: str, program: list[str]):
+    """Start a program on two ranks as a user does; returns the finished launcher."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / launch_file)]
     command += ["--main_process_port", "0", *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    python_path = f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"
+    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run([*command, str(toys / "toy.yaml"), f"name={name}", *words], env=environment,
                           cwd=toys, capture_output=True, text=True, timeout=280)  # fmt: skip
 
@@ -135,8 +136,19 @@ def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
     assert losses(toys, "ddp") == pytest.approx(alone, abs=1e-5)
 
 
+STAGE = """
+import sys
+
+from distill.command import run_stage
+
+sys.exit(run_stage(print))
+"""  # what every stage is to its launcher, without what only its work imports
+
+
 def test_a_users_error_is_the_last_line_of_the_launchers_report(toys):
-    process = launch(toys, "wrong", "train.steps=0", launch_file="two_cpus_ddp.yaml")
+    (toys / "stage.py").write_text(STAGE)
+    program = [str(toys / "stage.py")]
+    process = launch(toys, "wrong", "train.steps=0", launch_file="two_cpus_ddp.yaml", program=program)
     text = f"error: {toys / 'toy.yaml'}: train.steps is 0, but must be above 0; correct it."
     *_, last, border = process.stderr.strip().splitlines()
     assert process.returncode == 1 and last.endswith(text) and set(border) == {"="}
@@ -163,10 +175,8 @@ def processes_of(folder: Path) -> list[int]:
 
 def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_and_costs_no_loss(toys, alone):
     (toys / "killed.py").write_text(LAUNCHER_KILLED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}")
-        program = [str(toys / "killed.py")]
-        process = launch(toys, "killed", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml", program=program)
+    program = [str(toys / "killed.py")]
+    process = launch(toys, "killed", "train.micro_batch_size=1", launch_file="two_cpus_zero2.yaml", program=program)
     assert process.returncode == -signal.SIGKILL, process.stderr
     while processes_of(toys):  # or until the test's own time is over
         time.sleep(0.1)
