@@ -16,6 +16,7 @@ from benchmarks.house import (
     find_circles,
     find_climbs,
     find_homes,
+    find_long_functions,
     find_long_signatures,
     find_unused_fields,
     import_graph,
@@ -57,6 +58,10 @@ def test_a_folder_is_read_in_one_look():
 
 def test_no_signature_has_more_arguments_than_a_reader_keeps_in_mind():
     assert find_long_signatures() == {}
+
+
+def test_no_function_is_longer_than_a_screen():
+    assert find_long_functions() == {}
 
 
 def test_every_field_of_a_config_is_in_a_recipe_a_document_or_a_benchmark():
