@@ -173,7 +173,8 @@ def test_the_page_about_devices_says_what_works(exported, tmp_path, monkeypatch,
     assert main(transcribe[1:]) == 0
     assert runner[:3] == ["python", "-m", "students.device"] and run_device(runner[3:]) == 0
     exec(blocks["python"], {})
-    assert len(set(capsys.readouterr().out.splitlines())) == 1
+    said = capsys.readouterr().out
+    assert said and said == 3 * said[: len(said) // 3]  # whatever control characters a toy says
 
 
 def test_evaluating_shows_the_folder_beside_student_and_teacher(finished, exported, capsys):
