@@ -16,7 +16,7 @@ from record import write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill.config import Config, load_config
-from distill.demo.scratch import corpus_texts, pretrain_on_text_
+from distill.demo.scratch import corpus_texts, llm_fields, pretrain_on_text_
 from distill.demo.tokenizer import train_byte_tokenizer
 from distill.pipeline import launch_stage, make_shards
 from teachers.salmonn import SalmonnConfig
@@ -42,24 +42,10 @@ def make_qwen(config: Config, folder: Path) -> Path:
     pieces = [piece for text in texts for piece in text if piece]
     tokenizer = train_byte_tokenizer(pieces, folder, vocab_size=config.scratch.vocab_size)
     torch.manual_seed(config.seed)
-    width = config.scratch.student_width
-    llm = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=config.scratch.student_layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 32,
-            max_position_embeddings=1024,
-            initializer_range=width**-0.5,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    pretrain_on_text_(llm, tokenizer, texts, config.scratch, title="text qwen")
+    scratch = config.scratch
+    fields = llm_fields(len(tokenizer), scratch.student_width, scratch.student_layers, tokenizer)
+    llm = Qwen2ForCausalLM(Qwen2Config(**fields))
+    pretrain_on_text_(llm, tokenizer, texts, scratch, title="text qwen")
     llm.save_pretrained(folder)
     return folder
 

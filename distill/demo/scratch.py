@@ -148,22 +148,25 @@ def build_whisper(scratch: ScratchConfig) -> WhisperModel:
 
 def build_llm(vocab_size: int, width: int, layers: int, tokenizer) -> LlamaForCausalLM:
     """A Llama with random weights and tied embeddings."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 32,
-            max_position_embeddings=1024,
-            initializer_range=width**-0.5,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**llm_fields(vocab_size, width, layers, tokenizer)))
+
+
+def llm_fields(vocab_size: int, width: int, layers: int, tokenizer) -> dict:
+    """What makes a transformers config of any Llama-like family a small LLM, heads of 32, embeddings tied."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": width // 32,
+        "max_position_embeddings": 1024,
+        "initializer_range": width**-0.5,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Accelerator | None = None) -> None:
