@@ -19,9 +19,6 @@ from distill.evaluation.clips import find_clips
 from distill.evaluation.scorecard import Agreement
 from distill.objective.losses import forward_kl
 from distill.training.monitoring.progress import Progress
-from shards.streaming.order import Order
-from shards.streaming.selection import Selection
-from shards.streaming.stream import ShardStream
 from shards.targets.distributions import Distribution, Sparse
 from teachers.logits import head_logits
 from teachers.salmonn import Salmonn
@@ -41,10 +38,18 @@ class Predictions:
 
     vocabulary: str  # hash of what its ids mean
     labels_S: Tensor  # the right ids
-    top_S: Tensor  # the most probable ones
-    confidence_S: Tensor  # their probability, float32
-    sparse: Sparse  # the KEPT most probable ones
+    sparse: Sparse  # the KEPT most probable ones, the most probable first
     divergence_S: Tensor | None = None
+
+    @property
+    def top_S(self) -> Tensor:
+        """The most probable ids."""
+        return self.sparse.ids_SK[:, 0]
+
+    @property
+    def confidence_S(self) -> Tensor:
+        """Their probabilities."""
+        return self.sparse.logprobs_SK[:, 0].exp()
 
 
 @torch.no_grad()
@@ -64,12 +69,10 @@ def predict_answers(
     Raises:
         ValueError: no clip of the split has a text.
     """
-    left_out = dict.fromkeys(find_clips(shards).left_out, 0.0)
+    stream = find_clips(shards).stream(shards, options.batch_size)
     vocabulary = Vocabulary.of(model.tokenizer).sha256
     is_alike = teacher is not None and teacher.vocabulary == vocabulary
     parts, start = [], 0
-    stream = ShardStream(shards, Order(batch_size=options.batch_size, shuffle=False, epochs=1),
-                         Selection(sample_weights=left_out))  # fmt: skip
     with Progress(title, stream.num_samples, unit="clips") as progress:
         for samples in stream:
             if samples:
@@ -82,19 +85,19 @@ def predict_answers(
                     parts.append((labels_S.cpu(), *_predict(model, of_chunk, theirs)))
                     start = stop
             progress.advance(units=len(samples))
-    labels_S, top_S, confidence_S, *sparse, divergence_S = (torch.cat(part) for part in zip(*parts))
-    return Predictions(vocabulary, labels_S, top_S, confidence_S, Sparse(*sparse), divergence_S if is_alike else None)
+    labels_S, *sparse, divergence_S = (torch.cat(part) for part in zip(*parts))
+    is_alike = is_alike and len(labels_S) == len(teacher.labels_S)
+    return Predictions(vocabulary, labels_S, Sparse(*sparse), divergence_S if is_alike else None)
 
 
 def _predict(model: Salmonn, hidden_SD: Tensor, teacher: Sparse | None) -> tuple[Tensor, ...]:
-    """Most probable ids, their probability, the kept distribution and the divergence (0 without a teacher)."""
+    """The kept distribution and the divergence, 0 without a teacher."""
     logits_SV = head_logits(model.llm, hidden_SD)[:, : len(model.tokenizer)]  # a padded head has more
-    confidence_S, top_S = logits_SV.softmax(-1).max(-1)
-    divergence_S = torch.zeros_like(confidence_S)
+    divergence_S = torch.zeros(len(logits_SV))
     if teacher is not None:
         divergence_S = forward_kl(logits_SV, Sparse(*(x.to(logits_SV.device) for x in teacher)), 1.0)
     sparse = Distribution.from_logits(logits_SV, min(KEPT, logits_SV.shape[1] - 1)).at(1.0)
-    return tuple(x.cpu() for x in (top_S, confidence_S, *sparse, divergence_S))
+    return tuple(x.cpu() for x in (*sparse, divergence_S))
 
 
 def calibration_error(confidence_S: np.ndarray, is_right_S: np.ndarray, bins: int = BINS) -> float:

@@ -70,8 +70,9 @@ def read_answer_cache(path: Path) -> Examined | None:
         content = read_object(path, {"answers": list, "cost": dict, "vocabulary": str})
         answers = [Prediction(**{**fields, "references": tuple(fields["references"])}) for fields in content["answers"]]
         tensors = load_file(path.with_suffix(TENSORS))
-        sparse = Sparse(*(tensors.pop(name) for name in Sparse._fields))
-        return Examined(answers, Cost(**content["cost"]), Predictions(content["vocabulary"], sparse=sparse, **tensors))
+        sparse = Sparse(*(tensors[name] for name in Sparse._fields))
+        predictions = Predictions(content["vocabulary"], tensors["labels_S"], sparse)
+        return Examined(answers, Cost(**content["cost"]), predictions)
     except (OSError, ShapeError, TypeError, KeyError, SafetensorError):
         return None
 
@@ -84,8 +85,8 @@ def write_answer_cache(path: Path, examined: Examined) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     predictions = examined.predictions
-    tensors = {name: getattr(predictions, name) for name in ("labels_S", "top_S", "confidence_S")}
-    write_atomically(path.with_suffix(TENSORS), save(tensors | predictions.sparse._asdict()))
+    tensors = {"labels_S": predictions.labels_S, **predictions.sparse._asdict()}
+    write_atomically(path.with_suffix(TENSORS), save(tensors))
     content = {"answers": [asdict(a) for a in examined.answers], "cost": asdict(examined.cost),
                "vocabulary": predictions.vocabulary}  # fmt: skip
     write_atomically(path, json.dumps(content, indent=1))

@@ -18,9 +18,6 @@ from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, TaskScore, 
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import gather
 from shards.sample import Sample
-from shards.streaming.order import Order
-from shards.streaming.selection import Selection
-from shards.streaming.stream import ShardStream
 from teachers.salmonn import Salmonn
 from teachers.words.ending import has_ended
 
@@ -41,13 +38,7 @@ def answer(model: Salmonn, folder: str | Path, options: EvalConfig, accelerator:
     """
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     clips = find_clips(folder)
-    stream = ShardStream(
-        folder,
-        Order(batch_size=options.batch_size * size, shuffle=False, epochs=1),
-        Selection(sample_weights=dict.fromkeys(clips.left_out, 0.0)),
-        rank=rank,
-        world_size=size,
-    )
+    stream = clips.stream(folder, options.batch_size, rank, size)
     predictions = []
     with Progress(title, stream.num_samples, accelerator=accelerator, unit="clips") as progress:
         for samples in stream:

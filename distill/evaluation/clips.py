@@ -11,7 +11,10 @@ from pathlib import Path
 
 from shards.sample import MAX_SECONDS
 from shards.streaming.catalog import open_catalog
+from shards.streaming.order import Order
 from shards.streaming.reader import Reader
+from shards.streaming.selection import Selection
+from shards.streaming.stream import ShardStream
 from shards.tars.localcopy import ShardCache
 
 
@@ -21,6 +24,17 @@ class Clips:
 
     references: dict[str, tuple[str, ...]]  # key of the row that is asked -> the texts of all rows of its clip
     left_out: tuple[str, ...]  # keys of the other rows, and of those without a text
+
+    def stream(self, shards: str | Path | Sequence[str | Path], batch_size: int, rank: int = 0,
+               world_size: int = 1) -> ShardStream:  # fmt: skip
+        """Every clip once, in the order of the split, `batch_size` a rank."""
+        return ShardStream(
+            shards,
+            Order(batch_size=batch_size * world_size, shuffle=False, epochs=1),
+            Selection(sample_weights=dict.fromkeys(self.left_out, 0.0)),
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 def find_clips(shards: str | Path | Sequence[str | Path]) -> Clips:

@@ -1,5 +1,7 @@
 """A student beside its teacher, token by token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -8,7 +10,6 @@ import torch
 from distill.config import EvalConfig
 from distill.evaluation import agreement
 from distill.evaluation.agreement import (
-    Predictions,
     calibration_error,
     compare_predictions,
     measure_agreement,
@@ -78,7 +79,7 @@ def test_a_model_agrees_with_itself(toys, models):
 
 def test_of_models_with_other_tokens_only_calibration_is_told(toys, models):
     theirs = predict_answers(models[0], toys / "data" / "test", EvalConfig())
-    others = Predictions("another vocabulary", theirs.labels_S, theirs.top_S, theirs.confidence_S, theirs.sparse)
+    others = replace(theirs, vocabulary="another vocabulary")
     of_student = predict_answers(models[1], toys / "data" / "test", EvalConfig(), others)
     found = compare_predictions(others, of_student)
     assert found.top1 is None and found.kl is None and found.student_ece > 0
@@ -86,8 +87,7 @@ def test_of_models_with_other_tokens_only_calibration_is_told(toys, models):
 
 def test_the_same_tokens_cut_otherwise_are_not_compared(toys, models):
     theirs = predict_answers(models[0], toys / "data" / "test", EvalConfig())
-    labels_S = theirs.labels_S.flip(0)
-    cut = Predictions(theirs.vocabulary, labels_S, theirs.top_S, theirs.confidence_S, theirs.sparse)
+    cut = replace(theirs, labels_S=theirs.labels_S.flip(0))
     assert predict_answers(models[1], toys / "data" / "test", EvalConfig(), cut).divergence_S is None
 
 
