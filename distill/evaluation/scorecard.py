@@ -142,7 +142,7 @@ def agreement_rows(card: Scorecard) -> list[Row]:
     found = card.agreement
     if found is None:
         return []
-    rows = [("calibration error ↓", f"{found.teacher_ece:.1%}", f"{found.student_ece:.1%}", "–")]
+    rows = [("ECE ↓", f"{found.teacher_ece:.1%}", f"{found.student_ece:.1%}", "–")]
     if found.top1 is not None and found.kl is not None:
         rows.insert(0, ("same next token ↑", "–", f"{found.top1:.1%}", "–"))
         rows.insert(1, ("KL to teacher ↓", "–", f"{found.kl:.3f}", "–"))
@@ -190,8 +190,8 @@ def explain_scores(card: Scorecard) -> list[str]:
     if card.agreement is not None:
         known = "" if card.agreement.top1 is not None else "; their tokens differ, so nothing else is compared"
         lines.append(
-            f"Next tokens of the right answers ({card.agreement.num_positions:,}): KL in nats a token, calibration "
-            f"error (ECE) over 15 bins of confidence{known}."
+            f"Next tokens of the right answers ({card.agreement.num_positions:,}): KL in nats a token, expected "
+            f"calibration error (ECE) over 15 bins of confidence{known}."
         )
     chances = [
         f"{task} {_form(score.metric).format(score.extra['chance'])}"

@@ -66,7 +66,7 @@ def test_a_scorecard_shows_how_far_the_predictions_agree_and_says_where_tokens_d
     assert all(part in text for part in ("same next token ↑", "96.8%", "0.021", "1.5%", "5.2%", "answers (120)"))
     apart = show(replace(card, agreement=Agreement(120, teacher_ece=0.015, student_ece=0.052)))
     assert "same next token" not in apart and "their tokens differ, so nothing else is compared" in apart
-    assert "calibration" not in show(replace(card, agreement=None))
+    assert "ECE" not in show(replace(card, agreement=None))
 
 
 def test_a_scorecard_comes_back_from_its_file_as_it_was(card, tmp_path):
