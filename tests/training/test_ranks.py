@@ -180,7 +180,8 @@ def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_a
     assert process.returncode == -signal.SIGKILL, process.stderr
     while processes_of(toys):  # or until the test's own time is over
         time.sleep(0.1)
-    assert losses(toys, "killed") == pytest.approx(alone[:2], abs=1e-5)  # the ranks stopped in order
+    stopped = losses(toys, "killed")  # in order, after the step that they were in: another rank may be a step behind
+    assert len(stopped) in (1, 2) and stopped == pytest.approx(alone[: len(stopped)], abs=1e-5)
     first, second = train_on_two_ranks(toys, "killed", "two_cpus_zero2.yaml", killed=True)
     assert second == -signal.SIGKILL and first != 0
     assert losses(toys, "killed") == pytest.approx(alone[:3], abs=1e-5)
