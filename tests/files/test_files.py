@@ -108,8 +108,11 @@ def run_killed(work, call: int) -> bool:
 
         os.fsync, os.replace, os.link, os.mkdir = map(fatal, (os.fsync, os.replace, os.link, os.mkdir))
         Path.write_text = fatal(Path.write_text)
-        work()
-        os._exit(0)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)  # whatever it raised: a second copy of this process must not go on
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, -signal.SIGKILL)
     return status != 0
