@@ -127,8 +127,25 @@ def test_pieces_of_a_stream_are_the_answer(exported):
     device = DeviceStudent(exported)
     device.ends = []  # so that it says more than a word
     answer = device.generate(SAMPLES[1:2], max_new_tokens=8)[0]
-    pieces = list(device.stream(SAMPLES[1].waveform_N, max_new_tokens=8))
-    assert "".join(pieces) == answer and len(pieces) > 1
+    assert "".join(device.stream(SAMPLES[1].waveform_N, max_new_tokens=8)) == answer
+
+
+def test_a_stream_says_what_is_certain_as_soon_as_it_is(exported, monkeypatch):
+    """Of chosen ids, as what toys say is chance: no half character, no blank that may be the last, no half end."""
+    device = DeviceStudent(exported)
+    device.rows.end = dataclasses.replace(device.rows.end, text="</s>")
+    ids = device.tokenizer.encode("one café two <")
+    steps = [ids[:length] for length in range(1, len(ids) + 1)]
+
+    def say(samples, *, on_ids, max_new_tokens):
+        for step in steps:
+            on_ids([step])
+        return steps[-1:]
+
+    monkeypatch.setattr(device, "answer_ids", say)
+    pieces = list(device.stream(SAMPLES[1].waveform_N))
+    assert "".join(pieces) == device.read(ids) == "one café two <"
+    assert len(pieces) > 3 and pieces[-1].endswith("<") and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_an_export_changed_no_byte_of_the_student(finished, exported):
