@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill.config import Config, EvalConfig, LossConfig, TrainConfig
 from distill.config.rules import check_terms
 from distill.evaluation.metrics.scores import OwnMetric
-from distill.evaluation.validation import Best, check_split, validate
+from distill.evaluation.validation import Best, check_is_there, check_split, validate
 from distill.inputs import as_shards, as_student, as_teacher, check_cached, check_clips, check_heard_alike
 from distill.objective.crossteacher import match_vocab
 from distill.objective.module import Objective
@@ -170,7 +170,7 @@ class Distiller:
         self._choose_terms(own.terms, vocab_size)
         check_cached(teacher, self.loss, self.terms, self.student, self.stream)
         teacher.ask_as(self.student.rows.prompts.template)
-        self.valid = valid if valid is None else self._open_valid(valid)
+        self.valid = self._open_valid(valid)
         self.identity = {"seed": self.seed, **identify_training(self.options)}
         self.identity |= identify_fit(self.student, teacher, self.loss, own.terms, run.identity, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
@@ -210,12 +210,15 @@ class Distiller:
         if not self.named:
             raise ValueError("trainable tensors are none, but fit() needs some; build the student with LoRA.")
 
-    def _open_valid(self, samples) -> str | Path:
+    def _open_valid(self, samples) -> str | Path | None:
         """The validation split as shards; a wrong one is an error now, not after the first steps."""
+        if samples is None:
+            check_is_there(self.options)
+            return None
         valid = self._shards(samples, "valid")
         check_heard_alike(self.stream, valid)
         check_clips(ShardStream(valid, Order(batch_size=1, shuffle=False, epochs=1)), self.student)
-        check_split(valid, self.metrics)
+        check_split(valid, self.metrics, self.options.best_metric)
         return valid
 
     def _find_start(self) -> None:
@@ -276,9 +279,9 @@ class Distiller:
                 self._find_start()
             with self.hang_watch("preparation"):
                 start = self._prepare()
-            if start >= self.options.steps:
-                self._finish()
-                return self._result(self.options.steps)
+            if self._is_over(start):
+                self._finish(start)
+                return self._result(min(start, self.options.steps))
             return self._fit(start)
 
     def request_stop(self) -> None:
@@ -306,16 +309,26 @@ class Distiller:
                     result = self._result(step + 1, preempted=True)
                     self.told.tell("on_end", result)
                     return result
-            self._finish()
-            result = self._result(self.options.steps)
+                if self._is_over(step + 1):
+                    break
+            self._finish(step + 1)
+            result = self._result(step + 1)
             self.told.tell("on_end", result)
         return result
 
-    def _finish(self) -> None:
-        """Leave the student whole, with its best weights."""
+    def _is_over(self, step: int) -> bool:
+        """Whether there is nothing to do after a step: it is the last, or validation has long found nothing better."""
+        options = self.options
+        return step >= options.steps or self.best.is_stale(step, options.eval_every, options.early_stop)
+
+    def _finish(self, step: int) -> None:
+        """Leave the student whole, with its best weights; `step` was the last."""
+        if step < self.options.steps:
+            say(self.accelerator, f"{self.run_folder} ends after step {step}: {self.options.early_stop} validations in "
+                                  f"a row were not better than that of step {self.best.step}")  # fmt: skip
         join_(self.accelerator, self.objective)
         keep_outputs_(self.student.llm)
-        self._take_best_()
+        self._take_best_(step)
 
     def _result(self, steps: int, preempted: bool = False) -> FitResult:
         """What the whole run has come to; every rank must call it."""
@@ -330,8 +343,7 @@ class Distiller:
         saved = self.saved
         if saved is not None:
             ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
-            is_done = saved.step >= self.options.steps
-            goes_on = "is trained, used again:" if is_done else "goes on"
+            goes_on = "is trained, used again:" if self._is_over(saved.step) else "goes on"
             say(self.accelerator, f"{self.run_folder} {goes_on} after step {saved.step}")
         optimizer = build_optimizer(self.named, self.options)
         if self.options.gradient_checkpointing:
@@ -428,7 +440,7 @@ class Distiller:
         if is_due and self.valid is not None:
             with self.hang_watch(f"validation after step {step}"):
                 self._validate(step)
-        if is_last or record["stop"] or step % self.options.save_every == 0 or self.best.step == step:
+        if self._is_over(step) or record["stop"] or step % self.options.save_every == 0 or self.best.step == step:
             with self.hang_watch(f"saving step {step}"):
                 self._save(step)
 
@@ -456,15 +468,16 @@ class Distiller:
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
         with gathered(self.accelerator, self.objective):
-            found = validate(self.student, self.valid, self.answers, self.accelerator, step, self.metrics,
+            found = validate(self.student, self.valid, self.answers, self.accelerator, step,
+                             chosen_by=self.options.best_metric, own=self.metrics,
                              on_batch=self.hang_watch.beat)  # fmt: skip
         if self.best.error is None or found.error < self.best.error:
             self.best = found
         self.told.tell("on_validation", step, found.error, found.scores)
 
-    def _take_best_(self) -> None:
-        """Give the student the weights of the best validation, in place."""
-        if self.best.step in (0, self.options.steps):
+    def _take_best_(self, step: int) -> None:
+        """Give the student the weights of the best validation, in place; it has those of `step`."""
+        if self.best.step in (0, step):
             return
         folder = ckpt.checkpoint_folder(self.run_folder / "checkpoints", self.best.step)
         ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, folder / ckpt.WEIGHTS)

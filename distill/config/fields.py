@@ -206,6 +206,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # run each block of the LLM again in the backward instead of keeping what it
     # computed: a step takes about a third longer and a fraction of the memory; the gradient is the same
     eval_every: int = 0  # steps between validations; 0: only at the end
+    best_metric: str = "mean"  # that chooses the best validation: "mean" of what every task lacks, or one task: "asr"
+    early_stop: int = 0  # validations in a row without a better one after which the run ends; 0: it goes on
     save_every: int = 100  # steps between checkpoints
     stop_after: int = 0  # stop after this step and go on at the next start, for queues with a time limit; 0: do not
     keep: int = 2  # newest checkpoints that stay, beside the best

@@ -61,8 +61,8 @@ POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.
             "scratch.window_seconds", "scratch.num_queries", "teach.lora_rank", "teach.lora_alpha",
             "teach.window_seconds", "teach.num_queries", "teach.qformer_width", "teach.qformer_layers")  # fmt: skip
 NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "cache.threshold", "train.warmup_steps",
-                "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.stop_after",
-                "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
+                "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.early_stop",
+                "train.stop_after", "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
                 "student.whisper_layers", "on_policy.temperature",
                  "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
 SHARES = (
@@ -128,7 +128,7 @@ def check_value(key: str, value) -> None:
 
 
 def check_train(train) -> None:
-    """Refuse a learning rate that climbs where it should fall, and a tracker that there is not."""
+    """Refuse a learning rate that climbs where it should fall, a tracker that there is not, and a stop by nothing."""
     unknown = [name for name in train.trackers if name not in TRACKERS]
     if unknown:
         raise ValueError(
@@ -139,6 +139,11 @@ def check_train(train) -> None:
         raise ValueError(
             f"train.min_learning_rate is {train.min_learning_rate:g}, but train.learning_rate, the peak, is "
             f"{train.learning_rate:g}; lower it."
+        )
+    if train.early_stop and not train.eval_every:
+        raise ValueError(
+            f"train.early_stop is {train.early_stop}, but train.eval_every is 0 and validates at the end alone; set it "
+            f"to the steps between two validations."
         )
 
 
