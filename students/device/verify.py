@@ -52,7 +52,8 @@ def ask_student(model: Salmonn, samples: Sequence[Sample], max_new_tokens: int) 
         batch = model.collate([sample], with_answer=False, first_prompt=True).to(model.device)
         found = model.generate_ids(batch, max_new_tokens=max_new_tokens)[0]
         prompt_BTD = model.embed(batch, model.hear(batch))
-        said_BTD = model.llm.get_input_embeddings()(torch.tensor([found[:-1]], device=model.device))
+        said_BT = torch.tensor([found[:-1]], dtype=torch.long, device=model.device)  # empty where the end comes first
+        said_BTD = model.llm.get_input_embeddings()(said_BT)
         embeds_BTD = torch.cat([prompt_BTD, said_BTD.to(prompt_BTD.dtype)], 1)
         out_BTV = model.llm(inputs_embeds=embeds_BTD, use_cache=False).logits
         ids.append(found)

@@ -29,6 +29,7 @@ from distill.run import run
 from students.device.__main__ import main as run_device
 from students.device.export import MAX_ERROR, WHOLE, choose, describe, write_graphs
 from students.device.student import DeviceStudent
+from students.device.verify import ask_student, compare
 from students.student import load_student
 from teachers.ears.beats import BeatsConfig, BeatsEar
 from teachers.ears.eat import EatConfig, EatEar
@@ -102,6 +103,13 @@ def test_the_manifest_says_how_far_each_precision_is_from_the_student(exported):
     card = (exported / "README.md").read_text()
     assert card.count("| head ") == 6 and "4 of 4" in card
     assert set(device["files"]) == {file.name for file in exported.iterdir()} - {"device.json", "README.md"}
+
+
+def test_a_student_that_ends_at_once_is_verified_too(finished, exported):
+    expected = ask_student(load_student(finished / "student"), SAMPLES, max_new_tokens=1)
+    assert [len(ids) for ids in expected.ids] == [len(logits_SV) for logits_SV in expected.logits] == [1, 1, 1]
+    found = compare(exported, expected, "exact", max_new_tokens=1)
+    assert found.logit_error < 1e-4 and found.texts_equal == found.clips == 3
 
 
 def test_it_answers_where_torch_cannot_be_imported_under_another_home(finished, exported, tmp_path):

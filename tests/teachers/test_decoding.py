@@ -116,13 +116,15 @@ def test_greedy_with_a_repetition_penalty_is_the_plain_arithmetic(model):
     assert model.generate_ids(batch, max_new_tokens=6, repetition_penalty=1.8) == [truncate_after_end(ids, model.ends)]
 
 
-def test_the_config_reaches_the_search(model):
-    sample = tiny.make_sample(5)
-    options = EvalConfig(max_new_tokens=6, num_beams=2, repetition_penalty=2.0, length_penalty=0.5)
-    expected = model.generate([sample], max_new_tokens=6, num_beams=2, repetition_penalty=2.0, length_penalty=0.5)
-    assert [p.hypothesis for p in predict(model, [sample], options)] == expected
-    plain = dataclasses.replace(options, num_beams=1, repetition_penalty=1.0, length_penalty=1.0)
-    assert [p.hypothesis for p in predict(model, [sample], plain)] != expected
+def test_the_config_reaches_the_search(model, monkeypatch):
+    sample, asked = tiny.make_sample(5), []
+    given = {"max_new_tokens": 6, "num_beams": 2, "repetition_penalty": 2.0, "length_penalty": 0.5}
+    expected, answer = model.generate([sample], **given), model.answer_ids
+    monkeypatch.setattr(
+        model, "answer_ids", lambda samples, **options: asked.append(options) or answer(samples, **options)
+    )
+    assert [p.hypothesis for p in predict(model, [sample], EvalConfig(**given))] == expected
+    assert asked == [given]
 
 
 def test_an_end_of_several_ids_ends_each_row_and_its_last_id_alone_does_not():
