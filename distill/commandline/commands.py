@@ -215,6 +215,15 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=int, default=128, help="of the shards that are read (%(default)s)")
 
 
+def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill upcycle` takes."""
+    parser.add_argument("llm", metavar="LLM", help="folder or hub id of a dense causal LM: Llama, Mistral or Qwen3")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--experts", type=int, default=8, help="of each layer, copies of its FFN (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=2, help="of them, that a token goes to (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the new routers (%(default)s)")
+
+
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill completion` takes."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script is printed")
@@ -291,6 +300,9 @@ COMMANDS = {
     ),
     "prune": Command(
         "students.prune", "a smaller LLM of a larger one's own layers, heads and channels", add_prune_arguments
+    ),
+    "upcycle": Command(
+        "students.upcycle", "a sparse mixture whose experts are copies of a dense LLM's FFN", add_upcycle_arguments
     ),
     "export": Command(
         "distill.export",
