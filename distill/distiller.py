@@ -7,11 +7,12 @@ weighted by its term's weight over that count. So the gradient of a step does no
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -37,20 +38,22 @@ from distill.objective.weighing import (
     without_teacher,
 )
 from distill.training import checkpoint as ckpt
-from distill.training.identity import WEIGHTS, find_start, identify_fit
+from distill.training.identity import UPDATE, WEIGHTS, find_start, identify_fit
 from distill.training.microbatch import Collator, check_frames, check_term_of_ears, split, trains_ears
 from distill.training.monitoring.callbacks import Callbacks
 from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
 from distill.training.monitoring.trackers import Trackers, check_trackers
-from distill.training.optimizer import build_optimizer, learning_rate
+from distill.training.optimizer import build_optimizer
 from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
 from distill.training.runlock import RunLock
-from distill.training.stopping import BadSteps, HangWatch, StopRequest, warn_of_slow_save
+from distill.training.stopping import HangWatch, StopRequest, warn_of_slow_save
+from distill.training.update.spikes import BadStepsError, is_good
+from distill.training.update.update import Update
 from distill.training.zero import (
-    check_optimizer,
+    check_options,
     configure_deepspeed,
     describe_build_locks,
     gathered,
@@ -87,6 +90,14 @@ class FitResult:
     def losses(self) -> list[float]:
         """The loss of every step of the whole run, also of those before it was resumed."""
         return [record["loss"] for record in self.metrics]
+
+
+class Step(NamedTuple):
+    """A step that was made, or left out."""
+
+    record: dict[str, float]  # of the log
+    must_stop: bool  # a signal or a callback ends the run here
+    goes_back: bool  # it was one bad step too many
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,6 @@ class Distiller:
         self.identity |= identify_fit(self.student, teacher, self.loss, own.terms, run.identity, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
-        self.bad_steps = BadSteps(self.options.max_bad_steps, lambda text: say(self.accelerator, text))
         self._find_start()
 
     # What a run begins with
@@ -190,7 +200,7 @@ class Distiller:
     def _place(self, accelerator: Accelerator | None, model: nn.Module | None) -> None:
         """Move the student, and a teacher that runs, to this process' device."""
         self.accelerator = accelerator or build_accelerator()
-        check_optimizer(self.accelerator, self.options)
+        check_options(self.accelerator, self.options)
         for one in (self.student, model):
             if one is not None:
                 one.to(self.accelerator.device)
@@ -300,21 +310,52 @@ class Distiller:
         with self.stop, closing(self.told):
             self.told.tell("on_start", start)
             batches = iter(self.stream)
-            for step in range(start, self.options.steps):
+            step, must_stop = start, False
+            while not (must_stop or self._is_over(step)):
                 with self.hang_watch(f"step {step + 1}"):
-                    record = self._step(step, batches)
-                self._after(step + 1, record)
-                if record["stop"]:
-                    say(self.accelerator, f"stopped after step {step + 1}; the same command goes on from there")
-                    result = self._result(step + 1, preempted=True)
-                    self.told.tell("on_end", result)
-                    return result
-                if self._is_over(step + 1):
-                    break
-            self._finish(step + 1)
-            result = self._result(step + 1)
+                    done = self._step(step, batches)
+                self.told.tell("on_step", done.record)
+                if done.goes_back:
+                    step = self._go_back()
+                    continue
+                step, must_stop = step + 1, done.must_stop
+                self._after(step, must_stop)
+            if must_stop:
+                say(self.accelerator, f"stopped after step {step}; the same command goes on from there")
+            else:
+                self._finish(step)
+            result = self._result(step, preempted=must_stop)
             self.told.tell("on_end", result)
         return result
+
+    def _go_back(self) -> int:
+        """Put the run back to its last good checkpoint, but for the stream, which stays; the step that it is of.
+
+        What comes now follows from that checkpoint and the stream's position there, so a run that is interrupted before
+        its next checkpoint comes here again.
+        """
+        folder, tell = self.run_folder / "checkpoints", partial(say, self.accelerator)
+        saved = ckpt.find_checkpoint(folder, tell, lambda state: is_good(state.get(UPDATE, {}).get("bad_steps", {})))
+        self.accelerator.wait_for_everyone()  # before one process removes what another might still look at
+        if saved is None:
+            raise BadStepsError(
+                f"train.max_returns is {self.options.max_returns}, but {folder} holds no good checkpoint to go back "
+                f"to; lower train.save_every or train.learning_rate."
+            )
+        with self.hang_watch(f"the return to step {saved.step}"):
+            if self.accelerator.is_main_process:
+                ckpt.remove_later(folder, saved.step)
+            self._load_(saved, self.update.go_back)
+            self.best = Best(**saved.state["best"])
+            tell(f"goes back to step {saved.step}, and on with the clips that come next")
+        return saved.step
+
+    def _load_(self, saved: ckpt.Saved, load_update: Callable[[dict], None]) -> None:
+        """Take weights, moments and what the next step must know of those before from a checkpoint."""
+        ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
+        load_update(saved.state.get(UPDATE, {}))
+        num_updates = saved.step - self.update.bad_steps.left_out
+        ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, num_updates)
 
     def _is_over(self, step: int) -> bool:
         """Whether there is nothing to do after a step: it is the last, or validation has long found nothing better."""
@@ -358,12 +399,13 @@ class Distiller:
         bare = self.accelerator.unwrap_model(self.objective)
         self.objective, self.optimizer = self.accelerator.prepare(bare, optimizer)
         self.is_prepared = True
+        self.update = Update(self.accelerator, self.named, self.options)
         self.collator = Collator(
             self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights
         )
         self.student.train()
         if saved is not None:
-            ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, saved.step)
+            self._load_(saved, self.update.load_state_dict)
         return saved.step if saved is not None else 0
 
     @property
@@ -374,11 +416,9 @@ class Distiller:
 
     # One step
 
-    def _step(self, step: int, batches: Iterator[list[Sample]]) -> dict:
+    def _step(self, step: int, batches: Iterator[list[Sample]]) -> Step:
         began = time.perf_counter()
-        rate = learning_rate(step, self.options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        said = self.update.begin(self.optimizer, step)
         samples = next(batches)
         micro_batches = [self.collator(part) for part in split(samples, self.num_micro_batches)]
         counts = [count(self.terms, m) for m in micro_batches]
@@ -392,12 +432,15 @@ class Distiller:
         # of dropout; here, as a stream draws a number of its own at a process' first step
         torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
         parts = self._forward_backward(micro_batches, weights, totals)
-        norm = self._update()
         parts = sum_over_ranks(self.accelerator, parts)
-        record = {"step": step + 1, "loss": sum(parts.values()), **parts, "learning_rate": rate, "grad_norm": norm,
+        loss = sum(parts.values())
+        norm, fault = self.update(loss)
+        keys = partial(gather, self.accelerator, [sample.key for sample in samples])
+        goes_back = self.update.bad_steps.note(step + 1, fault, keys)
+        record = {"step": step + 1, "loss": loss, **parts, **said, "grad_norm": norm, **self.update.bad_steps.counts,
                   "positions": int(totals["positions"]), "audio_seconds": totals["audio_seconds"]}  # fmt: skip
-        self.bad_steps.check(record, lambda: gather(self.accelerator, [s.key for s in samples]))
-        return {**record, "seconds": time.perf_counter() - began, "stop": totals["stop"] > 0}
+        record["seconds"] = time.perf_counter() - began
+        return Step(record, totals["stop"] > 0, goes_back)
 
     def _forward_backward(
         self, micro_batches: list[MicroBatch], weights: dict[str, float], totals: dict[str, float]
@@ -417,30 +460,16 @@ class Distiller:
                 parts[name] += float(part)
         return parts
 
-    def _update(self) -> float:
-        """Clip and step; a gradient that is not finite changes nothing."""
-        if is_deepspeed(self.accelerator):
-            norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            return float(norm or 0.0)  # None until the first step that DeepSpeed did not skip
-        norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.options.max_grad_norm))
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
     # After a step
 
-    def _after(self, step: int, record: dict) -> None:
-        """Log, and when it is time validate and save."""
+    def _after(self, step: int, must_stop: bool) -> None:
+        """When it is time validate and save."""
         is_last = step == self.options.steps
-        self.told.tell("on_step", {key: value for key, value in record.items() if key != "stop"})
         is_due = is_last or (self.options.eval_every and step % self.options.eval_every == 0)
         if is_due and self.valid is not None:
             with self.hang_watch(f"validation after step {step}"):
                 self._validate(step)
-        if self._is_over(step) or record["stop"] or step % self.options.save_every == 0 or self.best.step == step:
+        if self._is_over(step) or must_stop or step % self.options.save_every == 0 or self.best.step == step:
             with self.hang_watch(f"saving step {step}"):
                 self._save(step)
 
@@ -453,6 +482,8 @@ class Distiller:
             folder = self.run_folder / "checkpoints"
             best = dataclasses.asdict(self.best)
             state = {"identity": self.identity, "stream": self.stream.state_dict(), "best": best}
+            if update := self.update.state_dict():
+                state[UPDATE] = update
             state[WEIGHTS] = hash_tensors({name: x for name, x in tensors.items() if name not in self.projectors})
             ckpt.save_checkpoint(folder, step, state, tensors, moments)
             ckpt.prune(folder, step, self.options.keep, self.best.step)

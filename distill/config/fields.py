@@ -203,6 +203,8 @@ class TrainConfig:
     weight_decay: float = 0.01  # on matrices only
     beta2: float = 0.98  # of AdamW; beta1 is 0.9
     max_grad_norm: float = 1.0  # of the whole gradient, above which it is scaled down
+    clip: str = "fixed"  # "fixed": at max_grad_norm; "running": after 25 steps at a limit that follows recent norms
+    clip_deviations: float = 2.5  # of "running": standard deviations of the limit above the mean of recent norms
     gradient_checkpointing: bool = False  # run each block of the LLM again in the backward instead of keeping what it
     # computed: a step takes about a third longer and a fraction of the memory; the gradient is the same
     eval_every: int = 0  # steps between validations; 0: only at the end
@@ -213,7 +215,10 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints that stay, beside the best
     max_minutes: float = 0.0  # stop in order after so long, and go on at the next start; 0: no end
     hang_minutes: float = 30.0  # a step, save or start that takes so long ends it with every thread's stack; 0: never
-    max_bad_steps: int = 3  # non-finite steps in a row after which the run stops
+    max_bad_steps: int = 3  # steps in a row with a loss or norm that is not finite, or a spike, that end the run
+    spike_deviations: float = 0.0  # standard deviations above the mean of recent steps at which a loss or norm is a
+    # spike, and its step left out; 0: none is
+    max_returns: int = 0  # times that the run goes back to its last good checkpoint instead, and on with other clips
     trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, mlflow, trackio, …; [] for none
     resume: str = "auto"  # "auto": go on if there is a checkpoint; "must": refuse if none; "never": refuse if one
     allow_change: list[str] = field(default_factory=list)  # fields that a resumed run may change, [loss.kl] say

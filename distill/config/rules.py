@@ -48,9 +48,11 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "teach.windows": ("audio", "all"),
     "train.schedule": ("cosine", "linear", "constant", "wsd"),
     "train.optimizer": ("adamw", "adamw_8bit"),
+    "train.clip": ("fixed", "running"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "train.max_grad_norm",
-            "train.save_every", "train.keep", "student.lora_rank", "student.lora_alpha", "loss.temperature",
+            "train.save_every", "train.keep", "train.clip_deviations",
+            "student.lora_rank", "student.lora_alpha", "loss.temperature",
             "loss.chunk_temperature", "cache.k", "cache.draws", "cache.exponent", "cache.batch_size", "cache.num_beams",
             "cache.max_new_tokens",
             "on_policy.clips", "on_policy.max_new_tokens", "eval.batch_size", "eval.num_beams", "eval.max_new_tokens",
@@ -62,7 +64,8 @@ POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.
             "teach.window_seconds", "teach.num_queries", "teach.qformer_width", "teach.qformer_layers")  # fmt: skip
 NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "cache.threshold", "train.warmup_steps",
                 "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.early_stop",
-                "train.stop_after", "train.max_minutes", "train.hang_minutes", "train.max_bad_steps", "on_policy.round",
+                "train.stop_after", "train.max_minutes", "train.hang_minutes", "train.max_bad_steps",
+                "train.spike_deviations", "train.max_returns", "on_policy.round",
                 "student.whisper_layers", "on_policy.temperature",
                  "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
 SHARES = (
@@ -231,6 +234,7 @@ READ_WHERE = (
     (("corpus.num_train",), lambda c: c.corpus.kind == "synth", "corpus.kind=synth"),
     (("corpus.valid_share",), lambda c: not (c.corpus.valid and c.corpus.valid_share), "an empty corpus.valid"),
     (("train.min_learning_rate",), lambda c: c.train.schedule != "constant", "a train.schedule that falls"),
+    (("train.clip_deviations",), lambda c: c.train.clip == "running", "train.clip=running"),
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
     *(((f"cache.{name}",), lambda c, name=name: name in find_codec(c.cache.codec).settings, f"cache.codec={codecs}")
       for name, codecs in CODEC_FIELDS.items()),

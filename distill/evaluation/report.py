@@ -31,7 +31,9 @@ from shards.files.write import write_atomically
 
 REPORT = "report.html"
 # Of metrics.jsonl: what is drawn beside the terms of the loss, with its title
-TITLES = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm", "seconds": "Seconds a step"}
+TITLES = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm",
+          "grad_limit": "Limit of the gradient norm", "skipped": "Steps left out so far",
+          "seconds": "Seconds a step"}  # fmt: skip
 
 
 def write_report(run_folder: Path) -> Path:

@@ -7,6 +7,7 @@ of ranks; those in 8 bits as they are, codes and scales. Nothing is pickled.
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,14 +100,22 @@ def find_resumable(run_folder: Path, resume: str, say) -> Saved | None:
     return saved
 
 
-def find_checkpoint(folder: Path, say) -> Saved | None:
-    """The newest whole checkpoint; those that are damaged are named through `say` and passed over."""
+def find_checkpoint(folder: Path, say, is_wanted: Callable[[dict], bool] = lambda state: True) -> Saved | None:
+    """The newest whole checkpoint whose state is wanted; damaged ones are named through `say` and passed over."""
     for step, path in reversed(list_checkpoints(folder)):
         problem = damage(path)
-        if problem is None:
-            return Saved(path, step, read_object(path / STATE, STATE_FIELDS))
-        say(f"{path} is passed over: {problem}")
+        if problem is not None:
+            say(f"{path} is passed over: {problem}")
+        elif is_wanted(state := read_object(path / STATE, STATE_FIELDS)):
+            return Saved(path, step, state)
     return None
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than one that a run goes back to: they will be others."""
+    for number, path in reversed(list_checkpoints(folder)):
+        if number > step and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -17,6 +17,7 @@ from teachers.files.loading import hash_frozen_parts, hash_tensors, identify_che
 from teachers.salmonn import Salmonn
 from teachers.teacher import Teacher
 
+UPDATE = "update"  # in a checkpoint's state: what the next step must know of those before
 WEIGHTS = "weights"  # in a checkpoint's state: the hash of the student's own tensors, as `student.own` at its start
 
 

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a signal, its time, losses that are not finite, a hang. Knows no model."""
+"""What ends a run before its last step: a signal, its time, a hang. Knows no model and no loss."""
 
 import faulthandler
 import math
@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shards.parent_process import is_in_main_thread
@@ -14,7 +14,6 @@ from shards.parent_process import is_in_main_thread
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a stage that stopped in order, as the shell counts it
 SAY_SECONDS = 1.0  # between the words of a hang watch and the end that it makes
 SAME_SECONDS = 1.0  # between two signals that are one request
-NUM_SHOWN = 8  # keys of a bad step that are named
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # of queues, people, terminals
 GRACE_SECONDS = 30.0  # that torchrun and most queues leave a process between SIGTERM and SIGKILL
 
@@ -126,38 +125,3 @@ def warn_of_slow_save(seconds: float, say: Callable[[str], None]) -> None:
             f"a checkpoint took {seconds:.0f} s, but queues kill {GRACE_SECONDS:.0f} s after they ask to stop; let the "
             f"run stop itself before with train.max_minutes, or save to a faster disk."
         )
-
-
-class BadStepsError(RuntimeError):
-    """Too many steps in a row had a loss that is not finite."""
-
-
-class BadSteps:
-    """Counts the steps in a row whose loss or gradient is not finite.
-
-    Args:
-        most: that end the run.
-        say: is told of each.
-    """
-
-    def __init__(self, most: int, say: Callable[[str], None]):
-        self.most, self.say, self.count = most, say, 0
-
-    def check(self, record: dict, list_keys: Callable[[], Sequence[str]]) -> None:
-        """Count a step by its metrics; `list_keys` gives the keys of its samples on all ranks.
-
-        Raises:
-            BadStepsError: it is one too many.
-        """
-        if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
-            self.count = 0
-            return
-        self.count += 1
-        keys = list_keys()
-        named = ", ".join(keys[:NUM_SHOWN]) + (f" and {len(keys) - NUM_SHOWN} more" if len(keys) > NUM_SHOWN else "")
-        self.say(f"step {record['step']} is skipped: loss {record['loss']}, keys {named}")
-        if self.count >= self.most:
-            raise BadStepsError(
-                f"loss is {record['loss']} for {self.count} steps in a row, but must be finite; look at samples "
-                f"{named}, or lower train.learning_rate; checkpoints before them are kept."
-            )

@@ -24,18 +24,27 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
-def check_optimizer(accelerator: Accelerator, options: TrainConfig) -> None:
-    """Refuse an optimizer whose moments DeepSpeed cannot split.
+STEPS_ITSELF = "makes its step in the backward, before anything can judge it"
+UNDER_DEEPSPEED = {  # options that must be so, and why
+    "optimizer": ("adamw", "splits AdamW's moments over the ranks as float32"),
+    "spike_deviations": (0.0, STEPS_ITSELF),
+    "max_returns": (0, STEPS_ITSELF),
+}
+
+
+def check_options(accelerator: Accelerator, options: TrainConfig) -> None:
+    """Refuse what DeepSpeed cannot do.
 
     Raises:
-        ValueError: naming it and the launch.
+        ValueError: naming the option and the launch.
     """
-    if is_deepspeed(accelerator) and options.optimizer != "adamw":
-        raise ValueError(
-            f"train.optimizer is {options.optimizer}, but this launch is DeepSpeed's, which splits AdamW's "
-            f"moments over the ranks as float32; set train.optimizer=adamw, or launch with "
-            f"configs/accelerate/two_gpus_ddp.yaml."
-        )
+    for name, (needed, why) in UNDER_DEEPSPEED.items() if is_deepspeed(accelerator) else ():
+        value = getattr(options, name)
+        if value != needed:
+            raise ValueError(
+                f"train.{name} is {value}, but this launch is DeepSpeed's, which {why}; set train.{name}={needed}, or "
+                f"launch with configs/accelerate/two_gpus_ddp.yaml."
+            )
 
 
 def configure_deepspeed(

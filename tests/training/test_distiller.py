@@ -18,7 +18,7 @@ from distill.training import checkpoint
 from distill.training.checkpoint import find_checkpoint, prune, save_checkpoint
 from distill.training.identity import identify_settings
 from distill.training.resuming import compare
-from distill.training.stopping import BadStepsError
+from distill.training.update.spikes import BadStepsError
 from shards.packing.pack import pack
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection

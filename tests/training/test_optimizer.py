@@ -15,7 +15,7 @@ from distill.training.microbatch import Collator
 from distill.training.optimizer import FALLS, build_optimizer, learning_rate
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
-from distill.training.zero import check_optimizer, configure_deepspeed
+from distill.training.zero import check_options, configure_deepspeed
 from students.student import build_student
 from teachers.files.loading import load_salmonn
 from teachers.lora import Lora
@@ -141,14 +141,18 @@ def test_moments_in_8_bits_take_a_quarter_of_their_bytes():
     assert moment_bytes("adamw_8bit") < 0.27 * moment_bytes("adamw")
 
 
-def test_moments_in_8_bits_are_refused_where_deepspeed_splits_them():
+def test_what_deepspeed_cannot_do_is_refused():
     class Launch:
         class state:
             deepspeed_plugin = object()
 
     with pytest.raises(ValueError, match=r"train\.optimizer is adamw_8bit, but .* set train\.optimizer=adamw, or"):
-        check_optimizer(Launch, TrainConfig(optimizer="adamw_8bit"))
-    check_optimizer(Launch, TrainConfig())
+        check_options(Launch, TrainConfig(optimizer="adamw_8bit"))
+    with pytest.raises(
+        ValueError, match=r"train\.max_returns is 1, but .* makes its step in the backward, .*returns=0"
+    ):
+        check_options(Launch, TrainConfig(max_returns=1))
+    check_options(Launch, TrainConfig())
 
 
 @pytest.mark.parametrize(

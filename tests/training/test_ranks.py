@@ -22,16 +22,26 @@ from distill.distiller import Distiller
 from distill.evaluation.report import read_metrics
 from distill.run import run
 from distill.training.stopping import PREEMPTED
+from distill.training.update import statistic
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_after_two():
+    """A running limit of the norms holds from the third step on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistic, "NUM_FIRST", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory) -> Path:
     """Parts, a teacher, shards and their cached targets."""
     folder = tmp_path_factory.mktemp("toys")
-    # a divergence with a moving weight, windows compared with each other, and a projector that is trained beside
+    # a divergence with a moving weight, windows compared with each other, a projector that is trained beside, and a
+    # limit of the norms that follows them
     config = tiny.make_toys(
         folder,
         loss__kl_kind="jsd",
@@ -41,6 +51,8 @@ def toys(tmp_path_factory) -> Path:
         loss__hidden=0.5,
         loss__hidden_kind="mse",
         cache__hidden_layers="[-1]",
+        train__clip="running",
+        train__clip_deviations=1e-3,
     )
     cache(load_config(config))
     return folder
@@ -104,8 +116,8 @@ def kill_after(last: int, kill) -> None:
     """Let a run of this process call `kill` when a step is done."""
     after = Distiller._after
 
-    def and_kill(self, step, record):
-        after(self, step, record)
+    def and_kill(self, step, must_stop):
+        after(self, step, must_stop)
         if step == last:
             kill()
 
@@ -116,6 +128,11 @@ def losses(toys: Path, name: str) -> list[float]:
     """The loss of every step, from the run's metrics; of one that was done again, the last."""
     records, _ = read_metrics(toys / "runs" / name / "metrics.jsonl")
     return [record["loss"] for record in records]
+
+
+def limits(toys: Path, name: str) -> list[float]:
+    """The limit of every step's gradient norm."""
+    return [record["grad_limit"] for record in read_metrics(toys / "runs" / name / "metrics.jsonl")[0]]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +151,7 @@ def test_losses_of_one_process_fall_and_are_finite(alone):
 def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
     assert train_on_two_ranks(toys, "ddp", "two_cpus_ddp.yaml") == [0, 0]
     assert losses(toys, "ddp") == pytest.approx(alone, abs=1e-5)
+    assert limits(toys, "ddp") == pytest.approx(limits(toys, "alone"), rel=1e-3)
 
 
 STAGE = """
@@ -192,6 +210,7 @@ def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_a
 def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors(toys, alone):
     assert train_on_two_ranks(toys, "zero3", "two_cpus_zero3.yaml") == [0, 0]
     assert losses(toys, "zero3") == pytest.approx(alone, abs=1e-5)
+    assert limits(toys, "zero3") == pytest.approx(limits(toys, "alone"), rel=1e-3)
     one, two = (load_file(toys / "runs" / name / "student" / "model.safetensors") for name in ("alone", "zero3"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -18,7 +18,7 @@ from distill.run import run
 from distill.training import runlock, stopping
 from distill.training.checkpoint import find_checkpoint
 from distill.training.runlock import make_run_folder
-from distill.training.stopping import BadSteps, BadStepsError, HangWatch, StopRequest, warn_of_slow_save
+from distill.training.stopping import HangWatch, StopRequest, warn_of_slow_save
 from distill.training.zero import describe_build_locks, report_build
 from students.hearing import Connector
 from students.student import build_student
@@ -258,18 +258,6 @@ def test_a_slow_checkpoint_is_told_of_and_a_fast_one_not():
     assert told == []
     warn_of_slow_save(25.0, told.append)
     assert "took 25 s, but queues kill 30 s after" in told[0]
-
-
-def test_bad_steps_name_the_samples_of_every_rank():
-    told = []
-    steps = BadSteps(2, told.append)
-    bad = {"step": 7, "loss": float("nan"), "grad_norm": 1.0}
-    steps.check(bad, lambda: ["a", "b"])
-    steps.check({**bad, "loss": 1.0}, lambda: pytest.fail("a good step needs no keys"))
-    steps.check(bad, lambda: ["a", "b"])
-    with pytest.raises(BadStepsError, match=r"for 2 steps in a row, .* look at samples k0, .*k7 and 4 more, or lower"):
-        steps.check(bad, lambda: [f"k{number}" for number in range(12)])
-    assert told[0] == "step 7 is skipped: loss nan, keys a, b"
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_at_once(tmp_path):

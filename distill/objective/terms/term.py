@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from teachers.targets import Targets
     from teachers.words.batch import Batch
 
-RECORD = ("step", "loss", "learning_rate", "grad_norm", "positions", "audio_seconds", "seconds", "stop")  # of a step
+# What a step's record has beside its terms, whose names are others
+RECORD = ("step", "loss", "learning_rate", "grad_norm", "grad_limit", "skipped", "returns", "positions",
+          "audio_seconds", "seconds", "stop")  # fmt: skip
 
 
 @dataclass(frozen=True)

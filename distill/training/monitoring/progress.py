@@ -60,8 +60,8 @@ class Progress:
         self.__enter__()
 
     def on_step(self, run, record: dict[str, float]) -> None:
-        """Count a step."""
-        self.advance(f"loss {record['loss']:.3f}")
+        """Count a step; one that was done before, where a run went back, is not done any more."""
+        self.advance(f"loss {record['loss']:.3f}", int(record["step"]) - self.done)
 
     def on_close(self, run) -> None:
         """Leave the last line."""

@@ -1,0 +1,73 @@
+"""One update: the learning rate, the gradient's norm and limit, the optimizer's step. Knows no loss and no data."""
+
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from torch import nn
+
+from distill.config import TrainConfig
+from distill.training.optimizer import learning_rate
+from distill.training.ranks import is_deepspeed, say
+from distill.training.update.clipping import CLIPS
+from distill.training.update.spikes import BadSteps, Fault
+
+
+class Update:
+    """Applies gradients.
+
+    Args:
+        accelerator: the processes.
+        named: what is trained, by name.
+        options: rate and limits.
+    """
+
+    def __init__(self, accelerator: Accelerator, named: Mapping[str, nn.Parameter], options: TrainConfig):
+        self.accelerator, self.named, self.options = accelerator, named, options
+        self.clip = CLIPS[options.clip](options)
+        self.bad_steps = BadSteps(options, lambda text: say(accelerator, text))
+
+    def begin(self, optimizer, step: int) -> dict[str, float]:
+        """Set rate and limit of step `step` (from 0) before its first backward; what the log says of them."""
+        self.optimizer = optimizer
+        rate, limit = learning_rate(step, self.options), self.clip.limit
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        said = {"learning_rate": rate}
+        if self.options.clip == "fixed":
+            return said
+        if is_deepspeed(self.accelerator):  # which clips and steps at the end of the last backward
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            engine._config.gradient_clipping = engine.optimizer.clip_grad = limit
+        return said | {"grad_limit": limit}
+
+    def __call__(self, loss: float) -> tuple[float, Fault | None]:
+        """Clip and step, if there is nothing wrong with the step's loss and norm.
+
+        Returns:
+            The norm of the gradient before it is clipped, and what is wrong.
+        """
+        if is_deepspeed(self.accelerator):  # has made its step unless the gradient was not finite
+            norm = float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)  # None before a step
+        else:
+            norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.clip.limit))
+        fault = self.bad_steps.judge(loss, norm)
+        if fault is None:
+            self.optimizer.step()
+            self.clip.add(norm)
+        self.optimizer.zero_grad()
+        return norm, fault
+
+    def state_dict(self) -> dict:
+        """What a run that goes on must know of the steps before, as plain data by part; of a part without, nothing."""
+        states = {"clip": self.clip.state_dict(), "bad_steps": self.bad_steps.state_dict()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, dict]) -> None:
+        """Go on where another stood; a part that the run had not until now begins anew."""
+        self.clip.load_state_dict(state.get("clip", {}))
+        self.bad_steps.load_state_dict(state.get("bad_steps", {}))
+
+    def go_back(self, state: Mapping[str, dict]) -> None:
+        """As `load_state_dict`, of a run that goes back; what it left out stays counted."""
+        self.clip.load_state_dict(state.get("clip", {}))
+        self.bad_steps.go_back(state.get("bad_steps", {}))
