@@ -38,7 +38,7 @@ from distill.objective.weighing import (
     without_teacher,
 )
 from distill.training import checkpoint as ckpt
-from distill.training.identity import UPDATE, WEIGHTS, find_start, identify_fit
+from distill.training.identity import AVERAGED, UPDATE, WEIGHTS, find_start, identify_fit
 from distill.training.microbatch import Collator, check_frames, check_term_of_ears, split, trains_ears
 from distill.training.monitoring.callbacks import Callbacks
 from distill.training.monitoring.progress import Progress
@@ -345,15 +345,22 @@ class Distiller:
         with self.hang_watch(f"the return to step {saved.step}"):
             if self.accelerator.is_main_process:
                 ckpt.remove_later(folder, saved.step)
-            self._load_(saved, self.update.go_back)
+            self._load_weights_(saved.step)
+            self._load_update_(saved, self.update.go_back)
             self.best = Best(**saved.state["best"])
             tell(f"goes back to step {saved.step}, and on with the clips that come next")
         return saved.step
 
-    def _load_(self, saved: ckpt.Saved, load_update: Callable[[dict], None]) -> None:
-        """Take weights, moments and what the next step must know of those before from a checkpoint."""
-        ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
+    def _load_weights_(self, step: int) -> None:
+        """Take the weights of a checkpoint."""
+        file = ckpt.checkpoint_folder(self.run_folder / "checkpoints", step) / ckpt.WEIGHTS
+        ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, file)
+
+    def _load_update_(self, saved: ckpt.Saved, load_update: Callable[[dict], None]) -> None:
+        """Take moments and what the next step must know of those before from a checkpoint."""
         load_update(saved.state.get(UPDATE, {}))
+        if self.update.ema is not None:
+            self.update.ema.load_(saved.folder / ckpt.MOMENTS)
         num_updates = saved.step - self.update.bad_steps.left_out
         ckpt.restore_moments_(self.accelerator, self.optimizer, self.named, saved.folder / ckpt.MOMENTS, num_updates)
 
@@ -383,7 +390,7 @@ class Distiller:
         """Load the checkpoint that the run goes on from, wrap the student, and return the first step to do."""
         saved = self.saved
         if saved is not None:
-            ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, saved.folder / ckpt.WEIGHTS)
+            self._load_weights_(saved.step)
             goes_on = "is trained, used again:" if self._is_over(saved.step) else "goes on"
             say(self.accelerator, f"{self.run_folder} {goes_on} after step {saved.step}")
         optimizer = build_optimizer(self.named, self.options)
@@ -405,7 +412,7 @@ class Distiller:
         )
         self.student.train()
         if saved is not None:
-            self._load_(saved, self.update.load_state_dict)
+            self._load_update_(saved, self.update.load_state_dict)
         return saved.step if saved is not None else 0
 
     @property
@@ -485,6 +492,10 @@ class Distiller:
             if update := self.update.state_dict():
                 state[UPDATE] = update
             state[WEIGHTS] = hash_tensors({name: x for name, x in tensors.items() if name not in self.projectors})
+            if self.update.ema is not None:
+                moments |= self.update.ema.tensors()
+                with self.update.averaged():
+                    state[AVERAGED] = hash_tensors(own_tensors(self.student))
             ckpt.save_checkpoint(folder, step, state, tensors, moments)
             ckpt.prune(folder, step, self.options.keep, self.best.step)
         self.accelerator.wait_for_everyone()
@@ -498,7 +509,7 @@ class Distiller:
 
     def _validate(self, step: int) -> None:
         """Let the student answer the validation split, and remember the step if it is the best yet."""
-        with gathered(self.accelerator, self.objective):
+        with gathered(self.accelerator, self.objective), self.update.averaged():
             found = validate(self.student, self.valid, self.answers, self.accelerator, step,
                              chosen_by=self.options.best_metric, own=self.metrics,
                              on_batch=self.hang_watch.beat)  # fmt: skip
@@ -507,9 +518,14 @@ class Distiller:
         self.told.tell("on_validation", step, found.error, found.scores)
 
     def _take_best_(self, step: int) -> None:
-        """Give the student the weights of the best validation, in place; it has those of `step`."""
-        if self.best.step in (0, step):
+        """Give the student the weights of the best validation, or their average, in place; it has those of `step`."""
+        is_last, ema = self.best.step in (0, step), self.update.ema
+        if ema is not None:
+            if not is_last:
+                ema.load_(ckpt.checkpoint_folder(self.run_folder / "checkpoints", self.best.step) / ckpt.MOMENTS)
+            ema.put_()
+        elif not is_last:
+            self._load_weights_(self.best.step)
+        if is_last:
             return
-        folder = ckpt.checkpoint_folder(self.run_folder / "checkpoints", self.best.step)
-        ckpt.load_weights_(dict(self.student.named_parameters()) | self.projectors, folder / ckpt.WEIGHTS)
         say(self.accelerator, f"the student keeps its weights of step {self.best.step}, the best on {self.valid}")

@@ -205,6 +205,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # of the whole gradient, above which it is scaled down
     clip: str = "fixed"  # "fixed": at max_grad_norm; "running": after 25 steps at a limit that follows recent norms
     clip_deviations: float = 2.5  # of "running": standard deviations of the limit above the mean of recent norms
+    ema: float = (
+        0.0  # decay a step of the average of what is trained, which is validated and becomes the student; 0: none
+    )
     gradient_checkpointing: bool = False  # run each block of the LLM again in the backward instead of keeping what it
     # computed: a step takes about a third longer and a fraction of the memory; the gradient is the same
     eval_every: int = 0  # steps between validations; 0: only at the end

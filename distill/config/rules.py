@@ -76,7 +76,7 @@ SHARES = (
     "on_policy.share",
     "on_policy.clips",
 )
-BELOW_ONE = ("train.beta2", "student.lora_dropout", "student.qformer_dropout", "teach.lora_dropout",
+BELOW_ONE = ("train.beta2", "train.ema", "student.lora_dropout", "student.qformer_dropout", "teach.lora_dropout",
              "teach.qformer_dropout")  # fmt: skip
 TEMPLATES = ("teacher.template", "student.template")
 LONG = sys.maxsize  # steps of a run whose length is not known yet

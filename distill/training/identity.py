@@ -18,6 +18,7 @@ from teachers.salmonn import Salmonn
 from teachers.teacher import Teacher
 
 UPDATE = "update"  # in a checkpoint's state: what the next step must know of those before
+AVERAGED = "averaged"  # the hash that its own tensors have as `train.ema` averages them
 WEIGHTS = "weights"  # in a checkpoint's state: the hash of the student's own tensors, as `student.own` at its start
 
 
@@ -68,7 +69,7 @@ def find_start(run_folder: Path, own: str) -> str:
     for path in (run_folder / "checkpoints").glob(f"step-*/{STATE}"):
         try:
             state = json.loads(path.read_text())
-            if state[WEIGHTS] == own:
+            if own in (state[WEIGHTS], state.get(AVERAGED)):
                 return state["identity"]["student"]["own"]
         except (OSError, ValueError, KeyError, TypeError):  # damaged: it is passed over when the run looks for its last
             continue

@@ -14,7 +14,7 @@ from distill.training.optimizer import learning_rate
 DECISIVE = (  # of TrainConfig: what changes the result of a step
     "batch_size", "learning_rate", "min_learning_rate", "warmup_steps", "schedule", "decay_share", "weight_decay",
     "beta2", "max_grad_norm", "optimizer", "best_metric",
-    "clip", "clip_deviations", "spike_deviations", "max_returns",
+    "clip", "clip_deviations", "spike_deviations", "max_returns", "ema",
 )  # fmt: skip
 STEPS = "train.steps"
 REST_OF_HASH = re.compile(r"(?<=\b[0-9a-f]{16})[0-9a-f]{48}\b")  # what an error need not show

@@ -31,6 +31,8 @@ UNDER_DEEPSPEED = {  # options that must be so, and why
     "max_returns": (0, STEPS_ITSELF),
 }
 
+UNDER_ZERO3 = {"ema": (0.0, "keeps a part of every trained tensor on each rank under ZeRO-3")}
+
 
 def check_options(accelerator: Accelerator, options: TrainConfig) -> None:
     """Refuse what DeepSpeed cannot do.
@@ -38,7 +40,9 @@ def check_options(accelerator: Accelerator, options: TrainConfig) -> None:
     Raises:
         ValueError: naming the option and the launch.
     """
-    for name, (needed, why) in UNDER_DEEPSPEED.items() if is_deepspeed(accelerator) else ():
+    if not is_deepspeed(accelerator):
+        return
+    for name, (needed, why) in (UNDER_DEEPSPEED | (UNDER_ZERO3 if is_zero3(accelerator) else {})).items():
         value = getattr(options, name)
         if value != needed:
             raise ValueError(

@@ -144,7 +144,7 @@ def test_moments_in_8_bits_take_a_quarter_of_their_bytes():
 def test_what_deepspeed_cannot_do_is_refused():
     class Launch:
         class state:
-            deepspeed_plugin = object()
+            deepspeed_plugin = SimpleNamespace(zero_stage=3)
 
     with pytest.raises(ValueError, match=r"train\.optimizer is adamw_8bit, but .* set train\.optimizer=adamw, or"):
         check_options(Launch, TrainConfig(optimizer="adamw_8bit"))
@@ -152,6 +152,12 @@ def test_what_deepspeed_cannot_do_is_refused():
         ValueError, match=r"train\.max_returns is 1, but .* makes its step in the backward, .*returns=0"
     ):
         check_options(Launch, TrainConfig(max_returns=1))
+    with pytest.raises(
+        ValueError, match=r"train\.ema is 0\.9, but .* under ZeRO-3; set train\.ema=0\.0, or launch with"
+    ):
+        check_options(Launch, TrainConfig(ema=0.9))
+    Launch.state.deepspeed_plugin.zero_stage = 2
+    check_options(Launch, TrainConfig(ema=0.9))
     check_options(Launch, TrainConfig())
 
 

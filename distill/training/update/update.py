@@ -1,6 +1,7 @@
 """One update: the learning rate, the gradient's norm and limit, the optimizer's step. Knows no loss and no data."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from accelerate import Accelerator
 from torch import nn
@@ -9,6 +10,7 @@ from distill.config import TrainConfig
 from distill.training.optimizer import learning_rate
 from distill.training.ranks import is_deepspeed, say
 from distill.training.update.clipping import CLIPS
+from distill.training.update.ema import Ema
 from distill.training.update.spikes import BadSteps, Fault
 
 
@@ -25,10 +27,11 @@ class Update:
         self.accelerator, self.named, self.options = accelerator, named, options
         self.clip = CLIPS[options.clip](options)
         self.bad_steps = BadSteps(options, lambda text: say(accelerator, text))
+        self.ema = Ema(named, options.ema) if options.ema else None
 
     def begin(self, optimizer, step: int) -> dict[str, float]:
         """Set rate and limit of step `step` (from 0) before its first backward; what the log says of them."""
-        self.optimizer = optimizer
+        self.optimizer, self.step = optimizer, step
         rate, limit = learning_rate(step, self.options), self.clip.limit
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -54,8 +57,14 @@ class Update:
         if fault is None:
             self.optimizer.step()
             self.clip.add(norm)
+            if self.ema is not None:
+                self.ema.add(self.step)
         self.optimizer.zero_grad()
         return norm, fault
+
+    def averaged(self) -> AbstractContextManager:
+        """A block in which the trained tensors are what would become the student."""
+        return nullcontext() if self.ema is None else self.ema.worn()
 
     def state_dict(self) -> dict:
         """What a run that goes on must know of the steps before, as plain data by part; of a part without, nothing."""
