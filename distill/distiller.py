@@ -27,6 +27,7 @@ from distill.objective.crossteacher import match_vocab
 from distill.objective.module import Objective
 from distill.objective.schedule import build_schedules
 from distill.objective.terms import TERMS
+from distill.objective.terms.needs import check_student
 from distill.objective.terms.term import Term
 from distill.objective.weighing import (
     MicroBatch,
@@ -39,7 +40,7 @@ from distill.objective.weighing import (
 )
 from distill.training import checkpoint as ckpt
 from distill.training.identity import AVERAGED, UPDATE, WEIGHTS, find_start, identify_fit
-from distill.training.microbatch import Collator, check_frames, check_term_of_ears, split, trains_ears
+from distill.training.microbatch import Collator, check_frames, split, trains_ears
 from distill.training.monitoring.callbacks import Callbacks
 from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
@@ -210,7 +211,7 @@ class Distiller:
         terms = {**TERMS, **own}
         self.schedules = build_schedules(terms, self.loss, self.options.steps)
         self.terms = active_terms(terms, self.schedules, self.teacher)
-        check_term_of_ears(self.terms, self.student)
+        check_student(self.terms, self.student)
         widths = self.teacher.widths
         self.objective = Objective(
             self.student, self.loss, self.dtype, self.terms, vocab_size=vocab_size, widths=widths, seed=self.seed

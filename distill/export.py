@@ -40,8 +40,9 @@ from shards.streaming.catalog import is_packed
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.ears import describe_ears_error, narrow_ears_
-from students.quantize import dequantize, dequantize_, measure_share, whole_linear
+from students.quantize import dequantize, dequantize_, measure_share
 from students.student import CONNECTOR, load_student
+from teachers.experts import whole_linear
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
 from teachers.salmonn import Salmonn, SalmonnConfig

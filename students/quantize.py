@@ -2,7 +2,7 @@
 
 Knows which weights of a LLM have a 4-bit form and how many are in it. Knows no LoRA and no file.
 
-Shapes: S tokens, D LLM width, K experts that a token goes to, E experts, O outputs and I inputs of a matrix.
+Shapes: O outputs and I inputs of a matrix.
 Source: Dettmers et al., QLoRA, 2023 (arXiv 2305.14314).
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
+from teachers.experts import Experts, split_experts_, whole_linear
 from teachers.fourbit import bnb, check_unpacked, keep_unpacked_
 
 MOST_WHOLE = 0.05  # of the weights between embeddings and head: routers, short convolutions and the like
@@ -36,8 +37,7 @@ def quantize_4bit_(llm: nn.Module, *, compute_dtype: torch.dtype = torch.float32
             _adopt_(module, name, compute_dtype)
         elif is_linear(module) and module is not head:
             llm.set_submodule(name, to_4bit(module, compute_dtype))
-        elif is_fused(module):
-            llm.set_submodule(name, Experts4bit(module, compute_dtype))
+    split_experts_(llm, lambda weight_OI: to_4bit(whole_linear(weight_OI), compute_dtype))
     check_share(llm)
     keep_unpacked_(llm)
     llm.is_loaded_in_4bit = True  # peft looks here before it puts LoRA on a 4-bit layer
@@ -78,85 +78,12 @@ def _adopt_(layer: nn.Module, name: str, compute_dtype: torch.dtype) -> None:
     layer.compute_dtype, layer.compute_type_is_set, state.dtype = compute_dtype, True, compute_dtype
 
 
-class Experts4bit(nn.Module):
-    """Experts that transformers fuses into 3-D weights, each again two linear layers, in 4 bits.
-
-    It computes what the fused module does with `experts_implementation="eager"`, bit by bit.
-
-    Args:
-        fused: a module for which `is_fused` holds; it is emptied, and keeps biases and activation.
-        compute_dtype: the data type of the products.
-    """
-
-    def __init__(self, fused: nn.Module, compute_dtype: torch.dtype):
-        super().__init__()
-        self.fused = fused
-        self.up, self.down = (
-            nn.ModuleList(to_4bit(whole_linear(weight_OI), compute_dtype) for weight_OI in self._take_(name))
-            for name in weight_names(fused)
-        )
-
-    def _take_(self, name: str) -> Tensor:
-        """Remove one of the fused weights: weight_EOI."""
-        weight = self.fused.get_parameter(name).detach()
-        self.fused.register_parameter(name, None)
-        return weight.transpose(1, 2) if self.fused.is_transposed else weight
-
-    def forward(self, hidden_SD: Tensor, experts_SK: Tensor, weights_SK: Tensor) -> Tensor:
-        """Add up what the experts of each token make of it, weighted."""
-        out_SD = torch.zeros_like(hidden_SD)
-        for expert in experts_SK.unique().tolist():
-            places, tokens = torch.where(experts_SK.T.eq(expert))
-            made = self._run(expert, hidden_SD[tokens]) * weights_SK[tokens, places, None]
-            out_SD.index_add_(0, tokens, made.to(out_SD.dtype))
-        return out_SD
-
-    def _run(self, expert: int, hidden_SD: Tensor) -> Tensor:
-        fused, (up, down) = self.fused, (f"{name}_bias" for name in weight_names(self.fused))
-        inner = self.up[expert](hidden_SD)
-        if fused.has_bias:
-            inner = inner + getattr(fused, up)[expert]
-        out_SD = self.down[expert](fused._apply_gate(inner) if fused.has_gate else fused.act_fn(inner))
-        if fused.has_bias:
-            out_SD = out_SD + getattr(fused, down)[expert]
-        return fused.post_expert_norm(out_SD) if fused.has_post_expert_norm else out_SD
-
-    def fuse_(self) -> nn.Module:
-        """The fused module with its weights read back, float32; this one is to be thrown away."""
-        for name, layers in zip(weight_names(self.fused), (self.up, self.down)):
-            weight_EOI = torch.stack([dequantize(layer.weight) for layer in layers])
-            weight = weight_EOI.transpose(1, 2).contiguous() if self.fused.is_transposed else weight_EOI
-            self.fused.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        return self.fused
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' fused experts, whose flags say how their weights lie."""
-    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
-    if not all(hasattr(module, flag) for flag in flags):
-        return False
-    fused = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    return fused == set(weight_names(module))
-
-
-def weight_names(fused: nn.Module) -> tuple[str, str]:
-    """Of fused experts: into the inner width and out of it."""
-    return ("gate_up_proj" if fused.has_gate else "up_proj"), "down_proj"
-
-
-def whole_linear(weight_OI: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
-    """A frozen linear layer of this weight."""
-    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight_OI, requires_grad=False), bias
-    return linear
-
-
 @torch.no_grad()
 def dequantize_(llm: nn.Module) -> None:
     """Turn every 4-bit layer of a LLM, whoever made it, into a whole one in float32, in place."""
     for name, module in list(llm.named_modules()):
-        if isinstance(module, Experts4bit):
-            llm.set_submodule(name, module.fuse_())
+        if isinstance(module, Experts):
+            llm.set_submodule(name, module.fuse_(lambda layer: dequantize(layer.weight)))
     for name, module in list(llm.named_modules()):
         if isinstance(module, bnb.nn.Linear4bit):
             llm.set_submodule(name, whole_linear(dequantize(module.weight), module.bias))

@@ -1,6 +1,7 @@
 """A student: the teacher's Q-Former, and its ears or smaller ones, on a smaller LLM in 4 bits with LoRA.
 
-Trained are LoRA, Q-Former, its LayerNorms and the projection; frozen are the ears and the LLM's 4-bit weights.
+Trained are LoRA, Q-Former, its LayerNorms and the projection, and the routers of a mixture whose experts have LoRA;
+frozen are the ears and the LLM's 4-bit weights.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from students.ears import (
 )
 from students.hearing import Connector, Hearing
 from students.quantize import check_whole, quantize_4bit_
+from teachers.experts import trained_router_names
 from teachers.files.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
@@ -129,7 +131,7 @@ def choose_bos_token(teacher: Salmonn, llm: str) -> str:
 
 
 def train_own_(student: Salmonn, *, train_ears: bool = False) -> Salmonn:
-    """Make exactly LoRA and the connector trainable, in float32, in place; with `train_ears` Whisper too.
+    """Make exactly what `trained_names` names trainable, in float32, in place.
 
     Raises:
         ValueError: it was loaded to answer alone.
@@ -139,13 +141,23 @@ def train_own_(student: Salmonn, *, train_ears: bool = False) -> Salmonn:
             f"student was loaded to answer alone ({student.only_answers}), but training needs its weights as they were "
             f"trained; load it with load_student(folder), without for_inference."
         )
+    trained = trained_names(student, train_ears=train_ears)
     for name, parameter in student.named_parameters():
-        part = name.split(".", 1)[0]
-        is_own = part in CONNECTOR or "lora_" in name or (train_ears and part == "whisper")
-        parameter.requires_grad_(is_own)
-        if is_own:
+        parameter.requires_grad_(name in trained)
+        if name in trained:
             parameter.data = parameter.data.float()
     return student
+
+
+def trained_names(student: Salmonn, *, train_ears: bool = False) -> set[str]:
+    """The names of the tensors that a student trains; of a mixture's routers where its experts have LoRA."""
+    parts = {*CONNECTOR, *(["whisper"] if train_ears else [])}
+    routers = {f"llm.{name}" for name in trained_router_names(student.llm)}
+    return {
+        name
+        for name, _ in student.named_parameters()
+        if name.split(".", 1)[0] in parts or "lora_" in name or name in routers
+    }
 
 
 def quantizer(quantization: str, dtype: torch.dtype):

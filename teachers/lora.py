@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-ALL_LINEAR = ("all-linear",)  # targets: every linear layer but the head, as peft calls them
+ALL_LINEAR = "all-linear"  # target: every linear layer but the head and those of experts
+EXPERTS = "experts"  # target: every matrix of every expert of a mixture, whose routers are trained then
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,14 @@ class Lora:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def names_in(self, llm: "nn.Module") -> list[str]:
-        """The last parts of the names of its layers in `llm`."""
-        return linear_names(llm) if self.targets == ALL_LINEAR else list(self.targets)
+        """The ends of the names of its layers in `llm`, whose experts are split."""
+        from teachers.experts import expert_names
+
+        found = []
+        for target in self.targets:
+            given = {ALL_LINEAR: linear_names, EXPERTS: expert_names}
+            found += given[target](llm) if target in given else [target]
+        return found
 
 
 SALMONN_LORA = Lora(rank=8, alpha=32.0, targets=("q_proj", "v_proj"))  # of the released teachers
@@ -40,31 +47,59 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
     # isort: split
     from peft import LoraConfig, inject_adapter_in_model
 
+    from teachers.experts import free_routers_, split_experts_
+
     llm.requires_grad_(False)
-    names = {name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()}
-    targets = lora.names_in(llm)
-    missing = sorted(set(targets) - names)
-    if missing:
-        raise ValueError(
-            f"LoRA targets are {list(lora.targets)}, but {type(llm).__name__} has no layer named {missing}; "
-            f"choose among its linear layers: {', '.join(linear_names(llm))}, or [all-linear] for all of them."
-        )
+    if EXPERTS in lora.targets:
+        split_experts_(llm)
+        free_routers_(llm)
+    check_targets(llm, lora)
     inject_adapter_in_model(
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=targets,
+            target_modules=lora.names_in(llm),
             bias="none",
         ),
-        llm,
+        hide_family(llm),
     )
+
+
+def check_targets(llm: "nn.Module", lora: Lora) -> None:
+    """Refuse targets that a LLM has not.
+
+    Raises:
+        ValueError: naming them, and those that it has.
+    """
+    names, there = {name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()}, linear_names(llm)
+    missing = sorted({*lora.targets} - names - {ALL_LINEAR})
+    if EXPERTS in lora.targets and not Lora(targets=(EXPERTS,)).names_in(llm):
+        missing = [EXPERTS]
+    if missing:
+        raise ValueError(
+            f"LoRA targets are {list(lora.targets)}, but {type(llm).__name__} has no layer named {missing}; "
+            f"choose among its linear layers: {', '.join(there)}, or [{ALL_LINEAR}] for all of them; {EXPERTS} are a "
+            f"mixture's alone."
+        )
+
+
+def hide_family(llm: "nn.Module") -> "nn.Module":
+    """A module that holds a LLM and has no config: peft renames the targets of mixtures whose config it sees.
+
+    It takes `gate_proj` for the fused experts' weight, which is not there once they are split.
+    """
+    from torch import nn
+
+    holder = nn.Module()
+    holder.llm, holder.is_loaded_in_4bit = llm, getattr(llm, "is_loaded_in_4bit", False)
+    return holder
 
 
 def linear_names(llm: "nn.Module") -> list[str]:
     """The names of the layers with one matrix, without the head: what LoRA can go on.
 
-    The experts of a mixture have numbers for names and get none.
+    The experts of a mixture have numbers for names and are not among them: see `EXPERTS`.
     """
     head = llm.get_output_embeddings()
     kinds = ("Linear", "Conv1D", "Linear4bit")  # GPT-2's is a Conv1D

@@ -98,7 +98,7 @@ class StudentConfig:
     lora_alpha: float = Lora.alpha  # their product counts lora_alpha / lora_rank
     lora_dropout: float = Lora.dropout  # of what enters them, in training
     lora_targets: tuple[str, ...] = Lora.targets  # the last parts of the names of the layers that get LoRA, or
-    # [all-linear]: every linear layer of the LLM but its head
+    # all-linear: every linear layer of the LLM but its head and experts; experts: a mixture's, its routers are trained
     start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
     connector: str = Connector.start  # Q-Former at the start: "teacher" (its weights) or "new" (random)
     qformer_dropout: float = Connector.dropout  # in training
@@ -161,6 +161,9 @@ class LossConfig:
     cross_tokenizer: str = "refuse"  # when the student's ids mean other tokens: "refuse", or "chunk": the terms below
     chunk: float = 1.0  # likelihood of the answer's chunks at whose ends both tokenizers agree; `kl`: where they match
     chunk_temperature: float = 100.0  # of the chunks' likelihood
+    balance: float = (
+        0.0  # imbalance of a mixture's experts, the mean over its layers; transformers' usual: 0.001 to 0.02
+    )
     schedules: dict[str, str] = field(default_factory=dict)  # by term: "linear END", "cosine END", … "warmup STEPS"
     task_weights: dict[str, float] = field(default_factory=dict)  # what a task's samples count; 1 where not named
 

@@ -21,6 +21,7 @@ from shards.targets.codecs.table import CODECS, find_codec
 from students.hearing import check_trainable
 from teachers.ears.encoders import second_kinds
 from teachers.ears.length import parse_ears_seconds
+from teachers.lora import EXPERTS
 from teachers.words.templates import check_template
 
 CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what it holds when it is asked
@@ -295,14 +296,19 @@ def check_config(config) -> None:
     check_name(config)
     check_needs(used_terms(config.loss), config.loss, held_by_config(config))
     check_augmentation(config)
-    check_trained_ears(config)
+    check_trained_parts(config)
     check_round(config)
     check_scratch(config)
     check_places(config)
 
 
-def check_trained_ears(config) -> None:
-    """Refuse a term that only trained ears could follow where the ears are frozen."""
+def check_trained_parts(config) -> None:
+    """Refuse a term that only trained ears, or trained routers, could follow where they are frozen."""
+    if "balance" in used_terms(config.loss) and EXPERTS not in config.student.lora_targets:
+        raise ValueError(
+            f"loss.balance is {config.loss.balance:g}, but student.lora_targets has no {EXPERTS} and frozen routers "
+            f"cannot follow it; add {EXPERTS} to it, or set loss.balance=0."
+        )
     if "frames" in used_terms(config.loss) and not config.student.train_ears:
         raise ValueError(
             f"loss.frames is {config.loss.frames:g}, but student.train_ears is false and frozen ears cannot follow it; "
@@ -339,7 +345,11 @@ def check_terms(loss, num_steps: int, own: Mapping = MappingProxyType({})) -> No
         own: loss terms of one's own, by name.
     """
     schedules = build_schedules({**TERMS, **own}, loss, num_steps)
-    names = [name for name, term in TERMS.items() if not term.only_crossed or loss.cross_tokenizer == "chunk"]
+    names = [
+        name
+        for name, term in TERMS.items()
+        if not term.needs_routing and (not term.only_crossed or loss.cross_tokenizer == "chunk")
+    ]
     if not any(schedules[name].is_ever_above_zero for name in (*names, *own)):
         raise ValueError(
             f"the weights of {', '.join(f'loss.{name}' for name in names)} are all 0, but a student learns from one at "

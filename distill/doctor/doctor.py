@@ -39,7 +39,7 @@ from distill.objective.crossteacher import match_vocab
 from distill.objective.module import Objective
 from distill.objective.schedule import build_schedules
 from distill.objective.terms import TERMS
-from distill.objective.terms.needs import check_needs, held_by_cache
+from distill.objective.terms.needs import check_needs, check_student, held_by_cache
 from distill.objective.weighing import active_terms
 from distill.run import open_training_stream, wrap_teacher
 from distill.student import make_student
@@ -110,6 +110,7 @@ def build_case(config: Config) -> Case:
         widths=teacher.widths,
         seed=config.seed,
     ).eval()
+    check_student(objective.terms, student)
     if own.header is not None:
         check_needs(objective.terms, loss, held_by_cache(own.header.identity))
     collate = Collator(teacher, student, accelerator.device, torch.float32, loss.task_weights)

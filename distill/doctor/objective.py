@@ -24,7 +24,7 @@ from distill.training.microbatch import Collator, split, trains_ears
 from shards.sample import Sample
 from shards.targets.codecs.table import codec_of
 from shards.targets.distributions import Sparse
-from students.student import CONNECTOR
+from students.student import trained_names
 from teachers.salmonn import Salmonn
 
 VALUE, GRADIENT = 1e-3, 1e-2  # relative differences that float32 explains
@@ -204,7 +204,7 @@ def check_positions(case: Case) -> str:
 
 def check_splits(case: Case) -> str:
     """Any cut of the step into micro-batches, and into the shares of two ranks, gives one loss and one gradient."""
-    results = {}
+    results, case = {}, replace(case, weights=without_split(case))
     cuts = {"1": 1, "2": 2, str(len(case.samples)): len(case.samples)}
     for name, parts in cuts.items():
         results[f"{name} micro-batches"] = step_of(case, split(case.samples, parts))
@@ -219,6 +219,11 @@ def check_splits(case: Case) -> str:
                 f"{error:.1%}; a mean is taken in each part: divide each term by its count over the whole step."
             )
     return f"loss {reference:.6f} with {', '.join(results)}"
+
+
+def without_split(case: Case) -> dict[str, float]:
+    """The weights of the terms, without those that are said to depend on the cut."""
+    return {name: 0.0 if case.terms[name].depends_on_split else case.weights[name] for name in case.terms}
 
 
 def step_of(case: Case, parts: Sequence[Sequence[Sample]]) -> tuple[float, dict[str, Tensor]]:
@@ -263,21 +268,22 @@ def is_zero_by_arithmetic(name: str, num_queries: int) -> bool:
     """Whether the scores of an attention cannot depend on a tensor, so that its gradient is zero but for rounding.
 
     A key's bias adds one number to all scores of a query. Where the Q-Former has one query, its self-attention weighs
-    that one with 1, whatever query and key are.
+    that one with 1, whatever query and key are. And to an expert of a mixture none of the tokens may have gone.
     """
     is_alone = num_queries == 1 and re.search(r"qformer.*\.attention\.attention\.(query|key)\.", name) is not None
-    return name.endswith("key.bias") or is_alone
+    return name.endswith("key.bias") or is_alone or ".experts." in name
 
 
 def check_gradients(case: Case) -> str:
     """LoRA, connector and perhaps Whisper are trained: each tensor has a finite gradient, not zero; no other has."""
-    parts = {*CONNECTOR, *(["whisper"] if trains_ears(case.student) else [])}
+    trained = trained_names(case.student, train_ears=trains_ears(case.student))
     for name, parameter in case.student.named_parameters():
-        is_own = "lora_" in name or name.split(".", 1)[0] in parts
+        is_own = name in trained
         if is_own != parameter.requires_grad:
             state = "frozen" if is_own else "trained"
             raise Fault(
-                f"{name} is {state}, but LoRA and connector are trained and nothing else, or Whisper whole; set "
+                f"{name} is {state}, but LoRA, connector and the routers of experts with LoRA are trained and nothing "
+                f"else, or Whisper whole; set "
                 f"requires_grad so before the optimizer is built."
             )
     case.compute(case.whole, case.weights).backward()

@@ -3,7 +3,8 @@
 Shapes: S supervised positions, X elements of a term, D LLM width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from distill.objective.terms.term import Seen
 from distill.objective.weighing import MicroBatch, Terms, present_terms
 from shards.targets.distributions import Sparse
 from teachers.blocks import record_blocks
+from teachers.experts import record_routers
 from teachers.salmonn import Salmonn
 
 
@@ -60,9 +62,9 @@ class Objective(nn.Module):
         """
         with torch.autocast(m.batch.labels_S.device.type, self.dtype, enabled=self.dtype != torch.float32):
             heard = self.student.hear(m.batch, m.frames)
-            with record_blocks(self.student, self.blocks) as blocks:
+            with record_blocks(self.student, self.blocks) as blocks, self._record_routing() as routing:
                 hidden_SD = self.student.answer_states(m.batch, heard)
-        seen = Seen(self.student, m.batch, heard, hidden_SD, m.targets, self.loss, blocks, self.projectors)
+        seen = Seen(self.student, m.batch, heard, hidden_SD, m.targets, self.loss, blocks, self.projectors, routing)
         terms = present_terms(self.terms, m.targets)
         if m.targets is not None:
             check_needs(terms, self.loss, held_by_targets(m.targets))
@@ -77,6 +79,11 @@ class Objective(nn.Module):
         if m.targets is None:  # DDP waits for every trained tensor's gradient
             total = total + 0 * sum(p.sum() for p in self.projectors.parameters())
         return total, parts
+
+    def _record_routing(self) -> AbstractContextManager[Sequence[Tensor]]:
+        """The routers' logits of the pass inside, where a term looks at them."""
+        needs = any(term.needs_routing for term in self.terms.values())
+        return record_routers(self.student.llm) if needs else nullcontext(())
 
     def _from_head(self, seen: Seen, weights: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The terms that share one pass over the vocabulary: their sum, and each one's values without gradient."""

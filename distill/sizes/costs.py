@@ -26,11 +26,12 @@ from distill.teach import lora_of as lora_of_teacher
 from distill.teach import salmonn_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
-from students.quantize import is_fused, nf4_bytes, weight_names
+from students.quantize import is_linear, nf4_bytes
 from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
 from teachers.ears.length import FULL
 from teachers.ears.shape import reshape_ears_
 from teachers.ears.whisper import whisper_fields
+from teachers.experts import Experts, split_experts_
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -153,6 +154,8 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
         if (build_empty := KINDS[blueprint.kind].build_empty) is not None:
             return build_empty(plain, llm_config, blueprint.dtype, NO_TOKENIZER)
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
+        if blueprint.is_4bit:
+            split_experts_(llm)  # as the quantizer leaves them
         whisper = build_encoder(WHISPER, whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
         second = None
         if config.second:
@@ -178,7 +181,7 @@ def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfi
     flops["LLM head"] = count_flops(lambda: head(_empty(usage.answer_tokens, head.in_features, like=head)))
     sizes = measure_sizes(blueprint, given)
     if "LoRA" in sizes:
-        flops["LoRA"] = 2 * length * sizes["LoRA"][0]
+        flops["LoRA"] = 2 * length * count_passed(blueprint, given)
     in_order = (*ear_titles(), *BEHIND_EARS)
     names = [name for name in in_order if name in sizes or name in flops]  # a tied head has no weights of its own
     return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
@@ -190,12 +193,25 @@ def measure_sizes(
     """Parameters and bytes of each part of a model that it has."""
     model = build_on_meta(blueprint, given or {})
     head = model.llm.get_output_embeddings()
-    linears = {m.weight for m in model.llm.modules() if isinstance(m, nn.Linear) and m is not head}
-    linears |= {m.get_parameter(name) for m in model.llm.modules() if is_fused(m) for name in weight_names(m)}
+    linears = {m.weight for m in model.llm.modules() if is_linear(m) and m is not head}
     if blueprint.lora is not None:
         with torch.device("meta"):
             add_lora_(model.llm, blueprint.lora)
     return _size_parts(model, linears if blueprint.is_4bit else frozenset())
+
+
+def count_passed(blueprint: Blueprint, given: dict[str, PretrainedConfig] | None = None) -> int:
+    """Parameters of LoRA that a token passes: of a mixture, those of as many experts as it goes to."""
+    llm = build_on_meta(blueprint, given or {}).llm
+    with torch.device("meta"):
+        add_lora_(llm, blueprint.lora)
+    mixtures = [module for module in llm.modules() if isinstance(module, Experts)]
+    trained, of_experts = (
+        sum(p.numel() for m in ms for p in m.parameters() if p.requires_grad) for ms in ([llm], mixtures)
+    )
+    if not of_experts:
+        return trained
+    return trained - of_experts + of_experts * llm.config.get_text_config().num_experts_per_tok // len(mixtures[0].up)
 
 
 def _size_parts(model: Salmonn, in_4bit: Set[nn.Parameter]) -> dict[str, tuple[int, float]]:
@@ -204,7 +220,7 @@ def _size_parts(model: Salmonn, in_4bit: Set[nn.Parameter]) -> dict[str, tuple[i
     for name, parameter in model.named_parameters():
         number = parameter.numel()
         size = nf4_bytes(number) if parameter in in_4bit else number * parameter.element_size()
-        title = part_of(name, model.config)
+        title = "LoRA" if parameter.requires_grad else part_of(name, model.config)  # a mixture's routers go with it
         known = sizes.get(title, (0, 0.0))
         sizes[title] = (known[0] + number, known[1] + size)
     return sizes
@@ -252,6 +268,7 @@ def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:
 
 def _count_body(model: Salmonn, length: int) -> int:
     embeddings = model.llm.get_input_embeddings()
+    split_experts_(model.llm)  # the product of fused ones is not counted
     embeds_BTD = _empty(1, length, embeddings.embedding_dim, like=embeddings)
     mask = _empty(1, 1, length, length, like=embeddings)  # given whole: transformers looks into smaller ones
     return count_flops(lambda: model.llm.base_model(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))

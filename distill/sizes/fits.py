@@ -28,6 +28,7 @@ from distill.sizes.costs import (
 from distill.sizes.memory import MemoryEfficientAttention, Peak, PeakMemory
 from shards.sample import MAX_SECONDS
 from shards.status import print_json
+from students.student import trained_names
 from teachers.lora import add_lora_
 from teachers.salmonn import Salmonn
 
@@ -124,10 +125,9 @@ def build_for_training(blueprint: Blueprint, given: dict) -> Salmonn:
         if blueprint.lora is not None:
             add_lora_(model.llm, blueprint.lora)
     model.to(blueprint.dtype).train()
+    trained = trained_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            "lora_" in name or name.split(".")[0] in ("ln_speech", "ln_audio", "qformer", "project")
-        )
+        parameter.requires_grad_(name in trained)
     return model
 
 

@@ -1,6 +1,6 @@
 """A step's samples cut into micro-batches, collated, with the teacher's targets beside them. Knows no optimizer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -106,19 +106,6 @@ def has_other_form(header: CacheHeader, student: Salmonn) -> bool:
     """Whether a student's ears have fewer layers or bits than those whose frames are cached."""
     teacher, form = header.section("teacher_config"), ("ears_quantization", "whisper_layers")
     return any(teacher[name] != getattr(student.config, name) for name in form)
-
-
-def check_term_of_ears(terms: Collection[str], student: Salmonn) -> None:
-    """Refuse a term that only trained ears could follow where a student's are frozen.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if "frames" in terms and not trains_ears(student):
-        raise ValueError(
-            "loss.frames is above 0, but this student's ears are frozen and cannot follow it; build the student with "
-            "train_ears=True, or set loss.frames=0."
-        )
 
 
 def trains_ears(student: Salmonn) -> bool:

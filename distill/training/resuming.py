@@ -6,9 +6,10 @@ Knows settings and how they differ; no file and no model.
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from distill.config import TrainConfig
+from distill.config import LossConfig, TrainConfig
 from distill.training.optimizer import learning_rate
 
 DECISIVE = (  # of TrainConfig: what changes the result of a step
@@ -52,6 +53,7 @@ def check_changes(
     run_folder = checkpoint.parent.parent
     defaults = {name: value for name, value in identify_training(TrainConfig()).items() if name != STEPS}
     there = defaults | there  # an option that the run's release had not was as its default is
+    there = there | {"loss": asdict(LossConfig()) | there["loss"]} if "loss" in there else there
     changes = dict(compare(there, json.loads(json.dumps(here))))
     if STEPS in changes and STEPS in there:
         told = explain_steps(there[STEPS], done, options, has_schedules)

@@ -69,7 +69,7 @@ def test_all_linear_gives_lora_to_every_linear_layer_but_the_head_and_the_expert
     llm = transformers.AutoModelForCausalLM.from_config(config)
     if family != "gpt2":  # whose Conv1D has no 4-bit form
         quantize_4bit_(llm)
-    add_lora_(llm, Lora(rank=2, targets=ALL_LINEAR))
+    add_lora_(llm, Lora(rank=2, targets=(ALL_LINEAR,)))
     got = {name.split(".")[-4] for name, _ in llm.named_parameters() if "lora_A" in name}
     assert (
         got

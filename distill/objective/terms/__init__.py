@@ -1,6 +1,7 @@
 """The terms of the loss: a further one is a file here and a line in `TERMS`; LossConfig's field of its name, if any,
 lets a config say its weight."""
 
+from distill.objective.terms.balance import ExpertBalance
 from distill.objective.terms.ce import CrossEntropy
 from distill.objective.terms.chunk import ChunkLikelihood
 from distill.objective.terms.feature import QueryDistance
@@ -16,4 +17,5 @@ TERMS: dict[str, Term] = {
     "hidden": StateDistance(),
     "frames": FrameDistance(),
     "chunk": ChunkLikelihood(),
+    "balance": ExpertBalance(),
 }

@@ -29,6 +29,15 @@ class FrameDistance(SeenTerm):
             "cache.frames=float16, or set teacher.online=true or loss.frames=0."
         )
 
+    def lacks_in(self, student) -> str | None:
+        """A Whisper that is trained."""
+        if any(p.requires_grad for p in student.whisper.parameters()):
+            return None
+        return (
+            "loss.frames is above 0, but this student's ears are frozen and cannot follow it; build the student with "
+            "train_ears=True, or set loss.frames=0."
+        )
+
     def rows(self, m) -> "Tensor":
         """The batch row of each frame: row_F."""
         shared = m.batch.row_S.new_tensor(shared_frames(m.batch, m.targets))

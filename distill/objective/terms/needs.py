@@ -93,3 +93,19 @@ def check_needs(terms: Mapping, loss, held: Held) -> None:
         lack = term.lacks(loss, held)
         if lack is not None:
             raise ValueError(lack)
+
+
+def check_student(terms: Mapping, student) -> None:
+    """Refuse terms that nothing of a student could follow.
+
+    Args:
+        terms: by name.
+        student: as it is trained, a `Salmonn`.
+
+    Raises:
+        ValueError: naming what it has not, and what to do.
+    """
+    for term in terms.values():
+        lack = term.lacks_in(student)
+        if lack is not None:
+            raise ValueError(lack)

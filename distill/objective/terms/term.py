@@ -10,7 +10,7 @@ Shapes: B batch, S supervised positions, X elements of a term, V vocabulary, D L
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ class Seen:
     loss: object  # the settings, a LossConfig
     blocks: "Mapping[int, Tensor]"  # outputs of the LLM's blocks that a term asked for, by number: [B, T, D]
     projectors: "Mapping[str, nn.Module]"  # learned maps to the teacher's widths, by the names of `Term.projections`
+    routing: "Sequence[Tensor]" = ()  # logits of a mixture's routers, layer by layer, that a term asked for: [B*T, E]
 
     @cached_property
     def logits_SV(self) -> "Tensor":
@@ -71,6 +72,8 @@ class Term(ABC):
     weight: float | None = None  # where LossConfig has no field of its name
     needs_teacher = False  # whether there is nothing of it where no teacher speaks
     only_crossed = False  # whether it is there only where teacher and student have other tokenizers
+    needs_routing = False  # whether it looks at the logits of a mixture's routers
+    depends_on_split = False  # whether its values depend on what else is in their micro-batch
     settings: Collection[str] = ()  # fields of LossConfig that nothing reads where it has no weight
 
     @property
@@ -85,6 +88,10 @@ class Term(ABC):
 
     def lacks(self, loss, held: Held) -> str | None:
         """Why targets that hold no more cannot serve it, and what to do, as an error says it; None: they can."""
+        return None
+
+    def lacks_in(self, student: "Salmonn") -> str | None:
+        """Why a student has nothing that could follow it, and what to do, as an error says it; None: it has."""
         return None
 
     def rows(self, m) -> "Tensor":
