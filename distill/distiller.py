@@ -108,7 +108,7 @@ class Run:
     Attributes:
         folder: where metrics and checkpoints go.
         seed: of the order of samples and of dropout.
-        precision: "auto", "float32" or "bf16".
+        precision: "auto", "float32", "bf16" or "fp16".
         accelerator: the processes; None: those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.
     """
@@ -201,7 +201,7 @@ class Distiller:
     def _place(self, accelerator: Accelerator | None, model: nn.Module | None) -> None:
         """Move the student, and a teacher that runs, to this process' device."""
         self.accelerator = accelerator or build_accelerator()
-        check_options(self.accelerator, self.options)
+        check_options(self.accelerator, self.options, self.dtype)
         for one in (self.student, model):
             if one is not None:
                 one.to(self.accelerator.device)
@@ -407,7 +407,7 @@ class Distiller:
         bare = self.accelerator.unwrap_model(self.objective)
         self.objective, self.optimizer = self.accelerator.prepare(bare, optimizer)
         self.is_prepared = True
-        self.update = Update(self.accelerator, self.named, self.options)
+        self.update = Update(self.accelerator, self.named, self.options, self.dtype)
         self.collator = Collator(
             self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights
         )
@@ -463,7 +463,7 @@ class Distiller:
             context = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
             with context:
                 loss, found = self.objective(m, weigh(self.terms, m, self.loss, weights, totals))
-                self.accelerator.backward(loss * scale)
+                self.accelerator.backward(self.update.loss_scale.scale(loss * scale))
             for name, part in found.items():
                 parts[name] += float(part)
         return parts

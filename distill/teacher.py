@@ -35,7 +35,9 @@ def teacher_path(config: Config) -> Path:
 
 def precision_name(config: Config) -> str:
     """The run's precision as `teacher.ears` names it."""
-    return {torch.bfloat16: "bf16", torch.float32: "float32"}[resolve_precision(config.precision)]
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float32"}[
+        resolve_precision(config.precision)
+    ]
 
 
 def resolve_ears(config: Config, *, is_kept: bool) -> str:
@@ -75,7 +77,7 @@ def describe_cost(model: Salmonn, ears: str, own: str) -> str:
     try:
         for ear in parts:
             ear.precision = own
-        with torch.autocast(model.device.type, WEIGHTS[own], enabled=own != "float32"):
+        with torch.autocast(model.device.type, resolve_precision(own), enabled=own != "float32"):
             others = time_ears(model)
     finally:
         for ear in parts:

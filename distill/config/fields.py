@@ -208,9 +208,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # of the whole gradient, above which it is scaled down
     clip: str = "fixed"  # "fixed": at max_grad_norm; "running": after 25 steps at a limit that follows recent norms
     clip_deviations: float = 2.5  # of "running": standard deviations of the limit above the mean of recent norms
-    ema: float = (
-        0.0  # decay a step of the average of what is trained, which is validated and becomes the student; 0: none
-    )
+    ema: float = 0.0  # decay a step of the average of what is trained, which is validated and saved; 0: there is none
     gradient_checkpointing: bool = False  # run each block of the LLM again in the backward instead of keeping what it
     # computed: a step takes about a third longer and a fraction of the memory; the gradient is the same
     eval_every: int = 0  # steps between validations; 0: only at the end
@@ -306,7 +304,8 @@ class Config:
     name: str = "run"  # of the run
     seed: int = 0  # of all that is drawn at random
     runs: str = "runs"  # the run's folder is `runs/NAME`
-    precision: str = "auto"  # of products: "float32", "bf16", or "auto": bf16 on a GPU, float32 on a CPU
+    precision: str = "auto"  # of products: "float32", "bf16", "fp16" with loss scaling, or "auto": on a GPU bf16 where
+    # it has that (Ampere and later), else fp16; on a CPU float32
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: Augmentation = field(default_factory=Augmentation)

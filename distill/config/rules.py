@@ -25,7 +25,7 @@ from teachers.lora import EXPERTS
 from teachers.words.templates import check_template
 
 CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what it holds when it is asked
-    "precision": ("auto", "float32", "bf16"),
+    "precision": ("auto", "float32", "bf16", "fp16"),
     "corpus.kind": ("manifest", "synth"),
     "corpus.channels": ("left", "mean"),
     "student.quantization": ("nf4", "none"),

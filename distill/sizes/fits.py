@@ -100,6 +100,7 @@ def need_of_training(config: Config, cards: Cards, usage: Usage, student: Bluepr
         **weights_of(sizes, trained),
         "gradients": trained * FLOAT32 / (split if cards.zero_stage >= 2 else 1),
         "AdamW's moments": trained * moment_bytes / split,
+        "the average of what is trained": trained * FLOAT32 if config.train.ema else 0.0,
         "ZeRO's own copy of what is trained": trained * FLOAT32 / split if cards.zero_stage else 0.0,
         "ZeRO's buffer of gradients": trained * FLOAT32 if cards.zero_stage else 0.0,
         "activations of the connector": connector.forward,

@@ -81,7 +81,12 @@ def say(accelerator: Accelerator | None, text: str) -> None:
 
 
 def resolve_precision(precision: str) -> torch.dtype:
-    """The type of the products: "auto" is bf16 on a GPU; on a CPU float32, where bf16 is far slower."""
+    """The type of the products: "auto" is bf16 on a GPU that has it, else fp16, and float32, the fastest, on a CPU."""
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "float32"
-    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+        precision = ("bf16" if has_bf16() else "fp16") if torch.cuda.is_available() else "float32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
+
+
+def has_bf16() -> bool:
+    """Whether the GPU multiplies bfloat16 itself, as those from Ampere on do; V100 and T4 only emulate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)

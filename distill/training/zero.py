@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -34,7 +35,7 @@ UNDER_DEEPSPEED = {  # options that must be so, and why
 UNDER_ZERO3 = {"ema": (0.0, "keeps a part of every trained tensor on each rank under ZeRO-3")}
 
 
-def check_options(accelerator: Accelerator, options: TrainConfig) -> None:
+def check_options(accelerator: Accelerator, options: TrainConfig, dtype: torch.dtype = torch.float32) -> None:
     """Refuse what DeepSpeed cannot do.
 
     Raises:
@@ -42,6 +43,11 @@ def check_options(accelerator: Accelerator, options: TrainConfig) -> None:
     """
     if not is_deepspeed(accelerator):
         return
+    if dtype == torch.float16:
+        raise ValueError(
+            "precision is fp16, but this launch is DeepSpeed's, whose fp16 rounds what is trained too; set "
+            "precision=bf16 or float32, or launch with configs/accelerate/two_gpus_ddp.yaml."
+        )
     for name, (needed, why) in (UNDER_DEEPSPEED | (UNDER_ZERO3 if is_zero3(accelerator) else {})).items():
         value = getattr(options, name)
         if value != needed:

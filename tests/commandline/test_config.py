@@ -58,7 +58,7 @@ def test_every_recipe_loads(path):
         ("data.labelled_share=2", r"data\.labelled_share is 2\.0, but is a share from 0 to 1"),
         ("hub_token=x", r"hub_token looks like a credential"),
         ("name=hf" + "_abcdefghijklmnopqrstuvwx", r"name looks like a credential"),
-        ("precision=fp16", r"precision is 'fp16', but must be one of auto, float32, bf16"),
+        ("precision=fp8", r"precision is 'fp8', but must be one of auto, float32, bf16, fp16"),
         ("steps", r"override is 'steps', but must read section\.key=value in one word"),
         ("loss.hidden_layers={1", r"override is '.*=\{1', but its value is not YAML \(.*\); correct the command"),
         ("student.llm=", r"student\.llm is empty, but must have a value; give one"),

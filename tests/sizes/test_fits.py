@@ -78,6 +78,8 @@ def test_recomputed_blocks_hold_less_and_more_ranks_hold_less_each(toys):
     assert "ZeRO's buffer of gradients" not in train(Cards(2, zero_stage=0)).parts
     small = train(Cards(1), gradient_checkpointing=True)
     assert small.parts["activations of the LLM"] < one.parts["activations of the LLM"] / 2
+    average = train(Cards(1), ema=0.9).parts["the average of what is trained"]
+    assert average == one.parts["what is trained"] and "the average of what is trained" not in one.parts
     assert train(Cards(1), optimizer="adamw_8bit").parts["AdamW's moments"] == one.parts["AdamW's moments"] / 4
 
 

@@ -156,6 +156,10 @@ def test_what_deepspeed_cannot_do_is_refused():
         ValueError, match=r"train\.ema is 0\.9, but .* under ZeRO-3; set train\.ema=0\.0, or launch with"
     ):
         check_options(Launch, TrainConfig(ema=0.9))
+    with pytest.raises(
+        ValueError, match=r"precision is fp16, but this launch is DeepSpeed's, .* set precision=bf16 or"
+    ):
+        check_options(Launch, TrainConfig(), torch.float16)
     Launch.state.deepspeed_plugin.zero_stage = 2
     check_options(Launch, TrainConfig(ema=0.9))
     check_options(Launch, TrainConfig())

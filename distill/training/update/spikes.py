@@ -26,6 +26,7 @@ class Fault(NamedTuple):
     name: str
     value: float
     rule: str
+    is_bad: bool = True  # False: it says nothing of the model or its samples, and does not end a run
 
 
 class BadSteps:
@@ -64,14 +65,14 @@ class BadSteps:
         if fault is None:
             self.in_a_row = 0
             return False
-        self.in_a_row += 1
         self.left_out += 1
         self.total += 1
+        self.in_a_row += fault.is_bad
         keys = list_keys()
         named = ", ".join(keys[:NUM_SHOWN]) + (f" and {len(keys) - NUM_SHOWN} more" if len(keys) > NUM_SHOWN else "")
         why = "" if fault.rule == "must be finite" else f", which {fault.rule}"
         self.say(f"step {step} is skipped: {fault.name} {fault.value:.6g}{why}, keys {named}")
-        if self.in_a_row < self.options.max_bad_steps:
+        if not fault.is_bad or self.in_a_row < self.options.max_bad_steps:
             return False
         if self.returns < self.options.max_returns:
             return True
@@ -81,11 +82,9 @@ class BadSteps:
             f"checkpoints before them are kept."
         )
 
-    def go_back(self, state: Mapping) -> None:
-        """Stand where the run stood at a checkpoint with this state; what happened since stays counted."""
-        total, returns = self.total, self.returns
-        self.load_state_dict(state)
-        self.total, self.returns = total, returns + 1
+    def count_return(self, counts: Mapping[str, int]) -> None:
+        """Keep the `counts` of before the run went back, and count that it did."""
+        self.total, self.returns = counts["skipped"], counts["returns"] + 1
 
     @property
     def counts(self) -> dict[str, int]:

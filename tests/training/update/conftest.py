@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from distill.config import LossConfig, TrainConfig
-from distill.distiller import Distiller, Own
+from distill.distiller import Distiller, Own, Run
 from distill.objective.terms.term import OwnTerm
+from distill.training.ranks import resolve_precision
 from distill.training.update import statistic
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
@@ -49,14 +50,15 @@ def make_run(toys, tmp_path, monkeypatch) -> Callable[..., Distiller]:
     monkeypatch.setattr(statistic, "NUM_FIRST", 2)
     model = load_salmonn(toys / "teacher")
 
-    def make(name: str, valid=None, spikes=(), factor=1e3, metrics=None, **changes) -> Distiller:
+    def make(name: str, valid=None, spikes=(), factor=1e3, metrics=None, precision="float32", **changes) -> Distiller:
         def energy(seen):
             factor_B = [factor if sample.key in spikes else 1.0 for sample in seen.batch.samples]
             return seen.hidden_SD[:, 0].square() * seen.hidden_SD.new_tensor(factor_B)[seen.batch.row_S]
 
-        student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), quantization="none")
-        return Distiller(None, student, train=toys / "data" / "train", valid=valid, run=tmp_path / name,
-                         loss=LossConfig(feature=0.0), options=dataclasses.replace(OPTIONS, **changes),
+        student = build_student(model, str(toys / "parts" / "student-llm"), lora=Lora(rank=4), quantization="none",
+                                dtype=resolve_precision(precision))  # fmt: skip
+        return Distiller(None, student, train=toys / "data" / "train", valid=valid, loss=LossConfig(feature=0.0),
+                         options=dataclasses.replace(OPTIONS, **changes), run=Run(tmp_path / name, precision=precision),
                          own=Own({"energy": OwnTerm(0.1, energy)}, metrics or {}))  # fmt: skip
 
     return make
