@@ -12,13 +12,15 @@ every processor. Knows no LLM: `students.quantize` makes 4-bit layers and reads 
 """
 
 import copy
+import functools
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 FLAG = "support_avx512bf16_for_cpu"  # of a layer: whether its first answer packs it
@@ -26,18 +28,31 @@ PACKED_OUTPUTS = 32  # a packed weight has whole blocks of so many rows
 
 
 def import_bitsandbytes() -> ModuleType:
-    """bitsandbytes, without what its import fetches and without the line that says that it did not fetch it."""
+    """bitsandbytes, without what its import fetches and without the line that says that it did not fetch it.
+
+    And without torch's compiler, a fifth of a command's start, which it asks for optimizers that few use.
+    """
     logger, absent = logging.getLogger("bitsandbytes.backends.cpu.ops"), object()
     kernels = sys.modules.get("kernels", absent)
     sys.modules["kernels"] = None  # importing it is an error now, which bitsandbytes expects
     logger.addFilter(_is_no_alarm)
+    compile_now, torch.compile = torch.compile, _compile_later
     try:
         return importlib.import_module("bitsandbytes")
     finally:
+        torch.compile = compile_now
         logger.removeFilter(_is_no_alarm)
         del sys.modules["kernels"]
         if kernels is not absent:
             sys.modules["kernels"] = kernels
+
+
+def _compile_later(function: Callable | None = None, **options) -> Callable:
+    """`torch.compile` as a decorator, which compiles when the function is first called."""
+    if function is None:
+        return functools.partial(_compile_later, **options)
+    compiled = functools.cache(lambda: torch.compile(function, **options))
+    return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
 def _is_no_alarm(record: logging.LogRecord) -> bool:

@@ -13,11 +13,13 @@ from dataclasses import replace
 import numpy as np
 import soxr
 import torch
-from scipy.signal import fftconvolve
 
 from shards.audio.augmentation import Augmentation
 from shards.audio.decode import WINDOW_SECONDS
+from shards.lazy_imports import late
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, MelMask, Sample
+
+signal = late("scipy.signal")  # a second of every start, which a clip without a room has no need of
 
 _MAX_COLOR = 2.0  # noise power falls with frequency to a power of 0 (white) to this (brown)
 
@@ -96,7 +98,7 @@ def add_room(waveform_N: np.ndarray, seconds: float, rng: np.random.Generator) -
     tail_N = rng.standard_normal(num_taps) * 10 ** (-3 * np.arange(num_taps) / num_taps)
     response_N = tail_N / np.sqrt(np.square(tail_N).sum()) * rng.uniform(0.3, 1.0)
     response_N[0] = 1.0
-    wet_N = fftconvolve(waveform_N, response_N.astype(np.float32))[: len(waveform_N)]
+    wet_N = signal.fftconvolve(waveform_N, response_N.astype(np.float32))[: len(waveform_N)]
     return wet_N * np.float32(np.sqrt(_power(waveform_N) / max(_power(wet_N), 1e-20)))
 
 

@@ -168,10 +168,14 @@ kernels.get_kernel = lambda *names, **options: print("fetched", names)
 import distill.run, teachers.qwen2_audio
 import bitsandbytes.nn.modules
 assert bitsandbytes.nn.modules.has_avx512bf16() and sys.modules["kernels"] is kernels
+slow = {"scipy.signal", "torch._inductor.lowering", "matplotlib.pyplot", "pandas"} & set(sys.modules)
+assert not slow, slow
+import torch
+assert torch.compile.__module__ == "torch"
 """
 
 
-def test_importing_the_product_fetches_no_code_and_raises_no_alarm():
+def test_importing_the_product_fetches_no_code_raises_no_alarm_and_loads_no_compiler():
     process = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
     assert "fetched" not in process.stdout and "gemm_4bit_forward" not in process.stderr
