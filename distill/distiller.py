@@ -44,6 +44,7 @@ from distill.training.microbatch import Collator, check_frames, split, trains_ea
 from distill.training.monitoring.callbacks import Callbacks
 from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
+from distill.training.monitoring.steplog import StepLog, rates
 from distill.training.monitoring.trackers import Trackers, check_trackers
 from distill.training.optimizer import build_optimizer
 from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
@@ -428,45 +429,50 @@ class Distiller:
         began = time.perf_counter()
         said = self.update.begin(self.optimizer, step)
         samples = next(batches)
+        waited = time.perf_counter() - began
         micro_batches = [self.collator(part) for part in split(samples, self.num_micro_batches)]
         counts = [count(self.terms, m) for m in micro_batches]
         totals = sum_over_ranks(self.accelerator, {
             **{name: sum(found[name] for found in counts) for name in self.terms},
             "positions": sum(m.batch.num_supervised for m in micro_batches if m.is_real),
+            "tokens": sum(row.num_tokens for m in micro_batches for row in m.batch.rows if m.is_real),
             "audio_seconds": sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE,
+            "waited": waited,
             "stop": bool(self.stop) or step + 1 == self.options.stop_after,
         })  # fmt: skip
         weights = {name: self.schedules[name].weight(step) for name in self.terms}
         # of dropout; here, as a stream draws a number of its own at a process' first step
         torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
-        parts = self._forward_backward(micro_batches, weights, totals)
-        parts = sum_over_ranks(self.accelerator, parts)
+        log = StepLog(self.terms, self.stream.tasks)
+        self._forward_backward(micro_batches, weights, totals, log)
+        sums = sum_over_ranks(self.accelerator, log.read())
+        parts = {name: sums[name] for name in self.terms}
         loss = sum(parts.values())
         norm, fault = self.update(loss)
         keys = partial(gather, self.accelerator, [sample.key for sample in samples])
         goes_back = self.update.bad_steps.note(step + 1, fault, keys)
         record = {"step": step + 1, "loss": loss, **parts, **said, "grad_norm": norm, **self.update.bad_steps.counts,
-                  "positions": int(totals["positions"]), "audio_seconds": totals["audio_seconds"]}  # fmt: skip
-        record["seconds"] = time.perf_counter() - began
+                  **log.record(sums, weights), "positions": int(totals["positions"]),
+                  "audio_seconds": totals["audio_seconds"]}  # fmt: skip
+        record |= rates(totals, time.perf_counter() - began, self.accelerator.num_processes)
         return Step(record, totals["stop"] > 0, goes_back)
 
     def _forward_backward(
-        self, micro_batches: list[MicroBatch], weights: dict[str, float], totals: dict[str, float]
-    ) -> dict[str, float]:
-        """This rank's part of the step's loss, by term."""
+        self, micro_batches: list[MicroBatch], weights: dict[str, float], totals: dict[str, float], log: StepLog
+    ) -> None:
+        """This rank's part of the step's gradient; what it finds goes into the log."""
         # accelerate and DeepSpeed divide by the micro-batches, DDP and ZeRO by the ranks; the weights already did
         scale = self.accelerator.num_processes * self.num_micro_batches
-        parts = dict.fromkeys(self.terms, 0.0)
-        for number, m in enumerate(micro_batches):
+        # all of it first: a copy to the device waits for what the device has to do
+        weighed = [(weigh(self.terms, m, self.loss, weights, totals), log.rows(m)) for m in micro_batches]
+        for number, (m, (weight_by_term, rows)) in enumerate(zip(micro_batches, weighed)):
             is_last = number == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             context = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
             with context:
-                loss, found = self.objective(m, weigh(self.terms, m, self.loss, weights, totals))
+                loss, found = self.objective(m, weight_by_term)
                 self.accelerator.backward(self.update.loss_scale.scale(loss * scale))
-            for name, part in found.items():
-                parts[name] += float(part)
-        return parts
+            log.add(m, rows, weight_by_term, found)
 
     # After a step
 

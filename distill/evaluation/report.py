@@ -33,7 +33,8 @@ REPORT = "report.html"
 # Of metrics.jsonl: what is drawn beside the terms of the loss, with its title
 TITLES = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm",
           "grad_limit": "Limit of the gradient norm", "skipped": "Steps left out so far",
-          "seconds": "Seconds a step"}  # fmt: skip
+          "agreement": "Same most probable token as the teacher (share)", "seconds": "Seconds a step",
+          "audio_hours_per_hour": "Audio-hours an hour", "waiting": "Waiting for data (share)"}  # fmt: skip
 
 
 def write_report(run_folder: Path) -> Path:

@@ -199,6 +199,7 @@ class CrossLoss(NamedTuple):
     ce_S: Tensor
     kl_S: Tensor
     chunk_C: Tensor
+    agrees_S: Tensor
 
 
 def fused_cross_loss(
@@ -243,4 +244,4 @@ def fused_cross_loss(
     fused = fused_ce_kl(*common, sparse, *weights, temperature, divergence=divergence)
     # The slopes' share of the value gives way to the chunk term itself.
     exchange = (chunk_weight_C * chunk_C).sum() + (slope_S * ce_S).sum()
-    return CrossLoss(fused.loss_S.sum() + exchange.detach(), ce_S, fused.kl_S, chunk_C.detach())
+    return CrossLoss(fused.loss_S.sum() + exchange.detach(), ce_S, fused.kl_S, chunk_C.detach(), fused.agrees_S)

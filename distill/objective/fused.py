@@ -27,6 +27,7 @@ class FusedLoss(NamedTuple):
     loss_S: Tensor
     ce_S: Tensor
     kl_S: Tensor
+    agrees_S: Tensor  # 1 where the teacher's most probable kept id is the student's, 0 elsewhere and without a weight
 
 
 class _Request(NamedTuple):
@@ -124,8 +125,17 @@ def _divergence(request: _Request, student_SC: Tensor) -> tuple[Tensor, Tensor]:
     return kl_S.detach(), slope_SC
 
 
-def _combine(request: _Request, label_S, kept_SK, log_sums_S) -> tuple[FusedLoss, _Coefficients]:
-    """Values and gradient coefficients from the log-sum-exps and the picked logits."""
+def _agree(request: _Request, kept_SK: Tensor, max_S: Tensor) -> Tensor:
+    """Whether both find the same id the most probable, from the kept ids' logits and the largest of all others."""
+    if not kept_SK.shape[1]:
+        return torch.zeros_like(max_S)
+    top_S1 = request.teacher.logprobs_SK.where(request.is_kept_SK, -torch.inf).argmax(1, keepdim=True)
+    is_top_S = kept_SK.gather(1, top_S1)[:, 0] >= torch.maximum(kept_SK.amax(1), max_S)
+    return (is_top_S & (request.kl_weight_S != 0)).to(max_S.dtype)
+
+
+def _combine(request: _Request, label_S, kept_SK, log_sums_S, max_S) -> tuple[FusedLoss, _Coefficients]:
+    """Values and gradient coefficients from log-sum-exps, picked logits and the largest of the others, max_S."""
     head, temperature = request.head, request.temperature
     log_total_S = torch.logaddexp(log_sums_S[1.0], kept_SK.logsumexp(1))
     ce_S = (log_total_S - label_S).where(request.ce_weight_S != 0, 0)
@@ -149,7 +159,7 @@ def _combine(request: _Request, label_S, kept_SK, log_sums_S) -> tuple[FusedLoss
         others_S,
         log_sums_S,
     )
-    return FusedLoss(loss_S, ce_S, kl_S), coefficients
+    return FusedLoss(loss_S, ce_S, kl_S, _agree(request, kept_SK, max_S)), coefficients
 
 
 def _pass(request: _Request, hidden_SD: Tensor) -> tuple[FusedLoss, _Coefficients, Tensor | None]:
@@ -169,7 +179,7 @@ def _pass(request: _Request, hidden_SD: Tensor) -> tuple[FusedLoss, _Coefficient
     constant_slope = head.scale if head.softcap is None else 1.0
     finished = {mean.temperature: mean.finish(constant_slope) for mean in means}
     log_sums_S = {temperature: log_sum_S for temperature, (log_sum_S, _) in finished.items()}
-    values, coefficients = _combine(request, label_S, kept_SK, log_sums_S)
+    values, coefficients = _combine(request, label_S, kept_SK, log_sums_S, means[0].max_S)
     if not request.needs_gradient:
         return values, coefficients, None
     gradient_SD = torch.zeros_like(hidden_SD)
@@ -203,7 +213,7 @@ def _head_gradient(request, coefficients: _Coefficients, hidden_SD, grad_S, weig
 
 
 class _Fused(torch.autograd.Function):
-    """Autograd's view: hidden states, weight and bias in, three values a position out."""
+    """Autograd's view: hidden states, weight and bias in, four values a position out."""
 
     @staticmethod
     def forward(ctx, request: _Request, hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None):
@@ -213,7 +223,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(gradient_SD, *((hidden_SD, weight_VD, bias_V) if trains_head else ()))
         ctx.again = (request, coefficients) if trains_head else None
         ctx.dtype = hidden_SD.dtype
-        ctx.mark_non_differentiable(values.ce_S, values.kl_S)
+        ctx.mark_non_differentiable(*values[1:])
         return values
 
     @staticmethod

@@ -5,6 +5,7 @@ Shapes: S supervised positions, X elements of a term, D LLM width.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ from shards.targets.distributions import Sparse
 from teachers.blocks import record_blocks
 from teachers.experts import record_routers
 from teachers.salmonn import Salmonn
+
+AGREEMENT = "agreement"  # among what the head's pass finds beside its terms
+
+
+class Found(NamedTuple):
+    """What the log reads of a micro-batch, without gradient."""
+
+    parts: dict[str, Tensor]  # of the step's loss, by term, weights included
+    values: dict[str, Tensor]  # of each element of a term: value_X
+    agreement_2: Tensor  # positions at which the teacher's most probable id is the student's too; of how many
 
 
 class Objective(nn.Module):
@@ -50,8 +61,8 @@ class Objective(nn.Module):
         self.blocks = sorted({layer for term in terms.values() for layer in term.layers(loss)})
         self.projectors = build_projectors(student, loss, terms, widths, seed)
 
-    def forward(self, m: MicroBatch, weights: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's part of the step's loss, and each term's part of it (detached, weights included).
+    def forward(self, m: MicroBatch, weights: Mapping[str, Tensor]) -> tuple[Tensor, Found]:
+        """The micro-batch's part of the step's loss, and what the log reads of it.
 
         Args:
             m: the micro-batch.
@@ -69,16 +80,18 @@ class Objective(nn.Module):
         if m.targets is not None:
             check_needs(terms, self.loss, held_by_targets(m.targets))
         total, of_head = self._from_head(seen, weights)
-        parts = {}
+        parts, values = {}, {}
         for name, term in terms.items():
             if term.is_of_head:
+                values[name] = of_head[name]
                 parts[name] = (weights[name] * of_head[name]).sum()
             else:
-                part = (term.values(seen) * weights[name]).sum()
-                parts[name], total = part.detach(), total + part
+                value_X = term.values(seen)
+                part = (value_X * weights[name]).sum()
+                values[name], parts[name], total = value_X.detach(), part.detach(), total + part
         if m.targets is None:  # DDP waits for every trained tensor's gradient
             total = total + 0 * sum(p.sum() for p in self.projectors.parameters())
-        return total, parts
+        return total, Found(parts, values, of_head[AGREEMENT])
 
     def _record_routing(self) -> AbstractContextManager[Sequence[Tensor]]:
         """The routers' logits of the pass inside, where a term looks at them."""
@@ -95,14 +108,19 @@ class Objective(nn.Module):
             weights = {"chunk": none_S.new_zeros(targets.cross.alignment.num_chunks)} | weights
             found = fused_cross_loss(*common, targets.cross, weights["ce"], weights["kl"], weights["chunk"],
                                      loss.temperature, loss.chunk_temperature, divergence=self.divergence)  # fmt: skip
-            return found.loss, {"ce": found.ce_S, "kl": found.kl_S, "chunk": found.chunk_C}
+            agreement_2 = torch.stack(
+                [found.agrees_S, ((weights["kl"] != 0) & targets.cross.is_matched_S).float()]
+            ).sum(1)
+            parts = {"ce": found.ce_S, "kl": found.kl_S, "chunk": found.chunk_C, AGREEMENT: agreement_2}
+            return found.loss, parts
         if targets is None or "kl" not in self.terms:
             empty_S0 = seen.hidden_SD.new_zeros((len(none_S), 0))
             sparse = Sparse(empty_S0.long(), empty_S0, empty_S0.sum(-1))
         else:
             sparse = targets.distribution.at(loss.temperature)
         found = fused_ce_kl(*common, sparse, weights["ce"], weights["kl"], loss.temperature, divergence=self.divergence)
-        return found.loss_S.sum(), {"ce": found.ce_S, "kl": found.kl_S}
+        agreement_2 = torch.stack([found.agrees_S, (weights["kl"] != 0).float()]).sum(1)
+        return found.loss_S.sum(), {"ce": found.ce_S, "kl": found.kl_S, AGREEMENT: agreement_2}
 
 
 def build_projectors(

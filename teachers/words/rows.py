@@ -28,6 +28,11 @@ class Row:
     def prompt_length(self) -> int:
         return len(self.before) + self.num_audio_tokens + len(self.after)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt, audio and answer."""
+        return self.prompt_length + len(self.answer)
+
 
 class RowTokenizer:
     """Turns a sample into a `Row`: prompt pieces are tokenized apart, without special tokens, as SALMONN does.

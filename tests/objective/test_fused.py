@@ -69,7 +69,12 @@ class Case:
         targets = self.logprobs_SK.where(has_teacher[:, None], -torch.inf), self.log_residual_S.where(has_teacher, 0)
         arguments = logits_SV, Sparse(self.ids_SK.clamp(min=0), *targets), self.temperature
         kl_S = sparse_divergence(*arguments, *([divergence] if divergence else [])).where(has_teacher, 0)
-        return FusedLoss(self.ce_weight_S * ce_S + self.kl_weight_S * kl_S, ce_S, kl_S)
+        loss_S = self.ce_weight_S * ce_S + self.kl_weight_S * kl_S
+        return FusedLoss(loss_S, ce_S, kl_S, self.agrees(logits_SV).where(has_teacher, 0))
+
+    def agrees(self, logits_SV) -> torch.Tensor:
+        top_S1 = self.logprobs_SK.nan_to_num(-torch.inf).argmax(1, keepdim=True)
+        return (logits_SV.argmax(1) == self.ids_SK.gather(1, top_S1)[:, 0]).double()
 
 
 def gradients(loss_S, upstream_S, inputs):
