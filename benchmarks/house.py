@@ -224,7 +224,7 @@ def list_config_fields() -> list[str]:
 
 def texts_that_use_fields() -> dict[str, str]:
     """Recipes, documents and benchmarks by place; not the reference, which is made from the fields."""
-    patterns = ("configs/*.yaml", "docs/*.md", "README.md", "benchmarks/*.py", "Makefile")
+    patterns = ("configs/*.yaml", "configs/mixtures/*.yaml", "docs/*.md", "README.md", "benchmarks/*.py", "Makefile")
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     return {place_of(path): path.read_text() for path in paths if path.name not in ("reference.md", "house.py")}
 

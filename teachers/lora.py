@@ -52,7 +52,6 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
     llm.requires_grad_(False)
     if EXPERTS in lora.targets:
         split_experts_(llm)
-        free_routers_(llm)
     check_targets(llm, lora)
     inject_adapter_in_model(
         LoraConfig(
@@ -64,6 +63,8 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
         ),
         hide_family(llm),
     )
+    if EXPERTS in lora.targets:
+        free_routers_(llm)  # now, as peft freezes whatever is not its own
 
 
 def check_targets(llm: "nn.Module", lora: Lora) -> None:

@@ -1,16 +1,19 @@
 """What a stranger's file cannot do, and what no file of ours holds."""
 
+import json
 import os
 import pickle
 import shutil
 
 import pytest
 import tiny
+import torch
 
 from distill.cache import cache
 from distill.config import load_config
 from distill.run import run
-from teachers.files.loading import load_salmonn
+from distill.sizes.costs import model_config
+from teachers.files.loading import load_llm, load_salmonn
 
 TOKEN = "hf_" + "aZ09" * 9
 
@@ -47,6 +50,20 @@ def test_a_pickle_in_a_model_folder_is_refused_and_never_run(toys, tmp_path, par
     with pytest.raises(ValueError, match="safetensors"):
         load_salmonn(saved)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_foreign_code_is_refused_without_a_question(tmp_path, capfd):
+    """As deepseek-moe-16b is published: transformers would ask on the terminal whether to run what lies there."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    modules = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek", "auto_map": modules}))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="a deepseek, which only code of its repository can run, but none is run here"):
+        load_llm(str(folder), torch.float32)
+    with pytest.raises(ValueError, match="a deepseek, which only code of its repository can run, but none is run here"):
+        model_config(str(folder))
+    assert "[y/N]" not in capfd.readouterr().out and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "teacher.trust_remote_code", "student.trust_remote_code"])

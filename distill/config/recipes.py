@@ -12,7 +12,13 @@ LAUNCHES = RECIPES / "accelerate"
 
 def list_recipes(folder: Path = RECIPES) -> list[str]:
     """The names of the recipes, or of the launch files."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(recipe_files(folder))
+
+
+def recipe_files(folder: Path = RECIPES) -> dict[str, Path]:
+    """The recipes by name, or the launch files: those of a folder, and of its rooms but that of the launch files."""
+    paths = (path for path in folder.rglob("*.yaml") if folder == LAUNCHES or path.parent != LAUNCHES)
+    return {path.stem: path for path in paths}
 
 
 def find_config(name: str | Path) -> Path:
@@ -43,9 +49,9 @@ def _find(path: Path, label: str, kind: str, folder: Path) -> Path:
     """A file as it is named, or the one of that name in a folder of the package."""
     if path.is_file():
         return path
-    inside = folder / f"{path}.yaml"
-    if str(path) == path.name and inside.is_file():
-        return inside
+    inside = recipe_files(folder)
+    if str(path) in inside:
+        return inside[str(path)]
     raise missing_file(
         path, label, [*sorted(str(p) for p in path.parent.glob("*.yaml")), *list_recipes(folder)], f"{kind}s"
     )

@@ -32,6 +32,7 @@ from teachers.ears.length import FULL
 from teachers.ears.shape import reshape_ears_
 from teachers.ears.whisper import whisper_fields
 from teachers.experts import Experts, split_experts_
+from teachers.files.loading import refuse_foreign
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -127,15 +128,18 @@ def model_config(name: str) -> PretrainedConfig:
 
     Raises:
         FileNotFoundError: none of them has it.
+        ValueError: only code of its own repository can run it.
     """
+    if Path(name).is_dir():
+        refuse_foreign(name)
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         known = json.loads(KNOWN_MODELS.read_text())
     if name in known:
         return AutoConfig.for_model(**known[name])
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model is {name!r}, but it is no folder here, the hub does not give it ({str(error).splitlines()[0]}) and "

@@ -300,17 +300,25 @@ def advise(config: Config, cards: Cards, usage: Usage) -> list[str] | None:
 
     None of them changes what a step computes, but for a teacher that is cached instead of online.
     """
+    words, needs = shrink(config, cards, usage)
+    return words if all(map(cards.hold, needs)) else None
+
+
+def shrink(config: Config, cards: Cards, usage: Usage) -> tuple[list[str], list[Need]]:
+    """The words of `advise` as far as there are any, and what each stage holds with them."""
     words: list[str] = []
-    while short := [need for need in plan_memory(config, cards, usage) if not cards.hold(need)]:
+    needs = plan_memory(config, cards, usage)
+    while short := [need for need in needs if not cards.hold(need)]:
         change = next_change(config, short)
         if change is None:
-            return None
+            break
         section, name, value = change
         config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
         words = [w for w in words if not w.startswith(f"{section}.{name}=")] + [
             f"{section}.{name}={str(value).lower()}"
         ]
-    return words
+        needs = plan_memory(config, cards, usage)
+    return words, needs
 
 
 def next_change(config: Config, short: list[Need]) -> tuple[str, str, object] | None:
@@ -333,13 +341,23 @@ def next_change(config: Config, short: list[Need]) -> tuple[str, str, object] | 
 def print_fits(config: Config, cards: Cards, usage: Usage, *, as_json: bool) -> int:
     """Print the table and what to change; the exit code is 0 where everything fits as it is."""
     needs = plan_memory(config, cards, usage)
-    words = [] if all(map(cards.hold, needs)) else advise(config, cards, usage)
+    words, least = ([], needs) if all(map(cards.hold, needs)) else shrink(config, cards, usage)
+    fits = all(map(cards.hold, least))
     if as_json:
-        print_json({"stages": describe_needs(needs, cards), "change": words})
+        print_json({"stages": describe_needs(needs, cards), "change": words if fits else None})
     else:
         print(format_needs(needs, cards, usage))
-        if words:
+        if not fits:
+            print(f"\n{refuse(least, words)}")
+        elif words:
             print(f"\nIt fits with {' '.join(words)}")
-        elif words is None:
-            print("\nNo batch is small enough: take a smaller LLM, student.quantization=nf4, or a larger card.")
-    return 0 if words == [] else 1
+    return 0 if words == [] and fits else 1
+
+
+def refuse(least: list[Need], words: list[str]) -> str:
+    """That nothing helps: what the largest stage needs with all words, and what would help."""
+    most = max(least, key=lambda need: need.total)
+    return (
+        f"No batch is small enough: even with {' '.join(words) or 'the smallest'} {most.stage} needs "
+        f"{most.total / 1e9:.2f} GB; take a smaller LLM, student.quantization=nf4, or a larger card."
+    )

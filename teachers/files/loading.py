@@ -15,10 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -111,10 +119,11 @@ def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Modul
     Raises:
         FileNotFoundError: `path` is no folder here and cannot be had from the hub.
         ValueError: its weights are a pickle that would run code.
-        ValueError: its weights are damaged, or it is an adapter.
+        ValueError: its weights are damaged, it is an adapter, or a model that only its repository's own code can run.
     """
     refuse_adapter(path)
     try:
+        refuse_foreign(path)
         if weights:
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         with torch.device("meta"):
@@ -134,6 +143,22 @@ def load_llm(path: str, dtype: torch.dtype, *, weights: bool = True) -> nn.Modul
             f"llm {path} has weights whose pickle runs code, but none is run here; get its safetensors files, or save "
             f"it again with transformers' save_pretrained."
         ) from error
+
+
+def refuse_foreign(path: str) -> None:
+    """Refuse a model that transformers would run with the repository's own code, and asks on the terminal whether to.
+
+    Raises:
+        ValueError: naming its kind.
+        OSError: there is no such model.
+    """
+    config, _ = PretrainedConfig.get_config_dict(path)
+    if "auto_map" in config and config["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"llm is {path}, a {config['model_type']}, which only code of its repository can run, but none is run "
+            f"here; take a model that transformers {transformers.__version__} has itself, such as Llama, Qwen, Mixtral "
+            f"or DeepSeek-V2."
+        )
 
 
 def refuse_adapter(folder: str) -> None:

@@ -21,12 +21,13 @@ from distill.config import (
     load_config,
     to_yaml,
 )
+from distill.config.recipes import recipe_files
 from distill.student import hearing_of, lora_of
 from students.hearing import Connector, Hearing
 from students.student import build_student
 from teachers.lora import Lora
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+RECIPES = sorted(recipe_files().values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -6,10 +6,12 @@ import pytest
 
 from distill.cli import main
 from distill.config import load_config
-from distill.sizes.costs import describe_student, describe_teacher, measure_sizes
+from distill.sizes.costs import Usage, describe_student, describe_teacher, measure, measure_sizes
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").glob("salmonn_*.yaml"))
+RECIPES = [
+    path for folder in ("configs", "configs/mixtures") for path in sorted((ROOT / folder).glob("salmonn_*.yaml"))
+]
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 
 
@@ -20,10 +22,13 @@ PAGE = (ROOT / "docs" / "recipes.md").read_text()
         ("salmonn_3b_to_3b_nf4", 636.8, 3212.750),
         ("salmonn_3b_to_deepseek_15b", 636.8, 1777.088),
         ("salmonn_3b_to_05b_small_ears", 88.154, 494.033),
+        # the dense LLM, and of each layer's feed-forward seven copies; routers are counted with what is trained
+        ("salmonn_3b_to_moe_1b", 636.8, 1235.814 + 7 * 16 * 3 * 2048 * 8192 / 1e6),
+        ("salmonn_3b_to_moe_3b", 636.8, 3212.750 + 7 * 28 * 3 * 3072 * 8192 / 1e6),
     ],
 )
 def test_a_recipes_student_has_the_published_parameters(name, whisper, llm):
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    config = load_config(name)
     teacher, given = describe_teacher(config)
     sizes = measure_sizes(describe_student(config, teacher), given)
     assert sizes["Whisper encoder"][0] / 1e6 == pytest.approx(whisper, abs=0.05)
@@ -42,9 +47,25 @@ def test_a_recipes_student_has_the_published_parameters(name, whisper, llm):
     ],
 )
 def test_a_recipes_student_has_the_second_encoder_of_its_name(name, ears):
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    config = load_config(name)
     teacher, given = describe_teacher(config)
     assert {"BEATs", "EAT"} & measure_sizes(describe_student(config, teacher), given).keys() == ears
+
+
+def test_a_mixtures_routers_and_the_lora_of_its_experts_are_what_it_trains():
+    config = load_config("salmonn_3b_to_moe_1b")
+    teacher, given = describe_teacher(config)
+    blueprint, rank = describe_student(config, teacher), config.student.lora_rank
+    attention = 16 * rank * (2 * (2048 + 2048) + 2 * (2048 + 512))
+    of_an_expert = rank * ((2048 + 2 * 8192) + (8192 + 2048))
+    routers = 16 * 8 * 2048
+    assert measure_sizes(blueprint, given)["LoRA"][0] == attention + 16 * 8 * of_an_expert + routers
+    # a token passes two experts of eight
+    flops = {part.name: part.flops for part in measure(blueprint, Usage(seconds=30.0), given)}
+    length = 20 + 88 + 30
+    assert flops["LoRA"] == 2 * length * (attention + 16 * 2 * of_an_expert + routers)
+    active = 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 2 * 3 * 2048 * 8192 + 8 * 2048)
+    assert flops["LLM body"] == pytest.approx(2 * length * active, rel=0.02)  # and the products of attention
 
 
 def test_every_student_of_a_teacher_learns_from_the_same_cache():

@@ -15,16 +15,19 @@ from distill.sizes.fits import (
     Need,
     advise,
     build_for_training,
+    longest,
     measure_connector,
     measure_llm,
     need_of_training,
     next_change,
+    refuse,
     row_length,
 )
 from distill.sizes.memory import PeakMemory
 from distill.student import make_student
 from distill.teacher import load_teacher
 from shards.sample import SAMPLE_RATE
+from students.upcycle import upcycle
 
 SECONDS, SIZE = 2.0, 6
 
@@ -33,6 +36,7 @@ SECONDS, SIZE = 2.0, 6
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
     tiny.make_toys(folder)
+    upcycle(str(folder / "parts/student-llm"), folder / "mixture", experts=4, top_k=2)
     return folder
 
 
@@ -45,9 +49,13 @@ def test_what_is_freed_is_not_counted_and_what_is_held_is():
     assert view.sum() == 0
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_activations_counted_on_the_meta_device_are_those_of_a_real_forward(toys, quantization):
-    config = load_config(toys / "toy.yaml", [f"student.quantization={quantization}", "precision=float32"])
+@pytest.mark.parametrize("words", [
+    ["student.quantization=nf4"],
+    ["student.quantization=none"],
+    ["student.quantization=nf4", "student.llm={}/mixture", "student.lora_targets=[q_proj,experts]"],
+])  # fmt: skip
+def test_activations_counted_on_the_meta_device_are_those_of_a_real_forward(toys, words):
+    config = load_config(toys / "toy.yaml", ["precision=float32", *(word.format(toys) for word in words)])
     student = make_student(config, load_teacher(config), torch.float32, print).train()
     samples = [tiny.make_sample(n, text="two three", seconds=SECONDS) for n in range(SIZE)]
     batch = student.collate(samples)
@@ -96,6 +104,20 @@ def test_the_advice_is_what_makes_it_fit_and_none_where_nothing_does(toys):
     words = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "cache.batch_size=1", "eval.batch_size=1"]
     least = load_config(toys / "toy.yaml", words)
     assert advise(least, Cards(2, 0.1), usage) is None  # less than the driver takes
+
+
+def test_a_mixture_of_16b_that_stays_whole_is_refused_on_24_gb_with_what_it_needs_at_the_least():
+    words = ["student.llm=deepseek-ai/DeepSeek-V2-Lite", "student.lora_targets=[all-linear]",
+             "loss.cross_tokenizer=chunk", "student.quantization=none", "train.gradient_checkpointing=true",
+             "train.micro_batch_size=1"]  # fmt: skip
+    config = load_config("salmonn_3b_to_1b", words)
+    teacher, given = describe_teacher(config)
+    need = need_of_training(config, Cards(2), longest({}), describe_student(config, teacher), given)
+    assert need.parts["LLM"] == pytest.approx(15.706e9 * 2, rel=1e-3)  # published parameters, in bf16
+    assert not Cards(2).hold(need) and next_change(config, [need]) is None
+    text = refuse([need], ["train.micro_batch_size=1"])
+    assert text.startswith("No batch is small enough: even with train.micro_batch_size=1 train: 1 clips a micro-batch")
+    assert f"needs {need.total / 1e9:.2f} GB; take a smaller LLM, student.quantization=nf4, or a larger card" in text
 
 
 def test_a_teacher_that_is_online_is_given_up_last():
