@@ -21,6 +21,7 @@ from shards.files.write import write_atomically
 from shards.sample import Sample
 from shards.status import print_status
 from students.quantize import quantize_4bit_
+from teachers.experts import is_fused
 from teachers.salmonn import Salmonn
 
 HOW = "USE.md"  # how the folder is used
@@ -51,8 +52,17 @@ def write_bf16(llm_folder: Path, out: Path) -> nn.Module:
 
 
 def write_bnb(llm_folder: Path, out: Path) -> nn.Module:
-    """A folder of transformers whose layers are in NF4 again, as bitsandbytes stores them."""
+    """A folder of transformers whose layers are in NF4 again, as bitsandbytes stores them.
+
+    Raises:
+        ValueError: it is a mixture, whose experts transformers reads back from no such folder.
+    """
     llm = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=torch.float32)
+    if any(is_fused(module) for module in llm.modules()):
+        raise ValueError(
+            f"llm is a {type(llm).__name__}, but a *-bnb-4bit folder has no form for its experts; choose --format "
+            f"vllm, or export without --format."
+        )
     quantize_4bit_(llm)
     llm.config.quantization_config = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",

@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from distill.config import LossConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.doctor.doctor import build_case, run_checks
-from distill.export import export
+from distill.export import export, export_format
 from distill.objective.module import Objective
 from distill.objective.terms import TERMS
 from distill.objective.terms.balance import imbalance
@@ -151,6 +151,9 @@ def test_a_run_trains_the_routers_with_the_experts_and_the_folder_holds_both(toy
         logits = student(student.collate(SAMPLES))[0]
         merged = load_student(export(config.run_folder, tmp_path / "merged", merge=True))
         torch.testing.assert_close(merged(merged.collate(SAMPLES))[0], logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"llm is a MixtralForCausalLM, but a \*-bnb-4bit folder has no form for its"):
+        export_format(config.run_folder, tmp_path / "bnb", "bnb")
+    assert not (tmp_path / "bnb").exists()
     on = Distiller(toys / "teacher", config.run_folder / "student", train=toys / "data" / "train", run=tmp_path / "on")
     assert router in on.named  # a saved student's routers go on
 
