@@ -23,6 +23,7 @@ from distill.evaluation.report import read_metrics
 from distill.run import run
 from distill.training.stopping import PREEMPTED
 from distill.training.update import statistic
+from distill.training.update.spikes import BadSteps, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "configs" / "accelerate"
@@ -167,6 +168,22 @@ def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
     assert losses(toys, "ddp") == pytest.approx(alone, abs=1e-5)
     assert limits(toys, "ddp") == pytest.approx(limits(toys, "alone"), rel=1e-3)
     assert_alike(student(toys, "ddp"), student(toys, "alone"))
+
+
+def test_two_ddp_ranks_go_back_to_a_good_checkpoint_together_as_one_process_does(toys, monkeypatch):
+    judge = BadSteps.judge
+
+    def judge_two_as_spikes(self, loss, norm):
+        return Fault("loss", loss, "is a spike") if self.losses.number == 2 > self.total else judge(self, loss, norm)
+
+    monkeypatch.setattr(BadSteps, "judge", judge_two_as_spikes)
+    words = ["train.max_bad_steps=2", "train.max_returns=1", "train.save_every=1"]
+    assert run(configure(toys, "back alone", *words)) == 0
+    assert train_on_two_ranks(toys, "back", "two_cpus_ddp.yaml", *words) == [0, 0]
+    assert losses(toys, "back") == pytest.approx(losses(toys, "back alone"), abs=1e-5)
+    records, _ = read_metrics(toys / "runs" / "back" / "metrics.jsonl")
+    assert (records[-1]["skipped"], records[-1]["returns"]) == (2, 1)
+    assert_alike(student(toys, "back"), student(toys, "back alone"))
 
 
 STAGE = """
