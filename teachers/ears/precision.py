@@ -6,6 +6,7 @@ about ten times the error of that, which targets on a disk would keep for ever.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -34,9 +35,14 @@ def ear_autocast(ear: nn.Module) -> Iterator[None]:
     if dtype is None:
         yield
         return
-    device = next(ear.parameters()).device.type
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device_of(ear).type, dtype, enabled=dtype != torch.float32):
         yield
+
+
+def device_of(ear: nn.Module) -> torch.device:
+    """Where an ear's weights are, also those that are plain attributes of their layers, as ZeRO-3 wants frozen ones."""
+    attributes = (value for module in ear.modules() for value in vars(module).values())
+    return next(x for x in chain(ear.parameters(), attributes) if isinstance(x, torch.Tensor)).device
 
 
 def has_amx_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -14,6 +14,7 @@ from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig, load_config
 from distill.run import wrap_teacher
 from distill.teacher import load_teacher, resolve_ears
+from distill.training.zero import hide_frozen_
 from students.hearing import Connector
 from students.student import build_student
 from teachers.ears.beats import BeatsEar
@@ -83,6 +84,7 @@ def test_ears_are_float32_where_targets_are_kept_and_as_the_run_elsewhere_unless
     monkeypatch, ears, is_kept, has_gpu, expected
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert resolve_ears(Config(teacher=TeacherConfig(ears=ears)), is_kept=is_kept) == expected
 
 
@@ -105,3 +107,14 @@ def test_fp16_ears_without_a_gpu_are_float32_and_that_is_said(toys, capsys):
     config = load_config(toys / "toy.yaml", ["teacher.ears=fp16", f"cache.folder={toys / 'fp16'}"])
     assert cache(config) == 0
     assert "teacher.ears is fp16, but without a GPU" in capsys.readouterr().err
+
+
+def test_ears_whose_frozen_weights_zero3_does_not_see_hear_as_before(toys):
+    teacher = load_salmonn(toys / "teacher")
+    set_ear_precision_(teacher.whisper, "float32")
+    batch = teacher.collate([tiny.make_sample(1)])
+    heard = teacher.frames(batch.waveforms_BN, batch.num_samples_B)
+    hide_frozen_(teacher.whisper)
+    assert not list(teacher.whisper.parameters())
+    again = teacher.frames(batch.waveforms_BN, batch.num_samples_B)
+    assert all(torch.equal(a, b) for a, b in zip(again, heard, strict=True))
