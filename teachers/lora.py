@@ -53,7 +53,7 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
     if EXPERTS in lora.targets:
         split_experts_(llm)
     check_targets(llm, lora)
-    inject_adapter_in_model(
+    holder = inject_adapter_in_model(
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -63,6 +63,7 @@ def add_lora_(llm: "nn.Module", lora: Lora) -> None:
         ),
         hide_family(llm),
     )
+    llm.peft_config = holder.peft_config  # what peft leaves on a LLM, for who writes SALMONN's own files
     if EXPERTS in lora.targets:
         free_routers_(llm)  # now, as peft freezes whatever is not its own
 
