@@ -14,6 +14,7 @@ from distill.caching.identity import describe_teacher
 from distill.config import Config, TeacherConfig, load_config
 from distill.run import wrap_teacher
 from distill.teacher import load_teacher, resolve_ears
+from distill.training import ranks
 from distill.training.zero import hide_frozen_
 from students.hearing import Connector
 from students.student import build_student
@@ -69,22 +70,23 @@ def test_shared_ears_bring_their_precision_with_them(toys):
 
 
 @pytest.mark.parametrize(
-    ("ears", "is_kept", "has_gpu", "expected"),
+    ("ears", "is_kept", "card", "expected"),
     [
-        ("auto", True, True, "float32"),
-        ("auto", False, True, "bf16"),
-        ("auto", False, False, "float32"),
-        ("fp16", True, True, "fp16"),
-        ("fp16", True, False, "float32"),
-        ("bf16", True, False, "bf16"),
-        ("float32", False, True, "float32"),
+        ("auto", True, "A100", "float32"),
+        ("auto", False, "A100", "bf16"),
+        ("auto", False, "V100", "fp16"),
+        ("auto", False, "", "float32"),
+        ("fp16", True, "A100", "fp16"),
+        ("fp16", True, "", "float32"),
+        ("bf16", True, "", "bf16"),
+        ("float32", False, "A100", "float32"),
     ],
 )
 def test_ears_are_float32_where_targets_are_kept_and_as_the_run_elsewhere_unless_a_config_says(
-    monkeypatch, ears, is_kept, has_gpu, expected
+    monkeypatch, ears, is_kept, card, expected
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(card))
+    monkeypatch.setattr(ranks, "has_bf16", lambda: card == "A100")
     assert resolve_ears(Config(teacher=TeacherConfig(ears=ears)), is_kept=is_kept) == expected
 
 
