@@ -22,6 +22,7 @@ from distill.demo.tokenizer import train_tokenizer
 from distill.run import run
 from distill.student import lora_of
 from distill.training.microbatch import Collator
+from distill.training.monitoring.steplog import rates
 from shards.streaming.limits import Limits
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
@@ -77,7 +78,8 @@ def train(toys: Path, name: str, *words: str) -> list[dict]:
 
 def metrics(toys: Path, name: str) -> list[dict]:
     lines = (toys / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    timed = rates({"tokens": 0, "audio_seconds": 0, "waited": 0}, 1.0, 1)
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
 
 def read_tars(folder: Path) -> dict[str, bytes]:
