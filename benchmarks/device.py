@@ -1,12 +1,12 @@
 """What a student costs on a processor at real sizes: a float32 teacher, today's student in torch, and its exports.
 
-Weights are random, 10 s of audio, batch 1, two threads, every part in a process of its own. Transformers are measured
-with two and with four of their layers and drawn out to all of them: time and resident memory are linear in the layers,
-and so no machine needs the 16 GB of the whole teacher. `python benchmarks/device.py`
+Weights are random, 10 s of audio, batch 1, two threads. An export is measured whole, in a process of its own that opens
+its graphs as the runner does. What is in torch is measured with two and with four of its layers and drawn out to all of
+them: time and memory are linear in the layers, and so no machine needs the 16 GB of the whole teacher (writing an
+export takes 8). `python benchmarks/device.py [--only WORDS]`
 """
 
 import argparse
-import functools
 import json
 import subprocess
 import sys
@@ -16,10 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from record import write_result
+from record import RESULTS, write_result
 
-THREADS, PROMPT, RUNS = 2, 120, 3
-LAYERS = (2, 4)  # that are measured
+THREADS, RUNS = 2, 3
+LAYERS = (2, 4)  # that are measured of what is in torch
+PROMPTS = {
+    1500: 120,
+    500: 62,
+}  # positions by the frames heard: 32 of text, and those of 88 windows, or of 30 with audio
 LLMS = {  # width, inner width, heads, groups, layers, ids: Llama-3.2-3B, Llama-3.2-1B, Qwen2.5-0.5B
     "3B": (3072, 8192, 24, 8, 28, 128_256),
     "1B": (2048, 8192, 32, 8, 16, 128_256),
@@ -79,7 +83,7 @@ def measure_torch_llm(size: str, layers: int, kind: str) -> dict:
 
     torch.set_num_threads(THREADS)
     llm = make_llm(size, layers, is_4bit=kind == "nf4")
-    embeds = torch.randn(1, PROMPT, LLMS[size][0])
+    embeds = torch.randn(1, PROMPTS[1500], LLMS[size][0])
     with torch.no_grad():
         first = clock(lambda: llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1))
         cache = llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
@@ -88,46 +92,21 @@ def measure_torch_llm(size: str, layers: int, kind: str) -> dict:
     return {"first_ms": first, "next_ms": following, "gb": gb}
 
 
-def write_openvino_llm(size: str, layers: int, head: str, folder: Path) -> dict:
-    """Write a LLM's graph, and its logits beside those of torch."""
+def write_openvino_llm(size: str, head: str, folder: Path) -> dict:
+    """Write a LLM's graph, and torch's logits behind each number of positions."""
     import openvino as ov
     import torch
 
     from students.device.decoder import build_decoder
 
-    llm = make_llm(size, layers, is_4bit=True)
-    embeds = torch.randn(1, PROMPT, LLMS[size][0])
+    llm = make_llm(size, LLMS[size][4], is_4bit=True)
+    embeds = torch.randn(1, max(PROMPTS.values()), LLMS[size][0])
     with torch.no_grad():
-        expected = llm(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1].numpy()
-    np.savez(folder / "expected.npz", embeds=embeds.numpy(), logits=expected)
-    ov.save_model(build_decoder(llm, head), folder / "graph.xml", compress_to_fp16=False)
+        logits = llm(inputs_embeds=embeds, logits_to_keep=torch.tensor(list(PROMPTS.values())) - 1).logits[0].numpy()
+    found = {str(length): row for length, row in zip(PROMPTS.values(), logits)}
+    np.savez(folder / "expected.npz", embeds=embeds.numpy(), **found)
+    ov.save_model(build_decoder(llm, head), folder / "llm.xml", compress_to_fp16=False)
     return {}
-
-
-def measure_openvino_llm(size: str, layers: int, head: str, folder: Path) -> dict:
-    """Prefill, next token, memory and error of a LLM's graph."""
-    from students.device.student import StatefulDecoder
-
-    request = load_graph(folder)
-    stored = np.load(folder / "expected.npz")
-    embeds, mask = stored["embeds"], np.ones((1, PROMPT), np.int64)
-    decoder = StatefulDecoder(request, embeds, mask, lambda ids: embeds[0, : len(ids)])
-    first = clock(lambda: decoder.start(1))
-    found = decoder.start(1)[0]
-    following = clock(lambda: decoder.follow(np.array([1]), np.zeros(1, np.int64)))
-    error = float(np.linalg.norm(found - stored["logits"]) / np.linalg.norm(stored["logits"]))
-    top1 = float(found.argmax() == stored["logits"].argmax())
-    return {"first_ms": first, "next_ms": following, "gb": resident_gb(), "logit_error": error, "top1": top1}
-
-
-def load_graph(folder: Path):
-    """A graph that answers in float32 on two threads."""
-    import openvino as ov
-
-    from students.device.student import EXACT
-
-    properties = EXACT | {"INFERENCE_NUM_THREADS": str(THREADS)}
-    return ov.Core().compile_model(folder / "graph.xml", "CPU", properties).create_infer_request()
 
 
 def make_whisper(size: str, layers: int):
@@ -154,42 +133,48 @@ def measure_torch_ears(size: str, layers: int, frames: int) -> dict:
     return {"first_ms": first, "gb": sum(p.numel() * 4 for p in ear.parameters()) / 1e9}
 
 
-def write_openvino_ears(size: str, layers: int, kind: str, folder: Path) -> dict:
+def write_openvino_ears(size: str, kind: str, folder: Path) -> dict:
     """Write Whisper's graph."""
     import openvino as ov
     import torch
 
     from students.device.ears import WhisperGraph, convert, to_8_bits_
 
-    ear = make_whisper(size, layers)
-    graph = convert(WhisperGraph(ear), {"mel": torch.randn(1, 80, 3000)}, [(-1, 80, -1)], "frames")
+    graph = convert(WhisperGraph(make_whisper(size, WHISPERS[size][2])), {"mel": torch.randn(1, 80, 3000)},
+                    [(-1, 80, -1)], "frames")  # fmt: skip
     if kind == "int8":
         to_8_bits_(graph)
-    ov.save_model(graph, folder / "graph.xml", compress_to_fp16=True)
+    ov.save_model(graph, folder / "whisper.xml", compress_to_fp16=kind == "f16")
     return {}
 
 
-def measure_openvino_ears(frames: int, folder: Path) -> dict:
-    """Time and memory of Whisper's graph."""
-    request = load_graph(folder)
-    mel = np.random.default_rng(0).normal(size=(1, 80, 2 * frames)).astype(np.float32)
-    return {"first_ms": clock(lambda: request.infer({"mel": mel})), "gb": resident_gb()}
-
-
-def measure_empty() -> dict:
-    """Memory of a process that has OpenVINO and no graph."""
+def measure_openvino(frames: int, folder: Path) -> dict:
+    """Times, the process's peak of memory and the logits' error of an export that hears and answers."""
     import openvino as ov
 
-    from students.device import student  # noqa: F401 (what a runner imports)
+    from students.device.graph import Graph
+    from students.device.student import EXACT, StatefulDecoder
 
-    ov.Core()
-    return {"gb": resident_gb()}
+    core, properties = ov.Core(), EXACT | {"INFERENCE_NUM_THREADS": str(THREADS)}
+    ears, llm = (Graph(core, folder / name, properties) for name in ("whisper.xml", "llm.xml"))
+    stored, length = np.load(folder / "expected.npz"), PROMPTS[frames]
+    embeds, expected = stored["embeds"][:, :length], stored[str(length)]
+    mel = np.random.default_rng(0).normal(size=(1, 80, 2 * frames)).astype(np.float32)
+    heard = clock(lambda: ears.run({"mel": mel}))
+    ears.release()  # as the runner does
+    decoder = StatefulDecoder(llm, embeds, np.ones((1, length), np.int64), lambda ids: embeds[0, : len(ids)])
+    first = clock(lambda: decoder.start(1))
+    found = decoder.start(1)[0]
+    following = clock(lambda: decoder.follow(np.array([1]), np.zeros(1, np.int64)))
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    top1 = float(found.argmax() == expected.argmax())
+    return {"gb": resident_gb(), "first_ms": heard + first, "next_ms": following, "ears_ms": heard,
+            "fidelity": {"logit_error": error, "top1": top1, "texts_equal": None}}  # fmt: skip
 
 
 PARTS = {
-    "torch llm": measure_torch_llm, "write llm": write_openvino_llm, "openvino llm": measure_openvino_llm,
-    "torch ears": measure_torch_ears, "write ears": write_openvino_ears, "openvino ears": measure_openvino_ears,
-    "empty": measure_empty,
+    "torch llm": measure_torch_llm, "torch ears": measure_torch_ears,
+    "write llm": write_openvino_llm, "write ears": write_openvino_ears, "export": measure_openvino,
 }  # fmt: skip
 
 
@@ -200,73 +185,50 @@ def apart(part: str, *words) -> dict:
 
 
 def drawn_out(measure: Callable[[int], dict], layers: int) -> dict:
-    """The figures at all layers of what was measured at two numbers of them; an error is that of the larger."""
+    """The figures at all layers of what was measured at two numbers of them."""
     few, more = (measure(number) for number in LAYERS)
     steps = (layers - LAYERS[1]) / (LAYERS[1] - LAYERS[0])
-    kept = [key for key in ("first_ms", "next_ms", "gb") if key in more]
-    return {**more, **{key: more[key] + steps * max(0.0, more[key] - few[key]) for key in kept}}
+    return {key: more[key] + steps * max(0.0, more[key] - few[key]) for key in more}
 
 
-@functools.cache
-def measure_llm(engine: str, head: str, size: str) -> dict:
-    """A LLM's figures at all of its layers."""
-
-    def measure(layers: int) -> dict:
-        if engine != "openvino":
-            return apart("torch llm", size, layers, engine)
-        with tempfile.TemporaryDirectory() as folder:
-            apart("write llm", size, layers, head, folder)
-            return apart("openvino llm", size, layers, head, folder)
-
-    return drawn_out(measure, LLMS[size][4])
-
-
-@functools.cache
-def measure_ears(engine: str, kind: str, frames: int, size: str) -> dict:
-    """Whisper's figures at all of its layers."""
-
-    def measure(layers: int) -> dict:
-        if engine == "torch":
-            return apart("torch ears", size, layers, frames)
-        with tempfile.TemporaryDirectory() as folder:
-            apart("write ears", size, layers, kind, folder)
-            return apart("openvino ears", frames, folder)
-
-    return drawn_out(measure, WHISPERS[size][2])
-
-
-def measure_model(words: tuple, empty_gb: float) -> dict:
-    """A whole model: its ears and its LLM; BEATs and the connector are left out everywhere."""
+def measure_model(words: tuple, exports: Path) -> dict:
+    """A whole model; BEATs and the connector are left out everywhere. `exports` keeps the graphs for others."""
     engine, kind, frames, whisper, llm_engine, head, size = words
-    ears, llm = measure_ears(engine, kind, frames, whisper), measure_llm(llm_engine, head, size)
-    both = ears["gb"] + llm["gb"]
-    figures = {
-        "gb": both + TORCH_GB if engine == "torch" else both - empty_gb,
-        "first_ms": ears["first_ms"] + llm["first_ms"],
-        "next_ms": llm["next_ms"],
-    }
+    if engine == "openvino":
+        folder = exports / f"{whisper} {kind} {size} {head}"
+        if not folder.exists():
+            folder.mkdir()
+            apart("write ears", whisper, kind, folder)
+            apart("write llm", size, head, folder)
+        figures = apart("export", frames, folder)
+    else:
+        ears = drawn_out(lambda layers: apart("torch ears", whisper, layers, frames), WHISPERS[whisper][2])
+        llm = drawn_out(lambda layers: apart("torch llm", size, layers, llm_engine), LLMS[size][4])
+        figures = {"gb": ears["gb"] + llm["gb"] + TORCH_GB, "first_ms": ears["first_ms"] + llm["first_ms"],
+                   "next_ms": llm["next_ms"], "ears_ms": ears["first_ms"]}  # fmt: skip
     figures["rtf"] = (figures["first_ms"] + 31 * figures["next_ms"]) / 10_000  # an answer of 32 tokens
-    if "logit_error" in llm:  # of random weights a text says nothing
-        figures["fidelity"] = {"logit_error": llm["logit_error"], "top1": llm["top1"], "texts_equal": None}
     return figures
 
 
 def make_table(models: dict[str, dict]) -> str:
     """For a reader: each model, and what share of the teacher it takes."""
     teacher = models["teacher"]
-    lines = ["| | GB | first token (ms) | next token (ms) | RTF | of the teacher: GB, first, next | logits off |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| | GB | first token (ms) | of it ears | next token (ms) | RTF | of the teacher | error |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, found in models.items():
         shares = ", ".join(f"{found[key] / teacher[key]:.2f}×" for key in ("gb", "first_ms", "next_ms"))
         error = f"{found['fidelity']['logit_error']:.1e}" if "fidelity" in found else ""
         lines.append(
-            f"| {name} | {found['gb']:.2f} | {found['first_ms']:,.0f} | {found['next_ms']:,.0f} | {found['rtf']:.2f} | "
+            f"| {name} | {found['gb']:.2f} | {found['first_ms']:,.0f} | {found['ears_ms']:,.0f} | "
+            f"{found['next_ms']:,.0f} | {found['rtf']:.2f} | "
             f"{shares} | {error} |"
         )
     notes = (
-        "10 s of audio, two threads, float32 products; Whisper and LLM, drawn out from two and four layers. GB: "
-        "resident; for torch the weights and 0.45 of the process. BEATs and the connector are left out. The machine "
-        "was shared, so times are the least of three and still too long."
+        "10 s of audio, two threads, float32 products; Whisper and LLM, at 30 s with 88 audio tokens in the prompt, at "
+        "the real length with 30. GB: of an export the process's peak of resident memory, pages of files included; for "
+        "torch the weights and 0.45 of the process, without what it computes. What is in torch is drawn out from two "
+        "and four layers. BEATs and the connector are left out. The machine was shared, so times are the least of "
+        f"{RUNS} and still too long."
     )
     return "\n".join([*lines, "", notes])
 
@@ -275,17 +237,28 @@ def main() -> None:
     """Measure every model, or in a process of its own one part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="models whose name holds this; the others' figures stay")
     arguments = parser.parse_args()
     if arguments.part:
         name, *words = arguments.part
         given = [int(w) if w.isdigit() else Path(w) if w.startswith("/") else w for w in words]
         print(json.dumps(PARTS[name](*given)))
         return
-    empty_gb, models = apart("empty")["gb"], {}
-    for name, words in MODELS.items():
-        models[name] = measure_model(words, empty_gb)
-        print(name, models[name], flush=True)
-        write(models)  # what is measured stays, should the rest not come to an end
+    models = read() if arguments.only else {}
+    with tempfile.TemporaryDirectory() as exports:
+        for name, words in MODELS.items():
+            if arguments.only in name:
+                models[name] = measure_model(words, Path(exports))
+                print(name, models[name], flush=True)
+                write({name: models[name] for name in MODELS if name in models})  # stays, should the rest fail
+
+
+def read() -> dict[str, dict]:
+    """What has been measured before."""
+    stored = json.loads((RESULTS / "device.json").read_text())
+    models = {"teacher": stored["teacher"], **stored["exports"]}
+    return {name: found | ({"fidelity": stored["fidelity"][name]} if name in stored["fidelity"] else {})
+            for name, found in models.items()}  # fmt: skip
 
 
 def write(models: dict[str, dict]) -> None:

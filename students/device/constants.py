@@ -1,10 +1,15 @@
-"""Weights as constants of an OpenVINO graph: NF4 exactly as bitsandbytes holds it, half floats, or 8 bits a row.
+"""Products with weights that are constants of a graph: NF4 exactly, half floats, 8 bits.
 
 Knows no architecture. Every constant copies its numbers: OpenVINO can share numpy's memory but does not keep it alive.
+
+A matrix in 4 or 8 bits that has many inputs is multiplied in slices: OpenVINO unpacks all inputs of some outputs at
+once, and where these do not fit the processor's cache a product takes up to 2.7 times as long.
 
 Shapes: O outputs and I inputs of a matrix.
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -18,6 +23,7 @@ from teachers.fourbit import bnb, check_unpacked
 
 Kind = Literal["f32", "f16", "int8"]
 BLOCK = 64  # weights that share a scale
+SLICE = 2048  # inputs that are multiplied at once, a multiple of BLOCK
 
 
 def float_constant(values: float | np.ndarray | Tensor) -> Node:
@@ -26,20 +32,35 @@ def float_constant(values: float | np.ndarray | Tensor) -> Node:
     return op.constant(array, ov.Type.f32, shared_memory=False)
 
 
-def weight_constant(weight: Tensor, name: str, kind: Kind = "f16") -> Node:
-    """A matrix as a float32 value of the graph that lies in fewer bits: NF4 where it has it, else `kind`.
+def product(states: Node, weight: Tensor | np.ndarray, name: str, kind: Kind = "f16") -> Node:
+    """States times a matrix [O, I], whose numbers lie in fewer bits: NF4 where it has it, else `kind`.
 
     Raises:
         ValueError: a 4-bit matrix whose inputs are no multiple of 64, or that has other blocks.
     """
     if isinstance(weight, bnb.nn.Params4bit):
-        return nf4_constant(weight, name)
-    array = weight.detach().float().cpu().numpy()
-    if kind == "f32":
-        return float_constant(array)
+        return sum_of_products(states, nf4_slices(weight, name))
+    array = weight.detach().float().cpu().numpy() if isinstance(weight, Tensor) else weight
     if kind == "int8":
-        return int8_constant(array)
-    return op.convert(op.constant(array.astype(np.float16), ov.Type.f16, shared_memory=False), "f32")
+        return sum_of_products(states, [int8_constant(array[:, places]) for places in slices(array.shape[1])])
+    if kind == "f32":
+        return op.matmul(states, float_constant(array), False, True)
+    halves = op.constant(array.astype(np.float16), ov.Type.f16, shared_memory=False)
+    return op.matmul(states, op.convert(halves, "f32"), False, True)
+
+
+def slices(inputs: int) -> list[slice]:
+    """The places of a matrix's inputs that are multiplied at once."""
+    return [slice(start, min(start + SLICE, inputs)) for start in range(0, inputs, SLICE)]
+
+
+def sum_of_products(states: Node, weights: Sequence[Node]) -> Node:
+    """States times a matrix that is given in slices of its inputs."""
+    if len(weights) == 1:
+        return op.matmul(states, weights[0], False, True)
+    sizes = op.constant(np.array([weight.shape[1] for weight in weights]))
+    parts = op.variadic_split(states, op.constant(np.int64(-1)), sizes).outputs()
+    return reduce(op.add, [op.matmul(part, weight, False, True) for part, weight in zip(parts, weights)])
 
 
 def int8_constant(weight_OI: np.ndarray) -> Node:
@@ -57,11 +78,11 @@ def to_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(weight / scales).astype(np.int8), scales
 
 
-def nf4_constant(weight: Tensor, name: str) -> Node:
-    """bitsandbytes' codes and scales, bit by bit.
+def nf4_slices(weight: Tensor, name: str) -> list[Node]:
+    """bitsandbytes' codes and scales, bit by bit, in slices of the inputs.
 
     Raises:
-        ValueError: see `weight_constant`.
+        ValueError: see `product`.
     """
     check_unpacked(weight, name)
     state = weight.quant_state
@@ -71,13 +92,20 @@ def nf4_constant(weight: Tensor, name: str) -> Node:
             f"{name} has {inputs} inputs in {state.quant_type} blocks of {state.blocksize}, but a device's graph takes "
             f"nf4 blocks of {BLOCK} and widths that are a multiple of it; train with another LLM, or export --merge."
         )
-    shape = [outputs, inputs // BLOCK, BLOCK]
-    packed = weight.data.flatten().cpu().view(torch.uint8).numpy()
-    swapped = (packed >> 4) | (packed << 4)  # bitsandbytes' first value is the high half
-    codes = op.constant(ov.Tensor(swapped, ov.Shape(shape), ov.Type.nf4), shared_memory=False)
-    scales = scales_of(state).cpu().numpy().reshape(*shape[:2], 1)
+    packed = weight.data.flatten().cpu().view(torch.uint8).numpy().reshape(outputs, inputs // BLOCK, BLOCK // 2)
+    scales = scales_of(state).cpu().numpy().reshape(outputs, inputs // BLOCK, 1)
+    parts = [slice(places.start // BLOCK, places.stop // BLOCK) for places in slices(inputs)]
+    return [nf4_constant(packed[:, part], scales[:, part]) for part in parts]
+
+
+def nf4_constant(packed: np.ndarray, scales: np.ndarray) -> Node:
+    """A matrix of bitsandbytes' bytes [O, I / 64, 32] and scales [O, I / 64, 1]."""
+    outputs, blocks = scales.shape[:2]
+    swapped = np.ascontiguousarray((packed >> 4) | (packed << 4))  # bitsandbytes' first value is the high half
+    shape = ov.Shape([outputs, blocks, BLOCK])
+    codes = op.constant(ov.Tensor(swapped, shape, ov.Type.nf4), shared_memory=False)
     whole = op.multiply(op.convert(codes, "f32"), float_constant(scales))
-    return op.reshape(whole, op.constant(np.array([outputs, inputs])), special_zero=False)
+    return op.reshape(whole, op.constant(np.array([outputs, blocks * BLOCK])), special_zero=False)
 
 
 def scales_of(state) -> Tensor:

@@ -18,7 +18,7 @@ from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
 from torch import nn
 
-from students.device.constants import Kind, float_constant, weight_constant
+from students.device.constants import Kind, float_constant, product
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -32,8 +32,8 @@ def build_decoder(llm: nn.Module, head: Kind = "f16") -> ov.Model:
 
     Args:
         llm: a causal LM of transformers, 4-bit or whole, with LoRA or without.
-        head: in which type the head's weight lies: "f32", "f16", or "int8" (a scale a row); LoRA and whatever else is
-            not in 4 bits lies in half floats, but with "f32".
+        head: in which type the head's weight lies: "f32", "f16", or "int8" (a scale a row); what else is
+            not in 4 bits lies in half floats, but with "f32"; LoRA always in float32.
 
     Raises:
         ValueError: it has a module that the graph has not, a width that is no multiple of 64 or another activation.
@@ -96,7 +96,7 @@ class DecoderWriter:
             states = self.layer(layer, states, number)
         last = op.gather(self.norm(states, self.llm.model.norm), integers(-1), integers(1))
         head = self.llm.get_output_embeddings()
-        logits = op.result(op.matmul(last, weight_constant(head.weight, "head", self.head), False, True))
+        logits = op.result(product(last, head.weight, "head", self.head))
         parameters = {"embeds": embeds, "mask": mask, "positions": positions, "beams": self.beams}
         model = ov.Model([logits], self.states, list(parameters.values()), "llm")
         for name, found in zip(parameters, model.inputs):  # a model's names are its own, not the parameters'
@@ -179,9 +179,8 @@ class DecoderWriter:
         times = self.num_heads // self.num_groups
         if times == 1:
             return states
-        total = op.gather(op.shape_of(states), integers([2]), integers(0))
-        shape = op.concat([self.batch, integers([self.num_groups, times]), total, integers([self.head_width])], 0)
-        wide = op.broadcast(op.unsqueeze(states, integers(2)), shape, "BIDIRECTIONAL")
+        ones = float_constant(np.ones((1, 1, times, 1, 1)))  # OpenVINO knows attention by this product, not a broadcast
+        wide = op.multiply(op.unsqueeze(states, integers(2)), ones)
         return op.reshape(wide, integers([0, self.num_heads, -1, self.head_width]), special_zero=True)
 
     def norm(self, states: Node, norm: nn.Module) -> Node:
@@ -193,14 +192,12 @@ class DecoderWriter:
     def linear(self, layer: nn.Module, states: Node, name: str) -> Node:
         """A linear layer, with its LoRA beside it."""
         base = getattr(layer, "base_layer", layer)
-        kind = "f32" if self.head == "f32" else "f16"
-        made = op.matmul(states, weight_constant(base.weight, name, kind), False, True)
+        made = product(states, base.weight, name, "f32" if self.head == "f32" else "f16")
         if base.bias is not None:
             made = op.add(made, float_constant(base.bias))
         for adapter in getattr(layer, "active_adapters", ()):
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
-            inner = op.matmul(states, weight_constant(down, f"{name}.lora_A", kind), False, True)
-            made = op.add(made, op.matmul(inner, weight_constant(up, f"{name}.lora_B", kind), False, True))
+            made = op.add(made, product(product(states, down, name, "f32"), up, name, "f32"))
         return made
 
 

@@ -17,7 +17,7 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
-from students.device.constants import int8_constant
+from students.device.constants import product
 from teachers.salmonn import Salmonn
 
 TYPES = {torch.float32: ov.Type.f32, torch.int64: ov.Type.i64}
@@ -128,4 +128,5 @@ def to_8_bits_(graph: ov.Model) -> None:
         source = node.input_value(1).get_node()
         if source.get_type_name() != "Constant" or len(source.shape) != 2 or np.prod(source.shape) < LEAST_WEIGHTS:
             continue
-        node.input(1).replace_source_output(int8_constant(source.data.astype(np.float32)).output(0))
+        made = product(node.input_value(0), source.data.astype(np.float32), source.friendly_name, "int8")
+        node.output(0).replace(made.output(0))

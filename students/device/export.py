@@ -134,7 +134,7 @@ def write_graphs(student: Salmonn, out: Path) -> None:
         for kind in ("f32", "f16"):
             ov.save_model(graph, variants / f"{kind}-{GRAPHS[part]}", compress_to_fp16=kind == "f16")
         to_8_bits_(graph)
-        ov.save_model(graph, variants / f"int8-{GRAPHS[part]}", compress_to_fp16=True)
+        ov.save_model(graph, variants / f"int8-{GRAPHS[part]}", compress_to_fp16=False)
     for head in ("f32", "f16", "int8"):
         graph = build_decoder(student.llm, head)
         ov.save_model(graph, variants / f"{head}-{GRAPHS['llm']}", compress_to_fp16=False)

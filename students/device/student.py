@@ -17,6 +17,7 @@ from shards.sample import SAMPLE_RATE, Sample
 from students.asking import ASR, Listener
 from students.device.folder import BANKS, EMBEDDINGS, GRAPHS, TOKENIZER, read_device
 from students.device.frontend import HOP_SAMPLES, WINDOW_SAMPLES, Fbank, LogMel
+from students.device.graph import Graph
 from students.device.search import Search
 from students.device.words import DeviceTokenizer
 from teachers.words.ending import Ends, TextEnd, has_ended, read_answer
@@ -50,7 +51,7 @@ class DeviceStudent(Listener):
         properties = PRODUCTS[products] | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
         core = ov.Core()
         self.graphs = {
-            part: core.compile_model(self.folder / name, "CPU", properties).create_infer_request()
+            part: Graph(core, self.folder / name, properties)
             for part, name in GRAPHS.items()
             if (self.folder / name).is_file()
         }
@@ -122,17 +123,17 @@ class DeviceStudent(Listener):
             mel_BXM = np.full((len(mels), lengths_B.max(), mels[0].shape[1]), self.fbank.silence, np.float32)
             for b, mel_XM in enumerate(mels):
                 mel_BXM[b, : len(mel_XM)] = mel_XM
-            found.append(self._run("second", {"mel": mel_BXM, "lengths": lengths_B})["frames"])
+            found.append(self.graphs["second"].run({"mel": mel_BXM, "lengths": lengths_B}))
         return found
 
     def _hear_speech(self, waveforms: Sequence[np.ndarray], mel_BMX: np.ndarray) -> np.ndarray:
         """Whisper's frames of a batch; clips that are cut to their length are heard one by one, zeros behind them."""
         if self.device.audio["padding_seconds"] is None:
-            return self._run("whisper", {"mel": mel_BMX})["frames"]
+            return self.graphs["whisper"].run({"mel": mel_BMX})
         lengths = [self.num_speech_frames(len(x_N)) for x_N in waveforms]
         frames_BRE = np.zeros((len(lengths), max(lengths), self.device.whisper["width"]), np.float32)
         for b, length in enumerate(lengths):
-            frames_BRE[b, :length] = self._run("whisper", {"mel": mel_BMX[b : b + 1, :, : 2 * length]})["frames"][0]
+            frames_BRE[b, :length] = self.graphs["whisper"].run({"mel": mel_BMX[b : b + 1, :, : 2 * length]})[0]
         return frames_BRE
 
     def hear(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -145,14 +146,10 @@ class DeviceStudent(Listener):
             starts_W = np.arange(size) * windows["stride_frames"] if length else np.zeros(1, np.int64)
             places_WR = starts_W[:, None] + np.arange(length or total)
             inputs = {name: cut(part[b], places_WR) for name, part in zip(("speech", "audio"), frames)}
-            tokens.append(self._run("connector", inputs)["tokens"].reshape(-1, self.device.llm["width"]))
+            tokens.append(self.graphs["connector"].run(inputs).reshape(-1, self.device.llm["width"]))
+        for part in self.graphs.keys() - {"llm"}:
+            self.graphs[part].release()
         return tokens
-
-    def _run(self, part: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs of a graph by name, copied."""
-        request = self.graphs[part]
-        request.infer(inputs)
-        return {name: request.get_tensor(name).data.copy() for output in request.model_outputs for name in output.names}
 
     # Answering
 
@@ -271,14 +268,14 @@ class DeviceStudent(Listener):
 class StatefulDecoder:
     """The LLM's graph with the prompts of one batch; see `search.Decoder`."""
 
-    def __init__(self, request: ov.InferRequest, embeds_BTD: np.ndarray, mask_BT: np.ndarray,
+    def __init__(self, graph: Graph, embeds_BTD: np.ndarray, mask_BT: np.ndarray,
                  look_up: Callable[[Sequence[int]], np.ndarray]):  # fmt: skip
-        self.request, self.look_up = request, look_up
+        self.graph, self.look_up = graph, look_up
         self.embeds_BTD, self.mask_BP = embeds_BTD, mask_BT
 
     def start(self, times: int) -> np.ndarray:
         embeds_BTD, self.mask_BP = (np.repeat(x, times, axis=0) for x in (self.embeds_BTD, self.mask_BP))
-        self.request.reset_state()
+        self.graph.reset()
         positions_BT = np.maximum(self.mask_BP.cumsum(1) - 1, 0)
         return self._step(embeds_BTD, positions_BT, np.arange(len(embeds_BTD)))
 
@@ -287,9 +284,8 @@ class StatefulDecoder:
         return self._step(self.look_up(ids)[:, None], self.mask_BP.sum(1, keepdims=True) - 1, beams)
 
     def _step(self, embeds_BTD: np.ndarray, positions_BT: np.ndarray, beams: np.ndarray) -> np.ndarray:
-        self.request.infer({"embeds": embeds_BTD, "mask": self.mask_BP, "positions": positions_BT.astype(np.int64),
-                            "beams": beams.astype(np.int32)})  # fmt: skip
-        return self.request.get_tensor("logits").data.copy()
+        return self.graph.run({"embeds": embeds_BTD, "mask": self.mask_BP, "positions": positions_BT.astype(np.int64),
+                               "beams": beams.astype(np.int32)})  # fmt: skip
 
 
 def cut(frames_RE: np.ndarray, places_WR: np.ndarray) -> np.ndarray:
