@@ -33,7 +33,7 @@ NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Precision:
     """In what a folder's weights lie and its products are made."""
 
-    head: str = "f16"  # of the LLM, "f32", "f16" or "int8"; embeddings and LoRA are in f16 but with "f32"
+    head: str = "f16"  # of the LLM, "f32", "f16" or "int8"; embeddings are in f16 but with "f32", LoRA in f32
     ears: str = "f16"  # weights of the encoders: "f32", "f16" or "int8"
     products: str = "exact"  # see `student.PRODUCTS`
 

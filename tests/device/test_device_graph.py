@@ -1,6 +1,7 @@
 """A graph's weights are in memory once and in the bits of the folder, and nothing is computed that no one asks for."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +27,32 @@ def make_graph(weight: torch.Tensor | np.ndarray, inputs: int, kind: str, folder
     return model, Graph(ov.Core(), folder / "one.xml", EXACT)
 
 
-def runtime_constants(graph: Graph) -> list[tuple[str, int]]:
-    """Type and count of the numbers of each constant that OpenVINO computes with."""
-    nodes = graph.compiled.get_runtime_model().get_ordered_ops()
-    infos = [(node, {key: value.astype(str) for key, value in node.get_rt_info().items()}) for node in nodes]
-    return [(info["outputPrecisions"], int(np.prod(node.output(0).shape)))
-            for node, info in infos if info["layerType"] == "Const"]  # fmt: skip
-
-
-def test_what_is_in_four_or_eight_bits_stays_so_in_memory(tmp_path):
-    llm = make_llm("llama")
+@pytest.fixture(params=["llama", "qwen3"])
+def compiled(request, tmp_path):
+    """A LLM in 4 bits with a head in 8, and what OpenVINO makes of its graph: kind, type and numbers of each node."""
+    llm = make_llm(request.param)
     ov.save_model(build_decoder(llm, "int8"), tmp_path / "llm.xml", compress_to_fp16=False)
-    constants = runtime_constants(Graph(ov.Core(), tmp_path / "llm.xml", EXACT))
+    nodes = Graph(ov.Core(), tmp_path / "llm.xml", EXACT).compiled.get_runtime_model().get_ordered_ops()
+    infos = [(node, {key: value.astype(str) for key, value in node.get_rt_info().items()}) for node in nodes]
+    constants = [(info["outputPrecisions"], int(np.prod(node.output(0).shape)))
+                 for node, info in infos if info["layerType"] == "Const"]  # fmt: skip
+    return llm, constants, Counter(info["layerType"] for _, info in infos)
+
+
+def test_what_is_in_four_or_eight_bits_stays_so_in_memory(compiled):
+    llm, constants, _ = compiled
     layers = [module.base_layer for module in llm.modules() if hasattr(module, "base_layer")]
     sizes = [layer.in_features * layer.out_features for layer in layers]
     assert sorted(size for kind, size in constants if kind == "nf4") == sorted(sizes)
     assert [size for kind, size in constants if kind == "i8"] == [llm.lm_head.weight.numel()]
-    assert max(size for kind, size in constants if kind == "f32") <= 128 * 16  # the table of rotations
+    assert max(size for kind, size in constants if kind == "f32") <= 128 * llm.config.head_dim  # the table of rotations
+
+
+def test_attention_is_openvinos_own_that_grows_by_a_position_a_step(compiled):
+    """Written otherwise it becomes products whose code is compiled and kept anew for each length."""
+    llm, _, kinds = compiled
+    assert kinds["ScaledDotProductAttention"] == llm.config.num_hidden_layers == 2
+    assert not {"MatMul", "Softmax"} & kinds.keys()
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 1e-6), ("int8", 1e-2)])
