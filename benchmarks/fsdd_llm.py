@@ -2,7 +2,7 @@
 more or less text before, with and without biases in its attention, of which Qwen 2 has some.
 
 All learn with CE + KL and hear with the same ears for equal steps. Run `benchmarks/fsdd.py` first, whose teacher and
-cache are used: `python benchmarks/fsdd_llm.py [--seeds 0 1 2] [--llms …] [key=value …]`.
+cache are used: `python benchmarks/fsdd_llm.py [key=value …] [--seeds 0 1 2] [--llms …]`.
 """
 
 import argparse

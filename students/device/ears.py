@@ -129,4 +129,5 @@ def to_8_bits_(graph: ov.Model) -> None:
         if source.get_type_name() != "Constant" or len(source.shape) != 2 or np.prod(source.shape) < LEAST_WEIGHTS:
             continue
         made = product(node.input_value(0), source.data.astype(np.float32), source.friendly_name, "int8")
-        node.output(0).replace(made.output(0))
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(made.output(0))
