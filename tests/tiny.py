@@ -33,13 +33,14 @@ TASKS = (
     "QA",
 )  # that toys can spell
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TOYS = int(os.environ.get("TOYS", "0"))  # other toys, as another processor would make them: see CONTRIBUTING.md
 SIZES = ScratchConfig(seconds=2.0, ear_width=64, ear_layers=1, llm_width=64, llm_layers=1, student_width=32,
                       student_layers=1, qformer_width=32)  # fmt: skip
 
 
 def make_parts(folder: Path, *, seed: int = 0, student_width: int = SIZES.student_width) -> None:
     """Tokenizer, `whisper`, `llm` and `student-llm` with random weights."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + TOYS)
     prompts = load_prompts(None, SalmonnConfig("", "").template)
     texts = [prompts.template, *WORDS, "male", "female", "a low tone"]
     texts += [text for task in TASKS for text in prompts.by_task[task]]
@@ -52,7 +53,7 @@ def make_parts(folder: Path, *, seed: int = 0, student_width: int = SIZES.studen
 
 def make_teacher(parts: Path, *, lora: bool = False, seed: int = 0, **changes) -> Salmonn:
     """A SALMONN of `make_parts`' parts with a random connector; frozen parts and own parts as in real life."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + TOYS)
     config = SalmonnConfig(
         llm=str(parts / "llm"), whisper=str(parts / "whisper"), window_seconds=0.34, stride_seconds=0.34,
         qformer_width=32, qformer_layers=1, qformer_heads=2, qformer_ffn=64, **changes,
