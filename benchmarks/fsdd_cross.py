@@ -45,7 +45,7 @@ def make_qwen(config: Config, folder: Path) -> Path:
     scratch = config.scratch
     fields = llm_fields(len(tokenizer), scratch.student_width, scratch.student_layers, tokenizer)
     llm = Qwen2ForCausalLM(Qwen2Config(**fields))
-    pretrain_on_text_(llm, tokenizer, texts, scratch, title="text qwen")
+    pretrain_on_text_(llm, tokenizer, texts, scratch.text_steps, title="text qwen")
     llm.save_pretrained(folder)
     return folder
 

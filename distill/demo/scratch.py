@@ -112,7 +112,7 @@ def make_llms(scratch: ScratchConfig, tokenizer, texts: Sequence[tuple[str, ...]
     }
     for name, (width, layers) in sizes.items():
         llm = build_llm(len(tokenizer), width, layers, tokenizer)
-        pretrain_on_text_(llm, tokenizer, texts, scratch, title=f"text {name}")
+        pretrain_on_text_(llm, tokenizer, texts, scratch.text_steps, title=f"text {name}")
         llm.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
@@ -230,11 +230,9 @@ def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def pretrain_on_text_(
-    llm: nn.Module, tokenizer, texts: Sequence[tuple[str, ...]], scratch: ScratchConfig, title: str
-) -> None:
+def pretrain_on_text_(llm: nn.Module, tokenizer, texts: Sequence[tuple[str, ...]], steps: int, title: str) -> None:
     """Next-token training on text alone, in place: what a real LLM brings along."""
-    options = TrainConfig(steps=scratch.text_steps, learning_rate=3e-3, warmup_steps=20)
+    options = TrainConfig(steps=steps, learning_rate=3e-3, warmup_steps=20)
     optimizer = torch.optim.AdamW(group_by_decay(dict(llm.named_parameters()), 0.01), lr=0.0)
     generator = torch.Generator().manual_seed(0)
     with Progress(title, options.steps) as progress:
