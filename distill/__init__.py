@@ -16,6 +16,7 @@ _EXPORTS = {
     "EvalConfig": "distill.config",
     "FitResult": "distill.distiller",
     "LossConfig": "distill.config",
+    "OnPolicyConfig": "distill.config",
     "Own": "distill.distiller",
     "OwnTerm": "distill.objective.terms.term",
     "Run": "distill.distiller",

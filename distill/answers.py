@@ -5,29 +5,24 @@ are; like the caching job it ends in the same files however often it was stopped
 teacher's and its labels' prefixes never sees its own mistakes; here it does, and the teacher says what comes next.
 
 Source: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024 (arXiv 2306.13649), by rounds instead of
-in every step.
-
-Shapes: B batch, T new ids, V vocabulary.
+in every step, as `training/onpolicy.py` does it.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor
-
 from distill.cache import write_missing
-from distill.caching.capture import Capturer, seeded_generator
+from distill.caching.capture import Capturer
 from distill.caching.identity import describe_teacher
 from distill.caching.job import FIGURES
 from distill.command import run_stage
 from distill.config import Config
 from distill.objective.crossteacher import match_vocab
 from distill.teacher import load_to_keep
+from distill.training.onpolicy import OwnAnswers
 from distill.training.ranks import build_accelerator, resolve_precision
 from distill.training.runlock import RunLock
 from shards.sample import Sample
@@ -40,7 +35,6 @@ from students.start import identify_student
 from students.student import load_student
 from teachers.files.loading import CONFIG
 from teachers.salmonn import Salmonn
-from teachers.words.ending import TextEnd, find_end
 
 ROUND = "on_policy"  # the field that only the header of a round has
 
@@ -84,13 +78,13 @@ class Answerer:
     def __init__(self, student: Salmonn, capture: Capturer, config: Config):
         self.student, self.capture, self.config = student, capture, config
         teacher = capture.teacher
-        met, self.num_shared = match_vocab(teacher, student, config.loss.cross_tokenizer, config.loss.temperature)
-        self.is_crossed = met.is_crossed
-        if not self.is_crossed and student.rows.prompts != teacher.rows.prompts:
+        met, num_shared = match_vocab(teacher, student, config.loss.cross_tokenizer, config.loss.temperature)
+        if not met.is_crossed and student.rows.prompts != teacher.rows.prompts:
             raise ValueError(
                 f"prompts of the student {config.run_folder / 'student'} are not those of the teacher, but both must "
                 f"answer the same question; let a student of this teacher answer, or set teacher.prompts."
             )
+        self.say = OwnAnswers(student, teacher.rows.end_ids, 0 if met.is_crossed else num_shared, config.on_policy)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, TargetRecord]:
         """Each sample's record, by key."""
@@ -98,59 +92,13 @@ class Answerer:
 
     def answer(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with the student's answers as their own."""
-        options, drawn = {"max_new_tokens": self.config.on_policy.max_new_tokens}, self.config.on_policy
-        if drawn.temperature:
-            names = [f"{self.config.seed}/{drawn.round}/{sample.key}" for sample in samples]
-            options["logits_processor"] = [Draw(names, drawn.temperature, drawn.max_new_tokens)]
-        batch = self.student.collate(samples, with_answer=False).to(self.student.device)
-        rows = self.student.generate_ids(batch, **options)
-        return [self._put(sample, ids) for sample, ids in zip(samples, rows)]
-
-    def _put(self, sample: Sample, ids: list[int]) -> Sample:
-        """The student's own tokens where the teacher has the same, else their text."""
-        student, rows, num_said = self.student, self.student.rows, len(ids)
-        sample = replace(sample, text=student.read(ids))
-        end = find_end(ids, student.ends)
-        if isinstance(end, TextEnd):
-            before = end.before(ids)
-            is_whole = before is None and end.spells(ids) and num_said <= rows.max_answer_tokens
-        else:
-            before, is_whole = ids[: len(ids) - len(end)] if end else ids, False
-        if self.is_crossed or max(ids, default=0) >= self.num_shared or (before is None and not is_whole):
-            return sample
-        if is_whole:  # a token is both answer and end
-            return replace(sample, answer_ids=tuple(ids))
-        before = before[: rows.max_answer_tokens]
-        text = student.tokenizer.decode(before, skip_special_tokens=True).strip()
-        return replace(sample, text=text, answer_ids=(*before, *self.capture.teacher.rows.end_ids))
-
-
-class Draw(LogitsProcessor):
-    """Leaves one id a row and step: a draw from the softmax at a temperature.
-
-    Each row has its own numbers, so that it draws the same in any batch.
-
-    Args:
-        names: the names of the rows, whose hashes seed their numbers.
-        temperature: the temperature of the softmax.
-        num_steps: at most.
-    """
-
-    def __init__(self, names: Sequence[str], temperature: float, num_steps: int):
-        rows = [torch.rand(num_steps, generator=seeded_generator(name), dtype=torch.float64) for name in names]
-        self.numbers_BT, self.temperature, self.step = torch.stack(rows), temperature, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sums_BV = torch.softmax(scores.double() / self.temperature, -1).cumsum(-1)
-        at_B1 = self.numbers_BT[:, self.step, None].to(scores.device) * sums_BV[:, -1:]
-        self.step += 1
-        chosen_B1 = torch.searchsorted(sums_BV, at_B1, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
+        names = [f"{self.config.seed}/{self.config.on_policy.round}/{sample.key}" for sample in samples]
+        return self.say(samples, names)
 
 
 def describe_round(config: Config, teacher: CacheHeader, student: Path) -> CacheHeader:
     """The header of a round: the teacher's, the saved student that answers, and how."""
-    how = {name: value for name, value in asdict(config.on_policy).items() if name != "share"}
+    how = {name: value for name, value in asdict(config.on_policy).items() if name not in ("share", "step_share")}
     return CacheHeader({**teacher.identity, ROUND: {**how, "seed": config.seed, "student": identify_student(student)}})
 
 

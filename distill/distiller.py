@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.config import Config, EvalConfig, LossConfig, TrainConfig
+from distill.config import Config, EvalConfig, LossConfig, OnPolicyConfig, TrainConfig
 from distill.config.rules import check_terms
 from distill.evaluation.metrics.scores import OwnMetric
 from distill.evaluation.validation import Best, check_is_there, check_split, validate
@@ -46,6 +46,7 @@ from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
 from distill.training.monitoring.steplog import StepLog, rates
 from distill.training.monitoring.trackers import Trackers, check_trackers
+from distill.training.onpolicy import AnswerCost, answer_within, cost_of_answers, identify_step_answers
 from distill.training.optimizer import build_optimizer
 from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
 from distill.training.recompute import keep_outputs_, recompute_blocks_
@@ -112,6 +113,7 @@ class Run:
         precision: "auto", "float32", "bf16" or "fp16".
         accelerator: the processes; None: those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.
+        on_policy: its `step_share` of each step's clips is answered by the student first, see docs/rounds.md.
     """
 
     folder: str | Path = DEFAULTS.run_folder
@@ -119,6 +121,7 @@ class Run:
     precision: str = DEFAULTS.precision
     accelerator: Accelerator | None = None
     identity: dict = field(default_factory=dict)
+    on_policy: OnPolicyConfig = DEFAULTS.on_policy
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,12 @@ class Distiller:
         self.lock = RunLock(self.run_folder).acquire()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
         self._choose_terms(own.terms, vocab_size)
+        self.step_answers = answer_within(run.on_policy, self.loss, self.teacher, self.student, num_shared=vocab_size,
+                                          is_sharded=is_zero3(self.accelerator), seed=self.seed)  # fmt: skip
         check_cached(teacher, self.loss, self.terms, self.student, self.stream)
         teacher.ask_as(self.student.rows.prompts.template)
         self.valid = self._open_valid(valid)
-        self.identity = {"seed": self.seed, **identify_training(self.options)}
+        self.identity = {"seed": self.seed, **identify_training(self.options), **identify_step_answers(run.on_policy)}
         self.identity |= identify_fit(self.student, teacher, self.loss, own.terms, run.identity, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
@@ -306,6 +311,7 @@ class Distiller:
             RunLog(self.run_folder),
             Trackers(self.options.trackers, self.run_folder, lambda: self.identity, tell),
             Progress(f"train {self.run_folder.name}", self.options.steps, start),
+            *([] if self.step_answers is None else [AnswerCost(tell)]),
             *self.callbacks,
         ]  # fmt: skip
         self.told = Callbacks(self, logs)
@@ -410,7 +416,7 @@ class Distiller:
         self.is_prepared = True
         self.update = Update(self.accelerator, self.named, self.options, self.dtype)
         self.collator = Collator(
-            self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights
+            self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights, self.step_answers
         )
         self.student.train()
         if saved is not None:
@@ -430,7 +436,7 @@ class Distiller:
         said = self.update.begin(self.optimizer, step)
         samples = next(batches)
         waited = time.perf_counter() - began
-        micro_batches = [self.collator(part) for part in split(samples, self.num_micro_batches)]
+        micro_batches = [self.collator(part, step) for part in split(samples, self.num_micro_batches)]
         counts = [count(self.terms, m) for m in micro_batches]
         totals = sum_over_ranks(self.accelerator, {
             **{name: sum(found[name] for found in counts) for name in self.terms},
@@ -438,6 +444,7 @@ class Distiller:
             "tokens": sum(row.num_tokens for m in micro_batches for row in m.batch.rows if m.is_real),
             "audio_seconds": sum(len(s.waveform_N) for s in samples) / SAMPLE_RATE,
             "waited": waited,
+            **({} if self.step_answers is None else self.step_answers.tell()),
             "stop": bool(self.stop) or step + 1 == self.options.stop_after,
         })  # fmt: skip
         weights = {name: self.schedules[name].weight(step) for name in self.terms}
@@ -454,7 +461,8 @@ class Distiller:
         record = {"step": step + 1, "loss": loss, **parts, **said, "grad_norm": norm, **self.update.bad_steps.counts,
                   **log.record(sums, weights), "positions": int(totals["positions"]),
                   "audio_seconds": totals["audio_seconds"]}  # fmt: skip
-        record |= rates(totals, time.perf_counter() - began, self.accelerator.num_processes)
+        timed = totals, time.perf_counter() - began, self.accelerator.num_processes
+        record |= rates(*timed) | cost_of_answers(*timed)
         return Step(record, totals["stop"] > 0, goes_back)
 
     def _forward_backward(

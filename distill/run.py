@@ -65,7 +65,14 @@ def train_student(config: Config) -> int:
         loss=config.loss,
         options=config.train,
         answers=config.eval,
-        run=Run(config.run_folder, config.seed, config.precision, accelerator, identify_run(config, teacher)),
+        run=Run(
+            config.run_folder,
+            config.seed,
+            config.precision,
+            accelerator,
+            identify_run(config, teacher),
+            config.on_policy,
+        ),
     )
     if not is_trained(config, distiller):
         return PREEMPTED

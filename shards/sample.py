@@ -42,6 +42,12 @@ class Sample:
     weight: float = 1.0  # what it counts in the losses
     student_answer: TargetRecord | None = None  # the student's own answer with its targets, where that is learned
     answer_ids: tuple[int, ...] | None = None  # the answer's ids with the end token, where `text` alone tells others
+    is_said_now: bool = False  # whether both are what the student said within the step
+
+    @property
+    def is_students(self) -> bool:
+        """Whether the answer is the student's own, of a round or of the step: learned, but not the truth."""
+        return self.is_said_now or self.student_answer is not None
 
     @property
     def as_the_teacher_hears_it(self) -> Sample:

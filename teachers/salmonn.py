@@ -361,17 +361,19 @@ class Salmonn(nn.Module):
         return read_answer(self.tokenizer, ids, self.ends)
 
     @torch.no_grad()
-    def generate_ids(self, batch: Batch, *, logits_processor: Sequence = (), **options) -> list[list[int]]:
+    def generate_ids(self, batch: Batch, *, frames: list[Tensor] | None = None, logits_processor: Sequence = (),
+                     **options) -> list[list[int]]:  # fmt: skip
         """The new ids of each row up to and with its end token; a beam search's are those of its best beam.
 
         Nothing of the LLM's own `generation_config` counts but the ids that end an answer.
 
         Args:
             batch: without answers.
+            frames: what the ears make of its clips, taken over when given.
             logits_processor: applied last.
             options: `max_new_tokens`, `num_beams` and others of transformers' `GenerationConfig`.
         """
-        heard = self.hear(batch)
+        heard = self.hear(batch, frames)
         ids_BT = generate_without_defaults(
             self.llm, self.embed(batch, heard), batch.attention_mask_BT, ends=self.ends, pad_id=self.rows.pad_id,
             num_tokens=self.num_tokens, processors=logits_processor, **options,

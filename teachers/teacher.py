@@ -38,6 +38,11 @@ class Teacher(ABC):
     widths: Mapping[str, int] = MappingProxyType({})  # of its features, by term, for a student of other widths
 
     @property
+    def scores_any_answer(self) -> bool:
+        """Whether it has a word on answers that were not there before: one that computes, not one that reads."""
+        return self.has_targets and self.header is None and self.needs_audio
+
+    @property
     @abstractmethod
     def vocab(self) -> Vocabulary | None:
         """What its ids mean; None where it has none."""

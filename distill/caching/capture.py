@@ -8,7 +8,6 @@ length of an epoch; so keys, audio, queries and the resumption stay as they are,
 Shapes: S supervised positions, V vocabulary, W windows, Q queries a window, E width, R encoder frames.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -33,6 +32,7 @@ from teachers.salmonn import Heard, Salmonn
 from teachers.targets import FRAMES, QUERIES, hidden_name, identify_row
 from teachers.teacher import learns_own_answer
 from teachers.words.batch import Batch
+from teachers.words.draws import seeded_generator
 
 NO_BYTES = -1  # end of a token in an answer that the tokens do not spell
 
@@ -217,11 +217,6 @@ def frames_seconds(config: Config, teacher: Salmonn) -> str:
     """What Whisper hears for the frames that a cache keeps: the student's, or what trained ears are pulled to."""
     own = teacher.config.ears_seconds
     return own if config.student.train_ears else config.student.ears_seconds or own
-
-
-def seeded_generator(identity: str) -> torch.Generator:
-    """A generator for what `identify_sample` named, the same wherever it is drawn."""
-    return torch.Generator().manual_seed(int(hashlib.sha256(identity.encode()).hexdigest()[:15], 16))
 
 
 def read_pieces(model: Salmonn) -> list[bytes] | None:

@@ -178,11 +178,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OnPolicyConfig:
-    """Rounds: the student answers and the teacher scores that (`distill answers`), then a run learns from it too."""
+    """What the student says itself, scored by the teacher: in rounds (`distill answers`), or within each step."""
 
     round: int = 0  # number of the round, whose answers lie in the cache's folder `round-N`; 0: none
     share: float = 0.0  # of the answered clips that training sees with the student's answer, drawn anew each epoch
     clips: float = 1.0  # share of the training clips that the student answers
+    step_share: float = 0.0  # of a step's clips that the student answers within it, for an online teacher alone
     temperature: float = 0.0  # of its answers; 0: greedy
     max_new_tokens: int = 60  # of its answers
 

@@ -76,6 +76,7 @@ SHARES = (
     "corpus.valid_share",
     "on_policy.share",
     "on_policy.clips",
+    "on_policy.step_share",
 )
 BELOW_ONE = ("train.beta2", "train.ema", "student.lora_dropout", "student.qformer_dropout", "teach.lora_dropout",
              "teach.qformer_dropout")  # fmt: skip
@@ -239,8 +240,9 @@ READ_WHERE = (
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
     *(((f"cache.{name}",), lambda c, name=name: name in find_codec(c.cache.codec).settings, f"cache.codec={codecs}")
       for name, codecs in CODEC_FIELDS.items()),
-    (("on_policy.clips", "on_policy.temperature", "on_policy.max_new_tokens"),
-     lambda c: c.on_policy.round, "on_policy.round above 0"),
+    (("on_policy.clips",), lambda c: c.on_policy.round, "on_policy.round above 0"),
+    (("on_policy.temperature", "on_policy.max_new_tokens"), lambda c: c.on_policy.round or c.on_policy.step_share,
+     "on_policy.round or on_policy.step_share above 0"),
     (("eval.length_penalty",), lambda c: c.eval.num_beams > 1, "eval.num_beams above 1"),
     *(((f"augment.{name}_range",), lambda c, name=name: getattr(c.augment, f"{name}_share"),
        f"augment.{name}_share above 0") for name in ("speed", "room", "noise", "gain")),
@@ -358,7 +360,7 @@ def check_terms(loss, num_steps: int, own: Mapping = MappingProxyType({})) -> No
 
 
 def check_round(config) -> None:
-    """Refuse a round that cannot be.
+    """Refuse a round, or answers within the steps, that cannot be.
 
     Raises:
         ValueError: naming the settings.
@@ -370,11 +372,28 @@ def check_round(config) -> None:
                 f"on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
                 f"`distill answers`, and as student.start the student that answered."
             )
-    if config.on_policy.share and "kl" not in used_terms(config.loss):
+    if config.on_policy.step_share and not config.teacher.online:
         raise ValueError(
-            f"on_policy.share is {config.on_policy.share}, but loss.kl is 0 and a student's answer has no "
-            f"cross-entropy to learn from; set loss.kl above 0, or on_policy.share=0."
+            f"on_policy.step_share is {config.on_policy.step_share}, but teacher.online is false and a cache cannot "
+            f"score what the student says in the step; set teacher.online=true, or learn from a round "
+            f"(`distill answers`)."
         )
+    check_own_answers(config.on_policy, config.loss)
+
+
+def check_own_answers(on_policy, loss) -> None:
+    """Refuse a student's own answers where nothing learns from them.
+
+    Raises:
+        ValueError: naming the share.
+    """
+    for name in ("share", "step_share"):
+        share = getattr(on_policy, name)
+        if share and "kl" not in used_terms(loss):
+            raise ValueError(
+                f"on_policy.{name} is {share}, but loss.kl is 0 and a student's answer has no cross-entropy to learn "
+                f"from; set loss.kl above 0, or on_policy.{name}=0."
+            )
 
 
 def check_scratch(config) -> None:

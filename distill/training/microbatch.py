@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.objective.schedule import sample_weight
 from distill.objective.weighing import MicroBatch
+from distill.training.onpolicy import StepAnswers
 from shards.sample import SAMPLE_RATE, Sample
 from shards.targets.header import CacheHeader
 from students.ears import EARS, describe_ears
@@ -28,12 +29,14 @@ class Collator:
         device: where the tensors go.
         dtype: the data type of the products of what runs here: shared ears, an online teacher.
         task_weights: what the samples of a task count; 1 for one that is not named.
+        step_answers: lets the student answer some of the samples first; None: none.
     """
 
     def __init__(self, teacher: Teacher, student: Salmonn, device: torch.device, dtype: torch.dtype,
-                 task_weights: Mapping[str, float] = MappingProxyType({})):  # fmt: skip
+                 task_weights: Mapping[str, float] = MappingProxyType({}),
+                 step_answers: StepAnswers | None = None):  # fmt: skip
         self.teacher, self.student, self.device, self.dtype = teacher, student, device, dtype
-        self.task_weights = task_weights
+        self.task_weights, self.step_answers = task_weights, step_answers
         model = teacher.model
         self.takes_frames = not teacher.needs_audio and not trains_ears(student)  # cached ones, as its own
         self.shares_ears = (
@@ -42,23 +45,47 @@ class Collator:
             and all(own is theirs for own, theirs in ((student.whisper, model.whisper), (student.second, model.second)))
         )
 
-    def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
-        """Collate, and fetch or compute the targets; no samples make a stand-in of a moment of silence."""
+    def __call__(self, samples: Sequence[Sample], step: int = 0) -> MicroBatch:
+        """Collate, and fetch or compute the targets; no samples make a stand-in of a moment of silence.
+
+        Args:
+            samples: of one micro-batch.
+            step: from 0; the student's own answers depend on it.
+        """
         if not samples:
             return MicroBatch(
                 self.student.collate([self._silence()]).to(self.device), None, [False], [0.0], False, None
             )
         weights = [sample_weight(sample.task, self.task_weights, sample.weight) for sample in samples]
+        samples, frames = self._answered(samples, step)
         with self._products():
-            samples, is_pseudo = self.teacher.label(samples)
+            samples, is_pseudo = self._labelled(samples)
         batch = self.student.collate(samples).to(self.device)
-        hears_the_same = all(sample.clean_N is None for sample in samples)
-        frames = self._frames(batch) if self.shares_ears and hears_the_same else None
+        hears_the_same = self.shares_ears and all(sample.clean_N is None for sample in samples)
+        if frames is None and hears_the_same:
+            frames = self._frames(batch)
         with self._products():
-            targets = self.teacher.targets(batch, frames)
+            targets = self.teacher.targets(batch, frames if hears_the_same else None)
         if frames is None and targets is not None and self.takes_frames:
             frames = targets.frames
         return MicroBatch(batch, targets, is_pseudo, weights, True, frames)
+
+    def _answered(self, samples: Sequence[Sample], step: int) -> tuple[Sequence[Sample], list[Tensor] | None]:
+        """The samples, some with what the student says now, and the frames of frozen ears that it says so from."""
+        chosen = [] if self.step_answers is None else self.step_answers.choose(samples, step)
+        if not chosen:
+            return samples, None
+        frames = None
+        if not trains_ears(self.student):
+            frames = self._frames(self.student.collate(samples, with_answer=False).to(self.device))
+        return self.step_answers(samples, chosen, step, frames), frames
+
+    def _labelled(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:
+        """The samples with the text to learn, and whether that is the teacher's; what the student said now stays."""
+        labelled, is_pseudo = self.teacher.label([sample for sample in samples if not sample.is_said_now])
+        others = zip(labelled, is_pseudo)
+        pairs = [(sample, False) if sample.is_said_now else next(others) for sample in samples]
+        return [sample for sample, _ in pairs], [is_own for _, is_own in pairs]
 
     @torch.no_grad()
     def _frames(self, batch: Batch) -> list[Tensor]:

@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.answers import Answerer, Draw, answers, check_answers
+from distill.answers import Answerer, answers, check_answers
 from distill.cache import cache
 from distill.caching.capture import Capturer
 from distill.config import Config, OnPolicyConfig, StudentConfig, load_config
@@ -36,6 +36,7 @@ from teachers.cached import CachedTeacher
 from teachers.files.loading import WEIGHTS, load_salmonn, own_tensors
 from teachers.lora import Lora
 from teachers.online import OnlineTeacher
+from teachers.words.draws import Draw
 
 DRAWN = ("on_policy.round=1", "on_policy.temperature=1", "on_policy.max_new_tokens=6")
 

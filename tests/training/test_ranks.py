@@ -248,6 +248,15 @@ def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors
     assert_alike(student(toys, "zero3"), {name: last[name] for name in last if not name.startswith("projectors.")})
 
 
+def test_two_zero2_ranks_repeat_a_run_whose_student_answers_within_its_steps(toys, on_the_cpu):
+    words = ["teacher.online=true", "on_policy.step_share=0.5", "on_policy.temperature=1", "train.steps=2",
+             "on_policy.max_new_tokens=6"]  # fmt: skip
+    assert run(configure(toys, "own alone", *words)) == 0
+    assert train_on_two_ranks(toys, "own", "two_cpus_zero2.yaml", *words) == [0, 0]
+    assert losses(toys, "own") == pytest.approx(losses(toys, "own alone"), abs=1e-5)
+    assert_alike(student(toys, "own"), student(toys, "own alone"))
+
+
 def test_a_run_resumed_under_zero1_on_two_ranks_repeats_the_uninterrupted_losses_of_one_process(toys, alone):
     assert run(configure(toys, "moved", "train.stop_after=2")) == PREEMPTED
     assert losses(toys, "moved") == pytest.approx(alone[:2], abs=1e-6)

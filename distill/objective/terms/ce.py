@@ -12,12 +12,9 @@ class CrossEntropy(HeadTerm):
     def count(self, m) -> int:
         """Supervised positions of answers that are to be learned."""
         batch = m.batch
-        return sum(len(row.answer) for s, row in zip(batch.samples, batch.rows) if s.student_answer is None)
+        return sum(len(row.answer) for s, row in zip(batch.samples, batch.rows) if not s.is_students)
 
     def factors(self, m, loss) -> list[float]:
         """Nothing on the student's own answer, `pseudo_ce` on the teacher's."""
         pairs = zip(m.batch.samples, m.is_pseudo)
-        return [
-            0.0 if sample.student_answer is not None else loss.pseudo_ce if is_pseudo else 1.0
-            for sample, is_pseudo in pairs
-        ]
+        return [0.0 if sample.is_students else loss.pseudo_ce if is_pseudo else 1.0 for sample, is_pseudo in pairs]
