@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import zstandard
-from codecs_teacher import make_hidden, make_teacher, measure_error
 from record import write_result
+from storing.codecs_teacher import make_hidden, make_teacher, measure_error
 from torch import Tensor
 
 from distill.caching.fidelity import kl_gradient, make_student

@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from fsdd_students import CONFIG, SEEDS, describe_percents, examine, load_trained
+from digits.fsdd_students import CONFIG, SEEDS, describe_percents, examine, load_trained
 from record import write_result
 
 from distill.config import load_config

@@ -21,6 +21,7 @@ FLOORS = (
     ("caching", "evaluation"),
 )
 MOST_FILES = 14  # in a folder
+RESULTS = ROOT / "benchmarks" / "results"  # one of each benchmark's name, as many as there are
 MOST_ARGUMENTS = 10  # of a function or a constructor
 MOST_LINES = 40  # of a function, its docstring apart
 PLACES = {  # by idea: the calls that only its home makes
@@ -56,9 +57,9 @@ def place_of(path: Path) -> str:
 def count_files() -> dict[str, int]:
     """By folder of the packages, the tests, the benchmarks and the documents: how many files lie in it."""
     counts: dict[str, int] = defaultdict(int)
-    for folder in (*PACKAGES, "tests", "docs", "configs"):
+    for folder in (*PACKAGES, "tests", "benchmarks", "docs", "configs"):
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and "__pycache__" not in path.parts and path.parent != RESULTS:
                 counts[place_of(path.parent)] += 1
     return dict(counts)
 
@@ -224,7 +225,7 @@ def list_config_fields() -> list[str]:
 
 def texts_that_use_fields() -> dict[str, str]:
     """Recipes, documents and benchmarks by place; not the reference, which is made from the fields."""
-    patterns = ("configs/*.yaml", "configs/mixtures/*.yaml", "docs/*.md", "README.md", "benchmarks/*.py", "Makefile")
+    patterns = ("configs/*.yaml", "configs/mixtures/*.yaml", "docs/*.md", "README.md", "benchmarks/**/*.py", "Makefile")
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     return {place_of(path): path.read_text() for path in paths if path.name not in ("reference.md", "house.py")}
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from objective_methods import METHODS, MISSING, PEERS_OF_SAME_TERMS, PEERS_ON_SUPERVISED_ROWS, Inputs
+from peers.objective_methods import METHODS, MISSING, PEERS_OF_SAME_TERMS, PEERS_ON_SUPERVISED_ROWS, Inputs
 from record import write_result
 
 WIDTHS = (1024, 2048)

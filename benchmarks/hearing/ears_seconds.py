@@ -3,15 +3,18 @@
 One student for each length, trained on the labels of every clip behind the same frozen ears, whose pre-training heard
 clips padded to 4.3 s; so only the connector and LoRA can learn what a cut ear gives. Times are of Whisper base and
 large-v2 with random weights, one clip at a time. The parts are those that `benchmarks/fsdd.py` makes first:
-`python benchmarks/ears_seconds.py [--seconds 10] [key=value …]`. Students made before are used again.
+`python benchmarks/hearing/ears_seconds.py [--seconds 10] [key=value …]`. Students made before are used again.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
+
 import torch
-from fsdd_students import CONFIG, score_wer
+from digits.fsdd_students import CONFIG, score_wer
 from record import write_result
 from transformers import WhisperConfig
 

@@ -1,8 +1,9 @@
 """How far an ear is from float32 in each precision of `teacher.ears`, at published sizes, on this processor.
 
-`python benchmarks/precision.py [--seconds 5] [--whisper FOLDER] [--beats FILE]`; without files the weights are random.
-"fp16" is what SALMONN's trainers do: float32 weights, products under fp16 autocast. "bf16" rounds the weights too, and
-"bf16 products" alone shows which of the two errors comes from them. Whisper hears in the size of its "base" release.
+`python benchmarks/hearing/precision.py [--seconds 5] [--whisper FOLDER] [--beats FILE]`; without files the weights are
+random. "fp16" is what SALMONN's trainers do: float32 weights, products under fp16 autocast. "bf16" rounds the weights
+too, and "bf16 products" alone shows which of the two errors comes from them. Whisper hears in the size of its "base"
+release.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import copy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
 
 import torch
 from frontends import synthesize_clips

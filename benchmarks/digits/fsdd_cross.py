@@ -2,7 +2,7 @@
 
 The student's LLM is a small Qwen 2 with a byte-level tokenizer, the teacher's a Llama with a sentencepiece one. Both
 students hear with the teacher's ears and see the text of 2 % of the clips. Run `benchmarks/fsdd.py` first, whose
-teacher and cache are used: `python benchmarks/fsdd_cross.py [key=value …]`.
+teacher and cache are used: `python benchmarks/digits/fsdd_cross.py [key=value …]`.
 """
 
 import subprocess
@@ -10,8 +10,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
+
 import torch
-from fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
+from digits.fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
 from record import write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

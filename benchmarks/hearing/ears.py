@@ -2,7 +2,7 @@
 
 Teacher and shards are those of `benchmarks/fsdd.py`, which comes first. The small ears have two thirds of the teacher's
 width and layers and are pre-trained as its were, by CTC; some are trained with the student, or are layers of the
-teacher's: `python benchmarks/ears.py [--variants NAME …] [key=value …]`. Students made before are used again.
+teacher's: `python benchmarks/hearing/ears.py [--variants NAME …] [key=value …]`. Students made before are used again.
 """
 
 import argparse
@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
+
 import torch
-from fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
+from digits.fsdd_students import CONFIG, SEEDS, describe_percents, load_trained, score_wer
 from record import write_result
 from transformers import AutoTokenizer
 

@@ -4,8 +4,8 @@ Before, a record came to the trainer's process as bytes and was unpacked there t
 Both ways read the same cache in turns and give the same losses. Frames have the width of Whisper large's, clips last
 5 s, every other one is unlabelled; the LLM is a toy, so that reading and unpacking weigh as much as they can.
 
-`python benchmarks/records.py [--steps 12] [--rounds 3] [--workers 1]`: seconds of a step, and the processor's seconds
-of the trainer's process in it; medians of all rounds, and the ratio before ÷ now.
+`python benchmarks/storing/records.py [--steps 12] [--rounds 3] [--workers 1]`: seconds of a step, and the processor's
+seconds of the trainer's process in it; medians of all rounds, and the ratio before ÷ now.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # first: rooms of the tests are named as packages are
 
 import soundfile
 import tiny

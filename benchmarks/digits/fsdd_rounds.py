@@ -2,15 +2,19 @@
 
 Every student goes on from one of `benchmarks/fsdd.py`'s (CE + KL), for equal steps at a lower learning rate: with more
 of the same, or with 40 % of the clips seen with its own answers, drawn at temperature 1 and scored by the teacher. Run
-that benchmark first, whose teacher, cache and students are used: `python benchmarks/fsdd_rounds.py [key=value …]`.
+that benchmark first, whose teacher, cache and students are used:
+`python benchmarks/digits/fsdd_rounds.py [key=value …]`.
 """
 
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
 
 import torch
-from fsdd_students import CONFIG, LOADING, SEEDS, load_trained, score_wer
+from digits.fsdd_students import CONFIG, LOADING, SEEDS, load_trained, score_wer
 from record import write_result
 
 from distill.answers import Answerer

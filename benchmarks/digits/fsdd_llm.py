@@ -2,7 +2,7 @@
 that read more or less text before, with and without biases in their attention, of which Qwen 2 has some.
 
 All learn with CE + KL and hear with the same ears for equal steps. Run `benchmarks/fsdd.py` first, whose teacher and
-cache are used: `python benchmarks/fsdd_llm.py [key=value …] [--seeds 0 1 2] [--llms …]`.
+cache are used: `python benchmarks/digits/fsdd_llm.py [key=value …] [--seeds 0 1 2] [--llms …]`.
 """
 
 import argparse
@@ -12,8 +12,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
+
 import torch
-from fsdd_students import CONFIG, SEEDS, load_trained, score_wer
+from digits.fsdd_students import CONFIG, SEEDS, load_trained, score_wer
 from record import write_result
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
