@@ -117,6 +117,12 @@ def measure_docstrings() -> tuple[int, int]:
     return said, total
 
 
+def find_cut_sentences() -> list[str]:
+    """Arguments whose docstring begins in the middle of a sentence: `folder: of the run`."""
+    pattern = re.compile(r"(?m)^ {8}(\w+): of ")
+    return [f"{place_of(path)}: {name}" for path in python_files() for name in pattern.findall(path.read_text())]
+
+
 def imported_names(tree: ast.Module, modules: set[str]) -> set[str]:
     """The modules that a file names: at its top, inside a function, and as a string that is a module's whole name."""
     names = set()
@@ -277,6 +283,7 @@ def main() -> None:
         "imports that climb a floor of distill/": find_climbs(graph),
         **{f"homes of: {idea}": places for idea, places in homes.items()},
         "config fields that nothing uses": find_unused_fields(),
+        "arguments whose docstring begins with `of`": find_cut_sentences(),
         f"functions of more than {MOST_LINES} lines, docstring apart": list(find_long_functions()),
     }
     lines = ["| counted | number | which |", "|---|---:|---|"]

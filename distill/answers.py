@@ -68,7 +68,7 @@ class Answerer:
 
     Args:
         student: in evaluation mode.
-        capture: of the teacher.
+        capture: makes the teacher's records.
         config: the configuration of the run.
 
     Raises:

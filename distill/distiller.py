@@ -109,7 +109,7 @@ class Run:
 
     Attributes:
         folder: where metrics and checkpoints go.
-        seed: of the order of samples and of dropout.
+        seed: decides the order of samples and dropout.
         precision: "auto", "float32", "bf16" or "fp16".
         accelerator: the processes; None: those of the environment.
         identity: what else must not change between a run and its resumption, as plain data.
@@ -130,7 +130,7 @@ class Own:
 
     Attributes:
         terms: loss terms, by name.
-        metrics: of validation, by task: functions of a `Prediction` to its quality, 1 the best.
+        metrics: those of validation, by task: functions of a `Prediction` to its quality, 1 the best.
     """
 
     terms: Mapping[str, Term] = field(default_factory=dict)

@@ -56,7 +56,7 @@ def export(run_folder: Path, out: Path, *, merge: bool = False, whole: bool = Fa
     """Write the student of a run to `out`, which `load_student` reads; returns `out`.
 
     Args:
-        run_folder: of a finished run; its `student` folder is exported.
+        run_folder: the folder of a finished run; its `student` folder is exported.
         merge: write the LLM with LoRA inside, and no LoRA.
         whole: copy ears, LLM and prompts into the folder.
         salmonn: write `salmonn.pth` beside, with SALMONN's own names.
@@ -241,9 +241,9 @@ def export_format(run_folder: Path, out: Path, name: str) -> Path:
     """Write the LLM of a run's student as another program reads it, and print its error; returns `out`.
 
     Args:
-        run_folder: of a finished run.
+        run_folder: the folder of a finished run.
         out: the folder to write.
-        name: of `distill.exporting.formats.FORMATS`.
+        name: one of `distill.exporting.formats.FORMATS`.
 
     Raises:
         FileExistsError: there is something at `out`.

@@ -27,7 +27,7 @@ def map_in_order(function: Callable, pieces: Iterable, *, workers: int) -> Itera
     """`function` of each piece, in their order, `IN_FLIGHT * workers` of them at a time.
 
     Args:
-        function: of a module, so that it can be sent to another process.
+        function: a module's own, so that it can be sent to another process.
         pieces: read only as far as there is room.
         workers: processes; 0 or 1 computes here.
 

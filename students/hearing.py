@@ -24,7 +24,7 @@ class Connector:
 
     Attributes:
         start: "teacher" starts them from the teacher's weights where they fit, "new" from random ones.
-        dropout: of the Q-Former, in training.
+        dropout: the dropout in the Q-Former, in training.
     """
 
     start: str = "teacher"
@@ -38,7 +38,7 @@ class Hearing:
     Attributes:
         whisper: folder or hub id; empty: the teacher's.
         second: file or folder of the second encoder; empty: the teacher's.
-        second_kind: of `teachers.ears.encoders`, or "none" for no second encoder; empty: the teacher's.
+        second_kind: one of `teachers.ears.encoders`, or "none" for no second encoder; empty: the teacher's.
         windows: "audio" or "all", see `SalmonnConfig`.
         ears_seconds: what Whisper hears of a clip, "30", "clip" or "clip+P"; empty: as the teacher's does.
         ears_quantization: bits of the ears' linear layers: "none" (as they are), "bf16" or "int8".

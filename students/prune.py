@@ -61,7 +61,7 @@ def prune_(llm: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, layers: 
 
     Args:
         llm: a causal LM of transformers; heads and channels go of those that name their layers as Llama does.
-        batches: of calibration texts, as `batch_texts` gives them.
+        batches: the calibration texts, as `batch_texts` gives them.
         layers, heads, ffn: how many stay; 0: all.
         evenly: choose the layers evenly spaced, first and last among them, instead of by influence.
 
@@ -292,8 +292,8 @@ def prune(llm: str, out: Path, shards: str | Path, *, num_texts: int, seed: int 
         llm: folder or hub id.
         out: a new folder.
         shards: whose texts are read.
-        num_texts: of them.
-        seed: of their choice.
+        num_texts: how many texts.
+        seed: decides which.
         sizes: as `prune_` takes them.
 
     Raises:

@@ -62,9 +62,9 @@ def upcycle_moe(llm: nn.Module, *, experts: int, top_k: int, seed: int = 0) -> n
 
     Args:
         llm: a causal LM of a family in `MIXTURES`.
-        experts: of each layer.
-        top_k: of them, that a token goes to.
-        seed: of the routers, which are drawn as the family draws its new weights.
+        experts: how many each layer gets.
+        top_k: to how many of them a token goes.
+        seed: decides the routers, which are drawn as the family draws its new weights.
 
     Raises:
         ValueError: the numbers do not fit, or there is no mixture of this family.

@@ -169,7 +169,7 @@ def join(features: Sequence[Stored], how: Callable[[list[Tensor]], Tensor], devi
     """A feature of several records as one tensor, float32; it goes to the device as small as it is stored.
 
     Args:
-        features: of the records.
+        features: the same feature of each record.
         how: joins tensors: `torch.cat`, or `pad`.
         device: where it is multiplied out.
     """

@@ -15,6 +15,7 @@ from benchmarks.house import (
     count_files,
     find_circles,
     find_climbs,
+    find_cut_sentences,
     find_homes,
     find_long_functions,
     find_long_signatures,
@@ -77,6 +78,10 @@ def test_a_further_part_of_each_kind_takes_one_line():
 def test_every_public_name_says_what_it_is():
     said, total = measure_docstrings()
     assert said / total > 0.98
+
+
+def test_no_argument_is_described_from_the_middle_of_a_sentence():
+    assert find_cut_sentences() == []
 
 
 def test_whole_files_are_written_hashed_and_locked_in_one_place_each():

@@ -82,7 +82,7 @@ def load_weights(path: Path, header: CacheHeader | None) -> Mapping[str, float]:
 
     Args:
         path: the path of a file that `distill filter` wrote.
-        header: of the cache that is trained from; None: of none, the teacher is online.
+        header: the header of the cache that is trained from; None where the teacher is online.
 
     Raises:
         ValueError: the file is damaged, or was made from another cache.

@@ -34,8 +34,8 @@ class KeptFrames(Teacher):
     """Stands where there is no teacher, and brings the ears' frames along.
 
     Args:
-        folder: of the frames.
-        header: of what this run's ears make.
+        folder: the folder of the frames.
+        header: the header of what this run's ears make.
         model: that hears with them.
 
     Raises:
@@ -74,7 +74,7 @@ class FrameCapture:
 
     Args:
         model: with frozen ears.
-        config: of the run.
+        config: the configuration of the run.
     """
 
     def __init__(self, model: Salmonn, config: Config):

@@ -29,12 +29,12 @@ class Job:
     """One process's part of a caching job: whatever shards it can get.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         capture: makes the records of a batch.
-        writer: of the cache.
+        writer: writes into the cache.
         missing: the shards to do, by this process or another.
         accelerator: whose main process shows the progress of all.
-        share: of each shard's samples that are captured, at least one; which ones, seed and round decide.
+        share: the share of each shard's samples that are captured, at least one; which ones, seed and round decide.
     """
 
     def __init__(self, config: Config, capture: Capture, writer: TargetWriter, missing: Sequence[str], accelerator,

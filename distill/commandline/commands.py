@@ -20,7 +20,7 @@ class Command:
     """One word of the command line.
 
     Args:
-        module: of the stage; its `main(args)` returns the exit code, its docstring is the description.
+        module: the stage's module; its `main(args)` returns the exit code, its docstring is the description.
         help: a line for the list of commands.
         takes: adds the arguments; None: the module's own `add_arguments` does, and importing it is cheap.
         reads: checks and loads what the arguments name, in place, before the stage is imported.

@@ -64,7 +64,7 @@ def predict_answers(
         options: the batch size.
         teacher: what its teacher predicted of the same split; the divergence from it is measured where both have the
             same tokens.
-        title: of the progress line.
+        title: the title of the progress line.
 
     Raises:
         ValueError: no clip of the split has a text.

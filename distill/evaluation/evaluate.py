@@ -125,7 +125,7 @@ def evaluate_model(
 
     Args:
         load: gives the model.
-        name: of its progress lines.
+        name: the name of its progress lines.
         config: the configuration of the run.
         teacher: what its teacher predicted, for a student.
     """

@@ -23,9 +23,9 @@ def export_device(run_folder: Path, out: Path, precision: Precision = DEFAULT) -
     """Write the student of a run for devices; returns `out`.
 
     Args:
-        run_folder: of a finished run.
+        run_folder: the folder of a finished run.
         out: the folder to write.
-        precision: of its weights and products.
+        precision: the precision of its weights and products.
 
     Raises:
         FileNotFoundError: the run has no student yet, or its clips are gone.

@@ -122,7 +122,7 @@ def write_format(name: str, student: Salmonn, merged: Path, out: Path, samples: 
     """Write a student's LLM in a format, print its error, and say how it is used.
 
     Args:
-        name: of `FORMATS`.
+        name: one of the names of `FORMATS`.
         student: as it was trained.
         merged: folder of its LLM with LoRA merged.
         out: folder to write into.

@@ -22,9 +22,9 @@ def write_gguf(folder: Path, path: Path, kind: str) -> DEQUANTIZED:
     """Write a LLM's folder as GGUF.
 
     Args:
-        folder: of transformers, LoRA merged.
+        folder: the LLM's folder as transformers saves it, LoRA merged.
         path: the file.
-        kind: of the matrices, a name of `gguf.GGMLQuantizationType` that Python can make; norms and biases are float32.
+        kind: a name of `gguf.GGMLQuantizationType` that Python can make of the matrices; norms and biases are float32.
 
     Returns:
         What the file holds, read back, by transformers' names.

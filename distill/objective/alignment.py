@@ -108,7 +108,7 @@ def answer_ends(ids: Sequence[int], pieces: Sequence[bytes], text: str, end: End
         ids: the answer's tokens with its end tokens.
         pieces: bytes of every id, from `token_bytes`.
         text: the answer.
-        end: of its model.
+        end: the end of its model.
 
     Raises:
         ValueError: the tokens do not spell the text.

@@ -26,8 +26,8 @@ class DivergenceKind:
     """A divergence, which may still lack its parameter.
 
     Attributes:
-        terms: of the student's and the teacher's natural log-probabilities of the same tokens, one value a token.
-        plain: of the student's and the teacher's probabilities, q_SC and p_SC, one value a position.
+        terms: computes it of student's and teacher's natural log-probabilities of the same tokens, one value a token.
+        plain: computes it of student's and teacher's probabilities, q_SC and p_SC, one value a position.
         parameter: the paper's name of what both take beside that, strictly between 0 and 1; empty: they take nothing.
     """
 

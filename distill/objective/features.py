@@ -22,8 +22,8 @@ class FeatureKind:
     """A distance of features.
 
     Attributes:
-        values: of student_WQE and teacher_WQE, and of sample_W where it is relative; one value a window.
-        plain: of student_WQE and teacher_WQE of one sample.
+        values: computes it of student_WQE and teacher_WQE, and of sample_W where it is relative; one value a window.
+        plain: computes it of student_WQE and teacher_WQE of one sample.
         is_relative: whether windows of one sample are compared with each other: it must know which sample each is of,
             and the widths may differ. Else they must be equal, by a learned projector where they are not.
     """

@@ -45,7 +45,7 @@ class Objective(nn.Module):
         dtype: the data type of the products; the losses are float32.
         terms: those that are computed, by name.
         vocab_size: ids that teacher and student share; None: all rows of the head.
-        widths: of the teacher's features, by term; where the student's differs, a projector is learned beside it.
+        widths: those of the teacher's features, by term; where the student's differs, a projector is learned beside it.
         seed: the seed of the projectors.
 
     Raises:

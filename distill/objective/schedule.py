@@ -88,7 +88,7 @@ def weight_of(name: str, term: Term, loss) -> float:
     """A term's weight without a schedule: what LossConfig's field of its name says, or the term itself.
 
     Args:
-        name: of the term.
+        name: the name of the term.
         term: the term.
         loss: the settings.
     """

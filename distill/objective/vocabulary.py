@@ -45,7 +45,7 @@ def splits_text_alike(teacher_tokenizer, student_tokenizer, shared: int) -> bool
     written in other words may still cut alike, which is then not seen.
 
     Args:
-        teacher_tokenizer: of transformers.
+        teacher_tokenizer: one of transformers'.
         student_tokenizer: the same.
         shared: leading ids that mean the same token to both; added tokens behind them are not looked at.
     """

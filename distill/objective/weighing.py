@@ -53,7 +53,7 @@ def weigh(terms: Terms, m: MicroBatch, loss: LossConfig, weights: Mapping[str, f
     Args:
         m: a stand-in counts nothing.
         loss: the settings.
-        weights: of the terms at this step.
+        weights: the weights of the terms at this step.
         totals: counts of the whole step over all ranks.
     """
     weight_B = torch.tensor(m.sample_weights, dtype=torch.float32, device=m.batch.labels_S.device) * float(m.is_real)

@@ -77,7 +77,7 @@ def find_resumable(run_folder: Path, resume: str, say) -> Saved | None:
     """The checkpoint that a run goes on from; None where it starts anew.
 
     Args:
-        run_folder: of the run; its checkpoints are in `checkpoints`.
+        run_folder: the folder of the run; its checkpoints are in `checkpoints`.
         resume: "auto", "must" (refuse where there is none) or "never" (refuse where there is one).
         say: is told of damaged checkpoints that are passed over, and of a start anew.
 

@@ -30,7 +30,7 @@ def identify_fit(student: Salmonn, teacher: Teacher, loss: LossConfig, terms: Te
         student: as it starts.
         teacher: whose targets it learns.
         loss: the objective.
-        terms: of one's own, by name.
+        terms: the terms of one's own, by name.
         given: what the caller says itself; it stands over what is found here. A student that it names has its frozen
             parts among its settings, as `identify_settings` gives them; targets that it names have their precision.
         dtype: the data type of the run's products.

@@ -43,7 +43,7 @@ def check_changes(
         here: that of the run now.
         checkpoint: its folder, inside `checkpoints` of the run's; for messages.
         done: steps that it has behind it.
-        options: of the run now; `allow_change` names fields that may differ.
+        options: the options that the run has now; `allow_change` names fields that may differ.
         has_schedules: whether weights of the loss move with the steps.
         say: is told of changes that are made.
 

@@ -131,7 +131,7 @@ def mask_mel_(mel_BMX: torch.Tensor, num_frames_B: torch.Tensor, masks_B: Sequen
     Args:
         mel_BMX: log-mels, on any device.
         num_frames_B: frames of each clip that are not padding; on CPU they cost no wait for the device.
-        masks_B: of each clip; None: nothing is hidden.
+        masks_B: the mask of each clip; None: nothing is hidden.
     """
     for mel_MX, num_frames, mask in zip(mel_BMX, num_frames_B.tolist(), masks_B):
         if mask is None:

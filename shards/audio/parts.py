@@ -39,7 +39,7 @@ class Part:
         frames: samples a channel that the walk counts; None: not counted.
         rate: Hz that `frames` counts at; None: the decoder's.
         slack_frames: how far a right decoder may be from `frames`: its delay, which some containers do not tell.
-        md5: of the samples as integers, where the file tells.
+        md5: the hash of the samples as integers, where the file tells.
     """
 
     pieces: tuple[bytes | memoryview, ...]
@@ -53,7 +53,7 @@ class Container(NamedTuple):
     """A family of containers.
 
     Attributes:
-        walk: of a file and the place where its tags end, the parts; None where the file is of another family. Raises
+        walk: finds the parts of a file, told where its tags end; None where the file is of another family. Raises
             `DamageError`.
         formats: libsndfile's names of what it walks over, whose length the walk vouches for.
     """

@@ -229,7 +229,7 @@ def write_corpus(
         folder: made where it is missing; a corpus already there is overwritten.
         seed: another seed draws other clips and allots utterances to splits anew.
         sizes: clips of `train`, `valid` and `test`; about half are asr.
-        unlabelled_share: of the train clips, in [0, 1], to be answered by the teacher (pseudo-labels).
+        unlabelled_share: the share of the train clips, in [0, 1], to be answered by the teacher (pseudo-labels).
         show_progress: draw a bar on stderr.
 
     Raises:

@@ -49,7 +49,7 @@ def split(
     Args:
         manifest: what to split; memory grows with the number of its recordings.
         train, valid: the manifests to write.
-        valid_share: of the rows, the most that go to `valid` (the smallest group, if none fits).
+        valid_share: the share of the rows that goes to `valid` at the most (the smallest group, if none fits).
         by: what must not be on both sides: speaker, source (the data set) or recording.
         speaker_pattern: a regular expression whose first group is the speaker in the path, for manifests without
             `speaker`.

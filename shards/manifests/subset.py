@@ -54,8 +54,8 @@ def subset(
         out: the manifest to write.
         tasks: those to keep; None keeps all.
         share: the share of each task's rows.
-        rows: of each task, the most.
-        hours: of what is left, the most audio; needs the header of every recording.
+        rows: the most rows of each task.
+        hours: the most audio of what is left; needs the header of every recording.
         seed: the seed of the draw.
         root: the folder that paths are relative to, if not the manifest's own.
         workers: processes that read headers; by default one a CPU.

@@ -77,8 +77,8 @@ def open_catalog(
 
     Args:
         shards: see `shards.tars.source.expand_shards`.
-        selection: of its tasks each sample must have its target, where there is a target cache; None: all samples.
-        limits: of members' sizes, and of copies of remote shards; None: the defaults.
+        selection: the tasks whose samples must have their targets, where there is a target cache; None: all samples.
+        limits: the limits of members' sizes, and of copies of remote shards; None: the defaults.
 
     Raises:
         ShardError: a shard is missing, damaged, or not what its index or `index.json` says; a key comes twice; a target

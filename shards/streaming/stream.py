@@ -49,7 +49,7 @@ class ShardStream(IterableDataset):
         limits: processes, copies of remote shards, bad samples.
         rank: the rank of this process.
         world_size: number of ranks.
-        augmentation: of the training clips; None or one that does nothing: none.
+        augmentation: changes the training clips; None or one that does nothing: none are.
         decode: read the audio; without, a clip is silence of its length, for runs that take cached frames instead.
         max_seconds: the longest clip that augmentation may make, when the ears take less than 30 s.
 

@@ -121,7 +121,7 @@ def identify_sample(audio_sha256: str, prompt_ids: Sequence[int], answer_ids: Se
     """What a target belongs to: three hashes, of the audio, the prompt and the answer, 128 bits each, joined by colons.
 
     Args:
-        audio_sha256: of the decoded samples, before augmentation (`Sample.sha256`).
+        audio_sha256: the hash of the decoded samples, before augmentation (`Sample.sha256`).
         prompt_ids: token ids of the whole prompt, without the audio.
         answer_ids: token ids of the answer with its end token.
     """

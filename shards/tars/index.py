@@ -56,7 +56,7 @@ def load_index(path: Path, *, sha256: str | None = None, max_member_bytes: int =
 
     Args:
         path: the tar.
-        sha256: of the tar, where pack's index.json gives it; a sidecar of another tar is then an old one.
+        sha256: the tar's, where pack's index.json gives it; a sidecar of another tar is then an old one.
         max_member_bytes: the largest member allowed.
 
     Raises:

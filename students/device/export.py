@@ -56,7 +56,7 @@ def write_device(student: Salmonn, out: Path, samples: Sequence[Sample], *, name
         out: is made.
         samples: clips that both answer.
         name: the name of the run.
-        precision: of what is written; the error of each that is offered is printed.
+        precision: the precision of what is written; the error of each that is offered is printed.
         max_new_tokens: the most tokens of the answers.
         say: is told each precision's error.
 

@@ -23,9 +23,9 @@ class Graph:
     """A graph that answers.
 
     Args:
-        core: of OpenVINO.
+        core: OpenVINO's.
         path: the .xml; its weights are in the .bin beside it.
-        properties: of the compilation.
+        properties: the properties of the compilation.
     """
 
     def __init__(self, core: ov.Core, path: Path, properties: Mapping[str, str]):

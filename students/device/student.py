@@ -35,7 +35,7 @@ class DeviceStudent(Listener):
         folder: the folder.
         products: "exact": float32, as it was verified; "fast": as OpenVINO chooses for the processor (bfloat16 where it
             is quick, 8-bit activations); None: as the folder says.
-        threads: of the processor; 0: as OpenVINO chooses.
+        threads: the threads of the processor; 0: as many as OpenVINO chooses.
         check_files: compare every file with its hash.
 
     Raises:

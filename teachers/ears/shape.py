@@ -19,7 +19,7 @@ def reshape_ears_(whisper: nn.Module | None, second: nn.Module | None, *, whispe
     Args:
         whisper, second: the ears that are not in that form yet; None: there is none.
         whisper_layers: that Whisper keeps; 0: all.
-        quantization: of the linear layers of both, one of `QUANTIZATIONS`.
+        quantization: how the linear layers of both are kept, one of `QUANTIZATIONS`.
 
     Raises:
         ValueError: it has not so many layers.

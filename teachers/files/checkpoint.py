@@ -91,7 +91,7 @@ def load_checkpoint(path: str | Path, *, llm: str, whisper: str, second: str = "
     Args:
         path: the `.pth` file.
         llm, whisper, second, second_kind: the frozen parts it was trained on, as in `SalmonnConfig`.
-        lora_alpha: of LoRA, which no tensor's shape tells; None: the file's own config, or SALMONN's 32.
+        lora_alpha: that of LoRA, which no tensor's shape tells; None: the file's own config, or SALMONN's 32.
         dtype: the data type of the LLM's weights.
         ear_precision: how the encoders hear, see `teachers.ears.precision`; empty: as `dtype` says.
         llm_weights: False leaves the LLM on the meta device, all but what the file itself holds of it.

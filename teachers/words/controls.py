@@ -16,7 +16,7 @@ class TextEncoder:
     """Turns text into ids; what spells a control token becomes the ids of its letters.
 
     Args:
-        tokenizer: of transformers, fast or slow.
+        tokenizer: one of transformers', fast or slow.
     """
 
     def __init__(self, tokenizer):

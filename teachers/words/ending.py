@@ -17,7 +17,7 @@ class End:
         text: the part that is text and is tokenized with the answer, up to the first control token; empty for an end
             that is one.
         tail: the ids from the first control token on.
-        ids: of the whole end where it stands alone, as after an answer that was cut.
+        ids: the ids of the whole end where it stands alone, as after an answer that was cut.
     """
 
     text: str

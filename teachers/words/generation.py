@@ -100,11 +100,11 @@ def generate_without_defaults(llm: nn.Module, embeds_BTD: Tensor, mask_BT: Tenso
         pad_id: what follows an end.
         num_tokens: ids from this on are never said.
         processors: applied last.
-        repetition_penalty: of every id that this row has said, once however often; the prompt does not count, and
+        repetition_penalty: that of every id that this row has said, once however often; the prompt does not count, and
             neither does padding (transformers' own processor skips as many new ids as the row has padding). A row in a
             batch is penalized as the row alone.
         min_new_tokens: before so many nothing ends.
-        options: of `GenerationConfig`.
+        options: the fields of `GenerationConfig`.
     """
     before: list[LogitsProcessor] = [RealTokens(num_tokens)]
     if repetition_penalty != 1:

@@ -104,7 +104,7 @@ def load_prompts(path: str | Path | None, template: str, evaluation: str | Path 
     Args:
         path: the path of the prompts of training, such as `train_prompt.json`; None: the library's own.
         template: see `Prompts`.
-        evaluation: of those that evaluation asks with, such as `test_prompt.json`; of several a task the first counts.
+        evaluation: what evaluation asks with, such as `test_prompt.json`; of several a task the first counts.
             None: the first of training's.
 
     Raises:

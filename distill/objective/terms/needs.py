@@ -19,7 +19,7 @@ class Held:
         codec: that they were written with; None: they were not, or it is not known.
         temperatures: at which their distributions can be had; None: at any.
         has_queries: whether the Q-Former's queries are among them.
-        layers: of the LLM, whose hidden states are.
+        layers: the layers of the LLM whose hidden states are needed.
         has_frames: whether the teacher's encoders' frames are.
     """
 

@@ -20,7 +20,7 @@ class StepLog:
 
     Args:
         terms: those of the run.
-        tasks: of all samples of the run, the same on every rank; fewer than two are not told apart.
+        tasks: the tasks of all samples of the run, the same on every rank; fewer than two are not told apart.
     """
 
     def __init__(self, terms: Terms, tasks: Sequence[str]):

@@ -19,8 +19,8 @@ class LossScale:
     """What a loss is multiplied with before its backward, and what becomes of a step whose gradient overflows.
 
     Args:
-        device: of the gradients.
-        dtype: of the products; only those of fp16 need a factor, with others it does nothing.
+        device: where the gradients are.
+        dtype: in which the products are; only those of fp16 need a factor, with others it does nothing.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):

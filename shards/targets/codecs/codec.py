@@ -27,7 +27,7 @@ class Codec(ABC):
 
     Attributes:
         name: in a config and in every payload.
-        version: of its payloads' layout, which is read by no program of another.
+        version: the version of its payloads' layout, which is read by no program of another.
         settings: the fields of the config's cache section that it reads.
         error: the largest total variation of a position that its rounding causes, at float32.
         tried: settings that `distill plan` measures.
