@@ -72,8 +72,8 @@ class StepAnswers:
     Seed, step and key decide which clips those are and what is drawn, so neither ranks nor a resumption change them.
 
     Args:
-        answer: of the student.
-        seed: of the run.
+        answer: lets the student answer.
+        seed: the seed of the run.
     """
 
     def __init__(self, answer: OwnAnswers, seed: int):
@@ -128,7 +128,7 @@ def cost_of_answers(totals: Mapping[str, float], seconds: float, num_ranks: int)
 
     Args:
         totals: over all ranks; empty of them where nothing is answered within the steps.
-        seconds: of the step.
+        seconds: what the step has taken.
         num_ranks: which answer side by side.
     """
     if "own_answers" not in totals:
@@ -169,7 +169,7 @@ def answer_within(how: OnPolicyConfig, loss: LossConfig, teacher: Teacher, stude
         student: that answers.
         num_shared: ids that are the same token to both.
         is_sharded: whether a rank holds only a part of each of the student's tensors.
-        seed: of the run.
+        seed: the seed of the run.
 
     Raises:
         ValueError: there is no teacher that could score what was said just now, no term learns from it, or no rank
