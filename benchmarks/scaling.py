@@ -7,73 +7,21 @@ assumption until a card has been measured. `python benchmarks/scaling.py [--conf
 
 import argparse
 import json
-from dataclasses import dataclass
 
 from record import RESULTS, write_result
 
 from distill.config import load_config
-from distill.sizes.costs import Part, Usage, describe_student, describe_teacher, measure
-from teachers.ears.encoders import ENCODERS, find_encoder
+from distill.sizes.cards import CARDS, SHARE, Card
+from distill.sizes.costs import Usage
+from distill.sizes.hours import FLAC_BYTES, Work, count_work
 
-EARS = tuple(find_encoder(name).title for name in ENCODERS)
-TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
 GPUS = (2, 8, 64, 256, 1024)
 HOURS = (1_000, 10_000, 100_000, 1_000_000)
 ROWS = 16  # clips a micro-batch and GPU, and rows that a teacher answers at once
 NODE = 8  # GPUs that a fast link joins
-FLAC_BYTES = 16_000  # a second of speech at 16 kHz
 TOKEN_BYTES = 90  # adaptive targets, benchmarks/codecs.py
 FRAME_BYTES, FRAMES = 1280 + 768, 50  # int8 of Whisper large and BEATs, and frames of each a second
 LATENCY = 20e-6  # seconds that a message between nodes takes to start
-
-
-@dataclass(frozen=True)
-class Card:
-    """Published figures of a GPU, a second."""
-
-    flops: float  # dense bf16
-    memory: float  # bytes read
-    link: float  # bytes to the others of its node, one way
-    network: float  # bytes to other nodes, one way, its share of the node's
-
-
-CARDS = {
-    "RTX4090": Card(165e12, 1.0e12, 25e9, 1.25e9),
-    "A100": Card(312e12, 2.0e12, 300e9, 25e9),
-    "H100": Card(989e12, 3.35e12, 450e9, 50e9),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one clip costs."""
-
-    student_flops: float  # of a step with cached frames and targets
-    ear_flops: float  # forward, where frames are not cached
-    teacher_flops: float  # of a forward along an answer that is known
-    teacher_bytes: float  # of weights that a step of an answer reads
-    trained_bytes: float  # of gradients that all ranks add up, float32
-
-
-def count_work(name: str, usage: Usage) -> Work:
-    """Count a recipe's, from its student's and teacher's parts."""
-    config = load_config(name)
-    teacher, given = describe_teacher(config)
-    student = {part.name: part for part in measure(describe_student(config, teacher), usage, given)}
-    parts = {part.name: part for part in measure(teacher, usage, given)}
-    ears = sum(part.flops for title, part in student.items() if title in EARS)
-    return Work(
-        student_flops=sum(passes(part) * part.flops for title, part in student.items() if title not in EARS),
-        ear_flops=ears,
-        teacher_flops=sum(part.flops for part in parts.values()),
-        teacher_bytes=sum(part.bytes for title, part in parts.items() if title.startswith("LLM")),
-        trained_bytes=4.0 * sum(student[title].parameters for title in TRAINED if title in student),
-    )
-
-
-def passes(part: Part) -> int:
-    """Forward, backward to what comes in, and for what is trained backward to its weights."""
-    return 3 if part.name in TRAINED else 2
 
 
 def all_reduce_seconds(card: Card, gpus: int, size: float) -> float:
@@ -170,11 +118,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", default="salmonn_3b_to_1b")
     parser.add_argument("--card", default="H100", choices=CARDS)
-    parser.add_argument("--share", type=float, default=0.3, help="of the published FLOP/s that a step reaches")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the published FLOP/s that a step reaches")
     args = parser.parse_args()
     usage, card = Usage(), CARDS[args.card]
     measured = json.loads((RESULTS / "stream.json").read_text())["samples_per_cpu_second"]
-    work = count_work(args.config, usage)
+    work = count_work(load_config(args.config), usage)
     figures = {
         "config": args.config,
         "card": args.card,

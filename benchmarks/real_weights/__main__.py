@@ -32,10 +32,13 @@ def main() -> None:
     regime.add_argument("--depths", type=int, nargs="+", default=digits.DEPTHS, help="layers of students' LLMs")
     regime.add_argument("--terms", nargs="+", default=list(digits.TERMS), choices=digits.TERMS)
     regime.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    regime.add_argument("--launch", metavar="FILE", help="of Accelerate, for the teacher and its cache")
     regime.add_argument("words", nargs="*", metavar="key=value", help="over both configs")
     args = parser.parse_args()
     if args.stage == "digits":
-        figures = digits.run_digits(PARTS, depths=args.depths, terms=args.terms, seeds=args.seeds, words=args.words)
+        figures = digits.run_digits(
+            PARTS, depths=args.depths, terms=args.terms, seeds=args.seeds, words=args.words, launch=args.launch
+        )
         write_result("real_weights", {"regimes": {"digits": figures}}, digits.make_table(figures))
         return
     if args.stage == "device":

@@ -1,6 +1,6 @@
 """What a target cache would cost and keep, before it is made: `distill plan CONFIG [--max-gb N] [--clips 300]`.
 
-With `--gpus N` it is the memory of every stage instead, see `distill.sizes.fits`.
+With `--gpus N` it is the memory, hours and disk of every stage instead, see `distill.sizes.plan`.
 
 The teacher runs over a few hundred clips, dense; each codec then encodes what it said. The student whose gradient is
 compared is the teacher itself, flattened and with noise.
@@ -210,10 +210,9 @@ def describe_plan(measured: Measured, max_gb: float | None) -> dict:
 def main(args: argparse.Namespace) -> int:
     """Run `distill plan`."""
     if args.gpus is not None:
-        from distill.sizes.fits import Cards, longest, print_fits
+        from distill.sizes.plan import plan_cards
 
-        cards = Cards(args.gpus, args.gpu_gb, args.zero)
-        return print_fits(args.config, cards, longest(vars(args)), as_json=args.json)
+        return plan_cards(args)
     measured = plan(args.config, args.clips)
     if args.json:
         print_json(describe_plan(measured, args.max_gb))

@@ -13,6 +13,7 @@ from distill.command import add_config_arguments, read_config_arguments
 from distill.commandline.paths import find_run, find_student, list_recordings
 from distill.config.recipes import find_config, find_launch, list_recipes
 from distill.config.suggestions import did_you_mean, nearest, nearest_fields
+from distill.sizes.cards import SHARE
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-gb", type=float, help="the most that the cache may take, 10^9 bytes; default: any")
     parser.add_argument("--clips", type=int, default=300, help="that the teacher hears (%(default)s)")
     parser.add_argument("--gpus", type=int, help="plan the memory of so many GPUs instead, and load no weights")
-    parser.add_argument("--gpu-gb", type=float, default=24.0, help="of each, 10^9 bytes (%(default)s)")
+    parser.add_argument("--gpu-gb", type=float, help="of each, 10^9 bytes (the card's, or 24)")
+    parser.add_argument("--card", help="with --gpus: what they are, such as RTX4090; prints hours and disk too")
+    parser.add_argument("--audio-hours", type=float, help="with --card: to train on (what is packed)")
+    parser.add_argument("--reached", type=float, default=SHARE, help="share of the card's published rate (%(default)s)")
     parser.add_argument("--zero", type=int, default=2, choices=range(4), help="DeepSpeed's stage; 0: DDP (%(default)s)")
     add_usage_arguments(parser)
 
@@ -266,7 +270,7 @@ COMMANDS = {
     "teach": of_a_config("distill.teach", "a SALMONN on given parts, or the demo's small one from nothing"),
     "plan": Command(
         "distill.caching.plan",
-        "what a target cache would take and keep, by codec; with --gpus: what each stage holds on a GPU",
+        "what a target cache would take and keep, by codec; with --gpus: memory, hours and disk of each stage",
         add_plan_arguments,
         read_config_arguments,
         has_json=True,

@@ -27,7 +27,6 @@ from distill.sizes.costs import (
 )
 from distill.sizes.memory import MemoryEfficientAttention, Peak, PeakMemory
 from shards.sample import MAX_SECONDS
-from shards.status import print_json
 from students.student import trained_names
 from teachers.lora import add_lora_
 from teachers.salmonn import Salmonn
@@ -62,6 +61,15 @@ class Need:
     def total(self) -> float:
         """With what no part is to blame for."""
         return sum(self.parts.values()) * (1 + FRAGMENTS) + CUDA_CONTEXT
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a config fits, and with what."""
+
+    needs: list[Need]  # as it is
+    words: list[str] | None  # `key=value` with which all fit; None: no words help
+    advice: str  # for people; empty where it fits as it is
 
 
 def longest(given: dict) -> Usage:
@@ -338,20 +346,15 @@ def next_change(config: Config, short: list[Need]) -> tuple[str, str, object] | 
     return ("teacher", "online", False) if "train" in stages and config.teacher.online else None
 
 
-def print_fits(config: Config, cards: Cards, usage: Usage, *, as_json: bool) -> int:
-    """Print the table and what to change; the exit code is 0 where everything fits as it is."""
+def find_fit(config: Config, cards: Cards, usage: Usage) -> Fit:
+    """What each stage holds, and what to change where one does not fit."""
     needs = plan_memory(config, cards, usage)
-    words, least = ([], needs) if all(map(cards.hold, needs)) else shrink(config, cards, usage)
-    fits = all(map(cards.hold, least))
-    if as_json:
-        print_json({"stages": describe_needs(needs, cards), "change": words if fits else None})
-    else:
-        print(format_needs(needs, cards, usage))
-        if not fits:
-            print(f"\n{refuse(least, words)}")
-        elif words:
-            print(f"\nIt fits with {' '.join(words)}")
-    return 0 if words == [] and fits else 1
+    if all(map(cards.hold, needs)):
+        return Fit(needs, [], "")
+    words, least = shrink(config, cards, usage)
+    if all(map(cards.hold, least)):
+        return Fit(needs, words, f"It fits with {' '.join(words)}")
+    return Fit(needs, None, refuse(least, words))
 
 
 def refuse(least: list[Need], words: list[str]) -> str:
