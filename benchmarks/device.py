@@ -140,7 +140,8 @@ def write_openvino_ears(size: str, kind: str, folder: Path) -> dict:
     import openvino as ov
     import torch
 
-    from students.device.ears import WhisperGraph, convert, to_8_bits_
+    from students.device.ears import convert, to_8_bits_
+    from students.device.modules import WhisperGraph
 
     graph = convert(WhisperGraph(make_whisper(size, WHISPERS[size][2])), {"mel": torch.randn(1, 80, 300)},
                     [(-1, 80, -1)], "frames")  # fmt: skip

@@ -1,6 +1,7 @@
 """A finished student as a folder to hand on: `distill export RUN_FOLDER OUT [--merge] [--whole] [--salmonn]`.
 
-With `--format` it is the LLM alone, LoRA merged, as another program reads it: see `distill.exporting.formats`.
+With `--format` it is the LLM alone, LoRA merged, as another program reads it: see `distill.exporting.formats`; or, with
+`onnx-ears`, ears and connector alone: see `distill.exporting.onnx`.
 With `--device openvino` it is another folder, for processors without torch: see `distill.exporting.device`.
 
 What only training needs stays behind: checkpoints, moments, projectors. With `--merge` LoRA becomes part of the LLM's
@@ -35,6 +36,7 @@ from distill.evaluation.scorecard import (
 from distill.exporting.clips import read_clips
 from distill.student import NUM_CLIPS
 from shards.files.write import staged, write_atomically
+from shards.sample import Sample
 from shards.status import print_status
 from shards.streaming.catalog import is_packed
 from shards.streaming.order import Order
@@ -47,6 +49,7 @@ from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
 from teachers.salmonn import Salmonn, SalmonnConfig
 
+ONNX_EARS = "onnx-ears"  # a format, of the ears and the connector
 LLM, CARD, SALMONN = "llm", "README.md", "salmonn.pth"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")  # of a model's folder, beside its weights
 
@@ -243,10 +246,11 @@ def export_format(run_folder: Path, out: Path, name: str) -> Path:
     Args:
         run_folder: the folder of a finished run.
         out: the folder to write.
-        name: one of `distill.exporting.formats.FORMATS`.
+        name: one of `distill.exporting.formats.FORMATS`, or ONNX_EARS: not its LLM but what stands before it.
 
     Raises:
         FileExistsError: there is something at `out`.
+        RuntimeError: a package is not installed.
         ValueError: the format has no form for this LLM.
     """
     from distill.exporting.formats import HOW, write_format
@@ -254,10 +258,25 @@ def export_format(run_folder: Path, out: Path, name: str) -> Path:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files already, but an export starts empty; choose another folder.")
     samples = [sample for sample in read_clips(load_config(run_folder / "config.yaml")) if sample.text is not None]
+    if name == ONNX_EARS:
+        with staged(out, last=HOW) as stage:
+            write_onnx_ears(load_student(run_folder / "student"), stage, samples, HOW)
+        return out
     with staged(out, last=HOW) as stage, tempfile.TemporaryDirectory(dir=stage.parent) as folder:
         merge_lora(load_student(run_folder / "student"), Path(folder))
         write_format(name, load_student(run_folder / "student"), Path(folder) / LLM, stage, samples)
     return out
+
+
+def write_onnx_ears(student: Salmonn, out: Path, samples: list[Sample], how: str) -> None:
+    """As `distill.exporting.onnx.write_ears`, whose packages are extras."""
+    try:
+        from distill.exporting.onnx import write_ears
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"{error.name} is not installed, but --format {ONNX_EARS} needs it; pip install 'distill-audio[formats]'."
+        ) from error
+    write_ears(student, out, samples, how)
 
 
 def export_for_device(args: argparse.Namespace) -> Path:

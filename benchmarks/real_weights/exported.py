@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shards.audio.decode import load_audio
 from shards.manifests.manifest import read_manifest
 from students.device.decoder import build_decoder
-from students.device.ears import WhisperGraph, convert, to_8_bits_
+from students.device.ears import convert, to_8_bits_
 from students.device.graph import Graph
+from students.device.modules import WhisperGraph
 from students.device.student import EXACT, StatefulDecoder
 from students.quantize import quantize_4bit_
 from teachers.ears.whisper import WhisperEar

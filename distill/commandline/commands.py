@@ -131,8 +131,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--salmonn", action="store_true", help="write SALMONN's own checkpoint format beside")
     parser.add_argument(
         "--format",
-        choices=("vllm", "bnb", "gguf-q8_0", "gguf-iq4_nl"),
-        help="write its LLM for others instead",
+        choices=("vllm", "bnb", "gguf-q8_0", "gguf-iq4_nl", "onnx-ears"),
+        help="write its LLM, or its ears, for others instead",
     )
     parser.add_argument("--device", choices=("openvino",), help="write a folder for processors without torch instead")
     parser.add_argument("--head", choices=("f32", "f16", "int8"), default="f16", help="of its LLM (%(default)s)")

@@ -208,7 +208,10 @@ class BeatsEncoder(nn.Module):
         table = self.relative_attention_bias.weight
         offsets = torch.arange(1 - num_frames, num_frames, device=table.device)
         bias_HO = table[bucket_positions(offsets, self.config.num_buckets, self.config.max_distance)].T
-        return bias_HO.unfold(1, num_frames, 1).flip(1)
+        places_R = torch.arange(num_frames, device=table.device)
+        return bias_HO[
+            :, places_R - places_R[:, None] + num_frames - 1
+        ]  # not `unfold`, which no graph has at any length
 
 
 class BeatsLayer(nn.Module):

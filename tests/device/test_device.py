@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import tiny
 import torch
+from onnxruntime import InferenceSession
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distill.cli import main
@@ -25,9 +26,11 @@ from distill.evaluation.efficiency import main as measure
 from distill.evaluation.evaluate import list_models
 from distill.evaluation.report import write_report
 from distill.exporting.gguf import to_iq4_nl, write_gguf
+from distill.exporting.onnx import write_onnx
 from distill.run import run
 from students.device.__main__ import main as run_device
 from students.device.export import MAX_ERROR, WHOLE, choose, describe, write_graphs
+from students.device.modules import list_pieces
 from students.device.student import DeviceStudent
 from students.device.verify import ask_student, compare
 from students.student import load_student
@@ -238,6 +241,19 @@ def test_each_other_format_is_read_back_and_its_error_said(finished, tmp_path, f
     assert list(out.rglob("*.gguf" if "gguf" in form else "llm/model.safetensors"))
 
 
+def test_the_ears_as_onnx_say_how_far_they_are_from_torch(finished, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert main(["export", str(finished), str(out), "--format", "onnx-ears"]) == 0
+    said = re.search(
+        r"onnx-ears: (outputs off by whisper (\S+), connector (\S+) over \d clips)", capfd.readouterr().err
+    )
+    assert float(said[2]) < 1e-5 and float(said[3]) < 1e-5
+    assert said[1] in (out / "USE.md").read_text()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "USE.md", "connector.bin", "connector.onnx", "whisper.bin", "whisper.onnx"
+    ]  # fmt: skip
+
+
 def test_a_gguf_file_holds_what_was_quantized_bit_by_bit(tmp_path):
     config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=40, tie_word_embeddings=True)  # fmt: skip
@@ -281,3 +297,30 @@ def test_a_second_ear_is_heard_in_a_batch_as_in_torch(finished, tmp_path, kind, 
         expected = student.project(heard.queries_BWQE)
     for tokens_LD, row_WQD, num_windows in zip(found, expected, heard.num_windows_B):
         np.testing.assert_allclose(tokens_LD, row_WQD[:num_windows].flatten(0, 1), atol=2e-3)
+
+
+@pytest.mark.parametrize(("kind", "window_seconds"), [("beats", 0.34), ("eat", 0.0)])
+def test_onnx_graphs_of_two_ears_hear_as_torch_does_at_another_length_and_from_another_folder(
+    finished, tmp_path, kind, window_seconds
+):
+    trained = load_student(finished / "student")
+    config = dataclasses.replace(trained.config, second="it", second_kind=kind, window_seconds=window_seconds)
+    student = Salmonn(config, trained.llm, trained.tokenizer, trained.whisper, SECONDS[kind]())
+    (tmp_path / "out").mkdir()
+    said = write_onnx(student, tmp_path / "out", SAMPLES)
+    assert [name for name in ("whisper", "second", "connector") if f"{name} " in said] == [
+        "whisper",
+        "second",
+        "connector",
+    ]
+    moved = shutil.copytree(tmp_path / "out", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "out")
+    lengths = torch.tensor([80, 64])
+    for piece in list_pieces(student):
+        inputs = [torch.randn(2, *(80 if size < 0 else size for size in shape[1:])) if len(shape) == 3 else lengths
+                  for shape in piece.shapes]  # fmt: skip
+        (got,) = InferenceSession(moved / f"{piece.name}.onnx").run(
+            None, {name: x.numpy() for name, x in zip(piece.inputs, inputs)}
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(got), piece.module(*inputs), rtol=1e-3, atol=1e-4)
