@@ -177,6 +177,7 @@ class Distiller:
         check_terms(self.loss, self.options.steps, own.terms)
         self.callbacks = Callbacks(self, callbacks).callbacks
         check_trackers(self.options.trackers)
+        self.on_policy = run.on_policy
         self.run_folder, self.seed, self.dtype = Path(run.folder), run.seed, resolve_precision(run.precision)
         teacher, self.student = as_teacher(teacher, self.loss, run.precision), as_student(student, self.dtype)
         vocab_size = self._match(teacher)
@@ -184,12 +185,12 @@ class Distiller:
         self.lock = RunLock(self.run_folder).acquire()
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
         self._choose_terms(own.terms, vocab_size)
-        self.step_answers = answer_within(run.on_policy, self.loss, self.teacher, self.student, num_shared=vocab_size,
+        self.step_answers = answer_within(self.on_policy, self.loss, self.teacher, self.student, num_shared=vocab_size,
                                           is_sharded=is_zero3(self.accelerator), seed=self.seed)  # fmt: skip
         check_cached(teacher, self.loss, self.terms, self.student, self.stream)
         teacher.ask_as(self.student.rows.prompts.template)
         self.valid = self._open_valid(valid)
-        self.identity = {"seed": self.seed, **identify_training(self.options), **identify_step_answers(run.on_policy)}
+        self.identity = {"seed": self.seed, **identify_training(self.options), **identify_step_answers(self.on_policy)}
         self.identity |= identify_fit(self.student, teacher, self.loss, own.terms, run.identity, self.dtype)
         explain = describe_build_locks if is_deepspeed(self.accelerator) else str
         self.hang_watch = HangWatch(self.options.hang_minutes, explain)
@@ -278,7 +279,7 @@ class Distiller:
             ),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            decode=teacher.needs_audio or trains_ears(self.student),
+            decode=teacher.needs_audio or trains_ears(self.student) or self.on_policy.step_share > 0,
             max_seconds=self.student.max_samples / SAMPLE_RATE,
         )
         check_clips(stream, self.student, teacher)

@@ -7,8 +7,10 @@ from pathlib import Path
 import yaml
 
 from distill.answers import check_answers
+from distill.caching.capture import Capturer
 from distill.caching.filter import load_weights
 from distill.caching.identity import describe_teacher
+from distill.caching.scoring import ScoredCache
 from distill.command import run_stage
 from distill.config import SPLITS, Config, to_yaml
 from distill.distiller import Distiller, Run
@@ -47,16 +49,16 @@ def train_student(config: Config) -> int:
     accelerator = build_accelerator()
     folder = config.run_folder / "student"
     # a cache of what enters the head is known by the head
-    needs_llm = config.teacher.online or find_codec(config.cache.codec).needs_head
+    needs_llm = speaks_in_steps(config) or find_codec(config.cache.codec).needs_head
     ears = "" if config.teacher.online else precision_name(config)  # the student's alone, once targets are cached
     model = load_teacher(config, llm_weights=needs_llm, ears=ears)
-    if config.teacher.online:
+    if speaks_in_steps(config):
         model.to(accelerator.device)
     student = make_student(config, model, resolve_precision(config.precision), lambda text: say(accelerator, text))
     student.to(accelerator.device)
     tell_ears_error(config, model, student, lambda text: say(accelerator, text))
     teacher = wrap_teacher(config, model)
-    del model  # of a cached teacher only the ears live on, in the student
+    del model  # of a cached teacher that need not score only the ears live on, in the student
     distiller = Distiller(
         teacher,
         student,
@@ -105,11 +107,23 @@ def report_changed_fields(config: Config) -> None:
     report_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
 
 
+def speaks_in_steps(config: Config) -> bool:
+    """Whether the teacher itself hears and speaks in the steps: of all clips, or of what the student says of some."""
+    return config.teacher.online or config.on_policy.step_share > 0
+
+
 def wrap_teacher(config: Config, model: Salmonn) -> Teacher:
-    """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's."""
+    """The teacher's targets: computed now, or read from the cache once it proved to be this teacher's.
+
+    Where the student answers within the steps, the teacher stays beside its cache and scores those answers alone.
+    """
     if config.teacher.online:
         return teach_online(config, model)
-    teacher = CachedTeacher(config.cache_folder, describe_teacher(model, config))
+    cached = config.cache_folder, describe_teacher(model, config)
+    if config.on_policy.step_share:
+        teacher = ScoredCache(*cached, Capturer(teach_online(config, model), config))
+    else:
+        teacher = CachedTeacher(*cached)
     teacher.check_shards(expand_shards(config.shards("train")))
     return teacher
 
@@ -155,7 +169,7 @@ def open_training_stream(config: Config, accelerator, teacher: Teacher, student:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         augmentation=config.augment,
-        decode=config.teacher.online or config.cache.frames == "none" or config.student.train_ears,
+        decode=speaks_in_steps(config) or config.cache.frames == "none" or config.student.train_ears,
         max_seconds=student.max_samples / SAMPLE_RATE,
     )
     check_clips(stream, student, teacher)

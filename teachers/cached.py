@@ -130,6 +130,15 @@ class CachedTeacher(Teacher):
             frames=read_frames(batch, records, device, self.cache_folder),
         )
 
+    def kept_frames(self, batch: Batch) -> list[Tensor] | None:
+        """The ears' frames of a batch's clips; None where the cache keeps none.
+
+        Raises:
+            ValueError: as `read_frames`.
+        """
+        records = [self._record(sample) for sample in batch.samples]
+        return read_frames(batch, records, batch.input_ids_BT.device, self.cache_folder)
+
     @property
     def _layers(self) -> list[int]:
         return self.identity["features"]["hidden_layers"]

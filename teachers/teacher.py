@@ -70,6 +70,14 @@ class Teacher(ABC):
             frames: of ears that it shares with the student, when they have run already.
         """
 
+    def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, whose answers a student has only just given, with what `targets` needs to speak of them."""
+        return list(samples)
+
+    def kept_frames(self, batch: Batch) -> list[Tensor] | None:
+        """The ears' frames of a batch's clips, of one that brings them; its targets have the same."""
+        return None
+
     def ask_as(self, template: str) -> None:  # noqa: B027 (one that is asked itself need not know)
         """Learn in which form the student is asked, which may be another than its own."""
 

@@ -183,7 +183,7 @@ class OnPolicyConfig:
     round: int = 0  # number of the round, whose answers lie in the cache's folder `round-N`; 0: none
     share: float = 0.0  # of the answered clips that training sees with the student's answer, drawn anew each epoch
     clips: float = 1.0  # share of the training clips that the student answers
-    step_share: float = 0.0  # of a step's clips that the student answers within it, for an online teacher alone
+    step_share: float = 0.0  # of a step's clips that the student answers within it, for the teacher to score
     temperature: float = 0.0  # of its answers; 0: greedy
     max_new_tokens: int = 60  # of its answers
 

@@ -372,12 +372,6 @@ def check_round(config) -> None:
                 f"on_policy.share is {config.on_policy.share}, but {name} is {value!r}; set the round of "
                 f"`distill answers`, and as student.start the student that answered."
             )
-    if config.on_policy.step_share and not config.teacher.online:
-        raise ValueError(
-            f"on_policy.step_share is {config.on_policy.step_share}, but teacher.online is false and a cache cannot "
-            f"score what the student says in the step; set teacher.online=true, or learn from a round "
-            f"(`distill answers`)."
-        )
     check_own_answers(config.on_policy, config.loss)
 
 

@@ -66,6 +66,19 @@ class CrossTeacher(Teacher):
         """The teacher's."""
         return self.teacher.identity
 
+    @property
+    def scores_any_answer(self) -> bool:
+        """As the teacher's own."""
+        return self.teacher.scores_any_answer
+
+    def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        """As the teacher's own, of the text of each answer."""
+        return self.teacher.score(samples)
+
+    def kept_frames(self, batch: Batch) -> list[Tensor] | None:
+        """As the teacher's own."""
+        return self.teacher.kept_frames(batch)
+
     def check_shards(self, shards: Sequence[str]) -> None:
         """As the teacher's own."""
         self.teacher.check_shards(shards)

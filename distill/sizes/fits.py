@@ -83,9 +83,9 @@ def plan_memory(config: Config, cards: Cards, usage: Usage) -> list[Need]:
     teacher, given = describe_teacher(config)
     student = describe_student(config, teacher)
     needs = [need_of_training(config, cards, usage, student, given)]
-    if config.teacher.online:
+    if config.teacher.online or config.on_policy.step_share:
         needs[0] = add_online_teacher(needs[0], config, usage, teacher, given)
-    else:
+    if not config.teacher.online:
         needs.append(need_of_caching(config, usage, teacher, given))
     answering = need_of_answering(student, given, usage, config.eval.batch_size * config.eval.num_beams)
     return [*needs, Need("evaluate: the student answers", answering)]

@@ -75,9 +75,11 @@ class Collator:
         chosen = [] if self.step_answers is None else self.step_answers.choose(samples, step)
         if not chosen:
             return samples, None
-        frames = None
-        if not trains_ears(self.student):
-            frames = self._frames(self.student.collate(samples, with_answer=False).to(self.device))
+        batch = self.student.collate(samples, with_answer=False).to(self.device)
+        if self.takes_frames:
+            frames = self.teacher.kept_frames(batch)
+        else:
+            frames = None if trains_ears(self.student) else self._frames(batch)
         return self.step_answers(samples, chosen, step, frames), frames
 
     def _labelled(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[bool]]:

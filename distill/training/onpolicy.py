@@ -74,10 +74,11 @@ class StepAnswers:
     Args:
         answer: lets the student answer.
         seed: the seed of the run.
+        score: lets the teacher add to the answered samples what its targets of them need.
     """
 
-    def __init__(self, answer: OwnAnswers, seed: int):
-        self.answer, self.seed = answer, seed
+    def __init__(self, answer: OwnAnswers, seed: int, score: Callable[[Sequence[Sample]], list[Sample]] = list):
+        self.answer, self.seed, self.score = answer, seed, score
         self.number, self.seconds = 0, 0.0  # of the answers since they were last told
 
     def choose(self, samples: Sequence[Sample], step: int) -> list[int]:
@@ -109,6 +110,7 @@ class StepAnswers:
         student.eval()
         said = self.answer(asked, [f"{self.seed}/step {step}/{sample.key}" for sample in asked], own)
         student.train(was_training)
+        said = self.score(said)
         self.number, self.seconds = self.number + len(said), self.seconds + time.perf_counter() - began
         by_place = dict(zip(chosen, said))
         return [
@@ -182,7 +184,7 @@ def answer_within(how: OnPolicyConfig, loss: LossConfig, teacher: Teacher, stude
         who = f"a cache, {teacher.cache_folder}," if teacher.cache_folder else "one that computes no targets"
         raise ValueError(
             f"{share} the teacher is {who if teacher.has_targets else 'None'} and cannot score what the student says "
-            f"in the step; give one that runs (teacher.online=true), or learn from a round (`distill answers`)."
+            f"in the step; give one that runs, or learn from a round (`distill answers`)."
         )
     check_own_answers(how, loss)
     if is_sharded:
@@ -191,7 +193,7 @@ def answer_within(how: OnPolicyConfig, loss: LossConfig, teacher: Teacher, stude
             f"configs/accelerate/two_gpus_zero2.yaml, or learn from a round (`distill answers`)."
         )
     end_ids = (teacher.rows or student.rows).end_ids
-    return StepAnswers(OwnAnswers(student, end_ids, 0 if teacher.is_crossed else num_shared, how), seed)
+    return StepAnswers(OwnAnswers(student, end_ids, 0 if teacher.is_crossed else num_shared, how), seed, teacher.score)
 
 
 def identify_step_answers(how: OnPolicyConfig) -> dict:

@@ -20,6 +20,7 @@ from distill.sizes.fits import (
     measure_llm,
     need_of_training,
     next_change,
+    plan_memory,
     refuse,
     row_length,
 )
@@ -118,6 +119,15 @@ def test_a_mixture_of_16b_that_stays_whole_is_refused_on_24_gb_with_what_it_need
     text = refuse([need], ["train.micro_batch_size=1"])
     assert text.startswith("No batch is small enough: even with train.micro_batch_size=1 train: 1 clips a micro-batch")
     assert f"needs {need.total / 1e9:.2f} GB; take a smaller LLM, student.quantization=nf4, or a larger card" in text
+
+
+def test_a_teacher_that_scores_beside_its_cache_is_counted(toys):
+    words = [[], ["on_policy.step_share=0.5"]]
+    (alone, *others), (beside, *same) = (
+        plan_memory(load_config(toys / "toy.yaml", own), Cards(1), longest({})) for own in words
+    )
+    assert beside.parts["the online teacher's LLM and connector"] > 0 and beside.total > alone.total
+    assert others == same
 
 
 def test_a_teacher_that_is_online_is_given_up_last():

@@ -11,6 +11,7 @@ import torch
 
 from distill.cache import cache
 from distill.caching.capture import Capturer
+from distill.caching.scoring import ScoredCache
 from distill.config import LossConfig, OnPolicyConfig, load_config
 from distill.demo.scratch import build_llm
 from distill.demo.tokenizer import train_tokenizer
@@ -42,8 +43,8 @@ TIMED = ("seconds", "tokens_per_second", "audio_hours_per_hour", "waiting", "ans
 def toys(tmp_path_factory) -> Path:
     """Parts, a teacher, shards and their cache, and a config without 4 bits."""
     folder = tmp_path_factory.mktemp("toys")
-    tiny.make_toys(folder, precision="float32", cache__codec="dense", cache__features="float16",
-                   student__quantization="none")  # fmt: skip
+    tiny.make_toys(folder, precision="float32", student__quantization="none", cache__codec="dense",
+                   cache__features="float16", cache__frames="float16")  # fmt: skip
     cache(load_config(folder / "toy.yaml"))
     return folder
 
@@ -59,8 +60,8 @@ def student(toys, model):
                          quantization="none").train()  # fmt: skip
 
 
-def within(student, how: OnPolicyConfig = DRAWN, seed: int = 0) -> StepAnswers:
-    return StepAnswers(OwnAnswers(student, student.rows.end_ids, student.num_tokens, how), seed)
+def within(student, how: OnPolicyConfig = DRAWN, seed: int = 0, score=list) -> StepAnswers:
+    return StepAnswers(OwnAnswers(student, student.rows.end_ids, student.num_tokens, how), seed, score)
 
 
 def train(toys: Path, name: str, *words: str) -> list[dict]:
@@ -93,16 +94,20 @@ def test_loss_and_gradient_are_those_of_a_round_on_the_same_answers(toys, tmp_pa
     samples = next(iter(ShardStream(toys / "data" / "train", Order(4, shuffle=False), Selection(targets=cached))))
     online, answers = OnlineTeacher(model), within(student)
     said = answers(samples, range(4), 3, None)
-    records = Capturer(online, load_config(toys / "toy.yaml")).score([replace(s, targets=None) for s in said])
+    beside = ScoredCache(cached, None, Capturer(online, load_config(toys / "toy.yaml")))
+    records = {sample.key: sample.student_answer for sample in beside.score(said)}  # as a round's job stores them
     of_a_round = [replace(sample, student_answer=records[sample.key]) for sample in samples]
     own = gradients(toys, tmp_path / "own", online, student, loss, answers, samples)
     again = gradients(toys, tmp_path / "again", online, student, loss, None, of_a_round)
     read = gradients(toys, tmp_path / "read", CachedTeacher(cached), student, loss, None, of_a_round)
-    assert [row.answer for row in own[2]] == [row.answer for row in again[2]] == [row.answer for row in read[2]]
+    scored = gradients(toys, tmp_path / "scored", beside, student, loss, within(student, score=beside.score), samples)
     assert len({tuple(row.answer) for row in own[2]}) == 4
-    assert torch.equal(own[0], again[0])
     assert sum(g is not None and bool(g.any()) for g in own[1]) > 8
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(own[1], again[1], strict=True))
+    for within_step, of_round in ((own, again), (scored, read)):
+        assert [row.answer for row in within_step[2]] == [row.answer for row in of_round[2]]
+        assert torch.equal(within_step[0], of_round[0])
+        pairs = zip(within_step[1], of_round[1], strict=True)
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
     here, there = (torch.cat([g.flatten() for g in found[1] if g is not None]) for found in (own, read))
     assert (here - there).norm() < 5e-3 * here.norm()  # of targets that were stored in 16 bits
 
@@ -173,21 +178,38 @@ def test_the_ears_run_once_a_step_and_the_teacher_answers_only_what_the_student_
     assert num_heard == [8, len(asked[0])]  # once for all, and by the teacher for answers of its own
 
 
+def test_beside_a_cache_the_student_answers_from_its_frames_and_the_teacher_hears_only_those_clips(
+    toys, model, student
+):
+    cached, num_heard = toys / "data" / "cache", []
+    samples = next(iter(ShardStream(toys / "data" / "train", Order(8, shuffle=False), Selection(targets=cached))))
+    beside = ScoredCache(cached, None, Capturer(OnlineTeacher(model), load_config(toys / "toy.yaml")))
+    answers = within(student, replace(DRAWN, step_share=0.5), score=beside.score)
+    model.whisper.register_forward_hook(lambda ear, clips, out: num_heard.append(len(clips[0])))
+    m = Collator(beside, student, torch.device("cpu"), torch.float32, step_answers=answers)(samples)
+    said = sum(sample.is_said_now for sample in m.batch.samples)
+    assert 0 < said < 8 and num_heard == [said] and len(m.frames[0]) == 8
+    labels = [row.answer for sample, row in zip(m.batch.samples, m.batch.rows) if not sample.is_said_now]
+    assert labels == [student.rows.answer_ids(s.text) for s, o in zip(samples, m.batch.samples) if not o.is_said_now]
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole(toys) -> list[dict]:
-    """An uninterrupted run whose student answers half of each step's clips."""
-    return train(toys, "whole", *WORDS)
+@pytest.fixture(scope="module", params=["true", "false"], ids=["online", "beside its cache"])
+def whole(request, toys) -> tuple[list[str], list[dict]]:
+    """Words and metrics of an uninterrupted run whose student answers half of each step's clips."""
+    words = [*WORDS, f"teacher.online={request.param}"]
+    return words, train(toys, f"whole {request.param}", *words)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(toys, whole):
-    assert train(toys, "resumed", *WORDS, "train.stop_after=2") == whole[:2]
-    assert train(toys, "resumed", *WORDS) == whole
-    assert 0 < sum(step["own_answers"] for step in whole) < 16
+    (words, expected), name = whole, f"resumed {whole[0][-1]}"
+    assert train(toys, name, *words, "train.stop_after=2") == expected[:2]
+    assert train(toys, name, *words) == expected
+    assert 0 < sum(step["own_answers"] for step in expected) < 16
     with pytest.raises(ValueError, match=r"other settings \(on_policy\.step_share: 0\.5 there, 0\.6 here\)"):
-        train(toys, "resumed", *WORDS, "on_policy.step_share=0.6")
+        train(toys, name, *words, "on_policy.step_share=0.6")
 
 
 def be_rank(rank: int, port: int, config) -> None:
@@ -196,7 +218,8 @@ def be_rank(rank: int, port: int, config) -> None:
 
 
 def test_two_ranks_answer_the_clips_that_one_does_and_repeat_its_losses(toys, whole):
-    config = load_config(toys / "toy.yaml", ["name=ranks", *WORDS, "train.micro_batch_size=1"])
+    (words, steps), name = whole, f"ranks {whole[0][-1]}"
+    config = load_config(toys / "toy.yaml", [f"name={name}", *words, "train.micro_batch_size=1"])
     port, context = tiny.free_port(), multiprocessing.get_context("fork")
     ranks = [context.Process(target=be_rank, args=(rank, port, config)) for rank in (0, 1)]
     for rank in ranks:
@@ -204,7 +227,7 @@ def test_two_ranks_answer_the_clips_that_one_does_and_repeat_its_losses(toys, wh
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
-    for own, expected in zip(metrics(toys, "ranks"), whole, strict=True):
+    for own, expected in zip(metrics(toys, name), steps, strict=True):
         assert own == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -221,14 +244,15 @@ def test_without_a_share_nothing_is_logged_and_nothing_is_held_against_an_older_
     assert "own_answers" not in train(toys, "off", "teacher.online=true", "train.steps=1")[0]
 
 
-def test_a_student_of_another_tokenizer_learns_from_the_text_that_it_says(toys, tmp_path):
+@pytest.mark.parametrize("online", ["true", "false"])
+def test_a_student_of_another_tokenizer_learns_from_the_text_that_it_says(toys, tmp_path, online):
     tokenizer = train_tokenizer([*tiny.WORDS, "other words"], tmp_path / "llm", vocab_size=300)
     build_llm(len(tokenizer), 32, 1, tokenizer).save_pretrained(tmp_path / "llm")
-    words = [*ALL, f"student.llm={tmp_path}/llm"]
-    steps = train(toys, "cross", *words, "loss.cross_tokenizer=chunk")
+    words = [*ALL, f"teacher.online={online}", f"student.llm={tmp_path}/llm"]
+    steps = train(toys, f"cross {online}", *words, "loss.cross_tokenizer=chunk")
     assert all(step["own_answers"] == 4 and step["ce"] == 0 and step["chunk"] > 0 for step in steps)
     with pytest.raises(ValueError, match=r"vocabulary of the student .* is not that of the teacher"):
-        train(toys, "refused", *words)
+        train(toys, f"refused {online}", *words)
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
@@ -237,10 +261,6 @@ def test_a_student_of_another_tokenizer_learns_from_the_text_that_it_says(toys, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["teacher.online=false"],
-            r"step_share is 0\.5, but teacher\.online is false and a cache cannot score .*rounds?",
-        ),
         (
             ["loss.kl=0", "loss.kl_kind=forward_kl", "loss.kl_parameter=null"],
             r"step_share is 0\.5, but loss\.kl is 0 and",
@@ -261,7 +281,7 @@ def test_a_run_without_a_teacher_that_runs_is_refused(toys, tmp_path, student):
 
     with pytest.raises(ValueError, match=r"step_share is 1, but the teacher is None and cannot score what the student"):
         begin(None)
-    with pytest.raises(ValueError, match=r"the teacher is a cache, .*/cache, and cannot score .*teacher\.online=true"):
+    with pytest.raises(ValueError, match=r"the teacher is a cache, .*/cache, and cannot score what .*; give one that"):
         begin(toys / "data" / "cache")
     with pytest.raises(ValueError, match=r"on_policy\.step_share is 1\.0, but loss\.kl is 0 and a student's answer"):
         begin(toys / "teacher", LossConfig(kl=0))
