@@ -5,13 +5,15 @@ before the packages had rooms. Models, clips and shards are of the demo's sizes 
 work is so read here. Each checkout has a process of its own, on one thread, and both do the same works part by part by
 turns: a pack, a batch or a step of one, then the same of the other, while the first waits. So whatever else runs on
 the machine meets both alike. Figures are medians, ratios those of the pairs, the other's seconds by ours: above 1 where
-ours is faster. Processor time is user and system, of the process that trains or packs.
+ours is faster. Processor time is user and system, of the process that trains or packs. In each work the last part is
+not timed; its calls of functions, Python's and torch's, are counted, which no other work on the machine changes.
 
 Also compared, bit by bit: losses from a cache, from one with frames, and online, on one rank and on two; training from
 the other's cache; and a run that the other began. Knows of both only words and functions that both know.
 """
 
 import argparse
+import cProfile
 import json
 import os
 import re
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from pstats import Stats
 from statistics import median, quantiles
 
 OURS = Path(__file__).resolve().parents[1]
@@ -42,13 +45,13 @@ TRAINED = {  # and of runs
     "step_online": ["teacher.online=true"],
 }
 PARTS = {  # what a work's part is, and how many a round takes
-    "pack": ("a pack of 400 clips", 5),
-    "epoch": ("a batch of a cached epoch: read, unpacked, made tensors", 100),
-    "epoch_frames": ("the same with int8 frames", 100),
-    "step": ("a step from the cache", 24),
-    "step_frames": ("a step, int8 frames in the cache", 24),
-    "step_worker": ("the same, read by one worker of the stream", 24),
-    "step_online": ("a step, the teacher online", 12),
+    "pack": ("a pack of 400 clips", 4),
+    "epoch": ("a batch of a cached epoch: read, unpacked, made tensors", 40),
+    "epoch_frames": ("the same with int8 frames", 40),
+    "step": ("a step from the cache", 15),
+    "step_frames": ("a step, int8 frames in the cache", 15),
+    "step_worker": ("the same, read by one worker of the stream", 15),
+    "step_online": ("a step, the teacher online", 8),
 }
 LOSS_STEPS = 8  # of runs that no time is taken of
 MARK = "@part "  # of lines that are no progress of a stage
@@ -61,6 +64,7 @@ class Clock:
     """Tells what each part of a work takes, seconds of processor and wall, and waits for this process' next turn."""
 
     def __init__(self, work: str):
+        self.left, self.profile = PARTS[work][1], cProfile.Profile()
         self.wait({"begins": work})
 
     def wait(self, told: dict) -> None:
@@ -70,9 +74,16 @@ class Clock:
         self.began = time.process_time(), time.perf_counter()
 
     def note(self) -> None:
-        """A part ends, and the next begins."""
+        """A part ends, and the next begins; of the last one calls are counted, and no time is taken."""
         now = time.process_time(), time.perf_counter()
-        self.wait({"took": [after - before for before, after in zip(self.began, now)]})
+        self.profile.disable()
+        self.left -= 1
+        if self.left:
+            self.wait({"took": [after - before for before, after in zip(self.began, now)]})
+        else:
+            self.wait({"calls": Stats(self.profile).total_calls})
+        if self.left == 1:
+            self.profile.enable()
 
     def on_step(self, run, record) -> None:
         """As a run's callback: a step ends."""
@@ -206,20 +217,23 @@ def make_material(ours: Checkout, other: Checkout, folder: Path) -> None:
         for split in ("valid", "test"):  # nothing is validated: that is no step
             shutil.rmtree(folder / "data" / split)
     for one in (ours, other):
-        one.do(fill_caches)  # what is there already stays
+        if not (one.folder / "cache-frames").exists():
+            one.do(fill_caches)
         shutil.rmtree(one.folder / "runs", ignore_errors=True)
 
 
-def take_turns(checkouts: dict[str, Checkout]) -> tuple[dict, dict]:
-    """By work and checkout what each part took; by checkout the losses of its runs."""
+def take_turns(checkouts: dict[str, Checkout], taken: dict, calls: dict) -> dict:
+    """Add, by work and checkout, what each part took and the calls of one; by checkout the losses of its runs."""
     processes = {name: one.open(time_works) for name, one in checkouts.items()}
     told = {name: hear(process) for name, process in processes.items()}
-    taken, work, turn = {}, "", 0
+    work, turn = "", 0
     while not all("losses" in said for said in told.values()):
         for name, said in told.items():
             work = said.get("begins", work)
-            parts = taken.setdefault(work, {}).setdefault(name, [])
-            parts += [said["took"]] if "took" in said else []
+            if "took" in said:
+                taken.setdefault(work, {}).setdefault(name, []).append(said["took"])
+            elif "calls" in said:
+                calls.setdefault(work, {})[name] = said["calls"]
         turn += 1
         for name in sorted(processes, reverse=bool(turn % 2)):
             processes[name].stdin.write("\n")
@@ -227,7 +241,7 @@ def take_turns(checkouts: dict[str, Checkout]) -> tuple[dict, dict]:
             told[name] = hear(processes[name])
     for process in processes.values():
         process.communicate()
-    return taken, {name: said["losses"] for name, said in told.items()}
+    return {name: said["losses"] for name, said in told.items()}
 
 
 def hear(process: subprocess.Popen) -> dict:
@@ -248,7 +262,8 @@ def find_ratios(taken: dict) -> dict:
     """By work and clock: seconds of a part in either checkout, and of the other's by ours median and quartiles."""
     figures = {}
     for work, by_name in taken.items():
-        parts = {name: of[0 if work == "pack" else WARM_UP :] for name, of in by_name.items()}
+        skipped, timed = 0 if work == "pack" else WARM_UP, PARTS[work][1] - 1  # of a round
+        parts = {name: [part for n, part in enumerate(of) if n % timed >= skipped] for name, of in by_name.items()}
         figures[work] = {}
         for number, clock in enumerate(("processor", "wall")):
             one = {name: [part[number] for part in of] for name, of in parts.items()}
@@ -302,14 +317,15 @@ def try_what_was_made(ours: Checkout, other: Checkout) -> dict[str, str]:
 def make_table(figures: dict) -> str:
     """Markdown: ratios, then losses, then what was made before."""
     lines = [
-        "| one | s before | s now | before ÷ now: processor | quartiles | wall |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| one | s before | s now | before ÷ now: processor | quartiles | wall | calls |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for work, clocks in figures["works"].items():
         own = clocks["processor"]
-        low, high = own["quartiles"]
+        (low, high), counted = own["quartiles"], figures["calls"][work]
+        rest = f"{clocks['wall']['ratio']:.3f} | {counted['other'] / counted['ours']:.3f}"
         lines.append(f"| {PARTS[work][0]} | {own['other']:.4f} | {own['ours']:.4f} | **{own['ratio']:.3f}** "
-                     f"| {low:.3f} to {high:.3f} | {clocks['wall']['ratio']:.3f} |")  # fmt: skip
+                     f"| {low:.3f} to {high:.3f} | {rest} |")  # fmt: skip
     how = "Medians, part by part by turns; seconds are the processor's; other work shared the machine."
     lines += ["", how, "", "| losses | before and now |", "|---|---|"]
     lines += [f"| {way} | {how} |" for way, how in figures["losses"].items()]
@@ -329,23 +345,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("other", type=Path, help="a checkout of the commit to compare with")
     parser.add_argument("--folder", type=Path, help="of models, clips and caches, which are used again; default: none")
+    parser.add_argument("--rounds", type=int, default=3, help="of fresh processes (%(default)s)")
     args = parser.parse_args()
+    from record import write_result
+
     with tempfile.TemporaryDirectory() as name:
         material = (args.folder or Path(name)).resolve()
         ours, other = (Checkout(root.resolve(), material / who, material)
                        for who, root in (("ours", OURS), ("other", args.other)))  # fmt: skip
         make_material(ours, other, material)
-        taken, losses = take_turns({"other": other, "ours": ours})
+        taken, calls = {}, {}
+        for number in range(args.rounds):
+            losses = take_turns({"other": other, "ours": ours}, taken, calls)
+            print(f"round {number + 1}", json.dumps([find_ratios(taken), calls]), file=sys.stderr, flush=True)
         compared = {
             PARTS[work][0]: describe_difference(losses["other"][work], losses["ours"][work]) for work in TRAINED
         }
-        print(json.dumps([find_ratios(taken), compared], indent=1), file=sys.stderr, flush=True)
-        figures = {"works": find_ratios(taken), "losses": compared | compare_ranks(ours, other),
-                   "made_before": try_what_was_made(ours, other)}  # fmt: skip
-    figures |= {"commits": {"other": commit_of(args.other), "ours": commit_of(OURS)}, "taken": taken}
-    from record import write_result
-
-    write_result("against", figures, make_table(figures))
+        figures = {"works": find_ratios(taken), "losses": compared, "made_before": {}, "taken": taken, "calls": calls,
+                   "commits": {"other": commit_of(args.other), "ours": commit_of(OURS)}}  # fmt: skip
+        write_result("against", figures, make_table(figures))  # and again with each of the next, which take minutes
+        figures["losses"] |= compare_ranks(ours, other)
+        write_result("against", figures, make_table(figures))
+        figures["made_before"] = try_what_was_made(ours, other)
+        write_result("against", figures, make_table(figures))
 
 
 if __name__ == "__main__":
