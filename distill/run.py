@@ -13,6 +13,7 @@ from distill.caching.identity import describe_teacher
 from distill.caching.scoring import ScoredCache
 from distill.command import run_stage
 from distill.config import SPLITS, Config, to_yaml
+from distill.config.files import Loader
 from distill.distiller import Distiller, Run
 from distill.inputs import check_clips
 from distill.student import lora_of, make_student, student_llm, tell_ears_error
@@ -98,12 +99,12 @@ def report_changed_fields(config: Config) -> None:
     """Say which settings of a run that goes on are not those that its folder holds."""
     path = config.run_folder / "config.yaml"
     try:
-        there = yaml.safe_load(path.read_text())
+        there = yaml.load(path.read_text(), Loader)
     except (OSError, ValueError, yaml.YAMLError):
         there = None
     if not isinstance(there, dict):
         return say(None, f"{path} cannot be read, so what changed since the run began is not known")
-    here = yaml.safe_load(to_yaml(config))
+    here = yaml.load(to_yaml(config), Loader)
     report_changes(there, here, config.train.allow_change, lambda text: say(None, f"{config.run_folder} {text}"))
 
 

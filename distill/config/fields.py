@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from distill.config.credentials import refuse_secrets
-from distill.config.files import lay_over_, read_files, read_words
+from distill.config.files import Dumper, lay_over_, read_files, read_words
 from distill.config.recipes import find_config
 from distill.config.rules import CODEC_FIELDS, check_config, check_section
 from distill.config.suggestions import did_you_mean, nearest_fields
@@ -442,7 +442,7 @@ def to_yaml(config: Config) -> str:
     """The resolved config as YAML."""
     tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists, which is how YAML has them
     tree["loss"]["hidden_layers"] = config.loss.hidden_layers
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10_000)
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def fingerprint(value) -> str:
