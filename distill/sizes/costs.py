@@ -183,9 +183,9 @@ def measure(blueprint: Blueprint, usage: Usage, given: dict[str, PretrainedConfi
     flops["LLM body"] = _count_body(model, length)
     head = model.llm.get_output_embeddings()
     flops["LLM head"] = count_flops(lambda: head(_empty(usage.answer_tokens, head.in_features, like=head)))
-    sizes = measure_sizes(blueprint, given)
+    sizes = _measure_sizes_(model, blueprint)
     if "LoRA" in sizes:
-        flops["LoRA"] = 2 * length * count_passed(blueprint, given)
+        flops["LoRA"] = 2 * length * count_passed(model.llm)
     in_order = (*ear_titles(), *BEHIND_EARS)
     names = [name for name in in_order if name in sizes or name in flops]  # a tied head has no weights of its own
     return [Part(name, *sizes.get(name, (0, 0.0)), flops.get(name, 0)) for name in names]
@@ -195,7 +195,11 @@ def measure_sizes(
     blueprint: Blueprint, given: dict[str, PretrainedConfig] | None = None
 ) -> dict[str, tuple[int, float]]:
     """Parameters and bytes of each part of a model that it has."""
-    model = build_on_meta(blueprint, given or {})
+    return _measure_sizes_(build_on_meta(blueprint, given or {}), blueprint)
+
+
+def _measure_sizes_(model: Salmonn, blueprint: Blueprint) -> dict[str, tuple[int, float]]:
+    """As `measure_sizes`, of a model that is built already; it gets the blueprint's LoRA."""
     head = model.llm.get_output_embeddings()
     linears = {m.weight for m in model.llm.modules() if is_linear(m) and m is not head}
     if blueprint.lora is not None:
@@ -204,11 +208,8 @@ def measure_sizes(
     return _size_parts(model, linears if blueprint.is_4bit else frozenset())
 
 
-def count_passed(blueprint: Blueprint, given: dict[str, PretrainedConfig] | None = None) -> int:
-    """Parameters of LoRA that a token passes: of a mixture, those of as many experts as it goes to."""
-    llm = build_on_meta(blueprint, given or {}).llm
-    with torch.device("meta"):
-        add_lora_(llm, blueprint.lora)
+def count_passed(llm: nn.Module) -> int:
+    """Parameters of a LLM's LoRA that a token passes: of a mixture, those of as many experts as it goes to."""
     mixtures = [module for module in llm.modules() if isinstance(module, Experts)]
     trained, of_experts = (
         sum(p.numel() for m in ms for p in m.parameters() if p.requires_grad) for ms in ([llm], mixtures)
