@@ -26,8 +26,8 @@ from shards.manifests.manifest import read_manifest
 from teachers.files.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-# whose blocks tests/training/test_extending.py and tests/device/test_device.py run
-ELSEWHERE = {"extending.md", "device.md"}
+# whose blocks tests/training/test_extending.py, tests/device/test_device.py and tests/commandline/test_recipes.py run
+ELSEWHERE = {"extending.md", "device.md", "recipes.md"}
 PAGES = ["CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if p.name not in ELSEWHERE)]
 SMALL = {
     "data": {"workers": 0},

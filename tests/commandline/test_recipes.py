@@ -1,18 +1,37 @@
 """The recipes: published sizes of what they name, one cache for all students of a teacher, and the page on them."""
 
+import shutil
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from test_blocks import blocks_of, run_page
 
-from distill.cli import main
 from distill.config import load_config
-from distill.sizes.costs import Usage, describe_student, describe_teacher, measure, measure_sizes
+from distill.sizes.costs import Blueprint, Usage, describe_student, describe_teacher, measure, measure_sizes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [
     path for folder in ("configs", "configs/mixtures") for path in sorted((ROOT / folder).glob("salmonn_*.yaml"))
 ]
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
+MEASURED: dict[str, dict] = {}  # models of billions, each built once for the table and what is published
+
+
+def measure_once(blueprint: Blueprint, given: dict) -> dict[str, tuple[int, float]]:
+    """`measure_sizes`, with a memory."""
+    if (key := repr((blueprint, given))) not in MEASURED:
+        MEASURED[key] = measure_sizes(blueprint, given)
+    return MEASURED[key]
+
+
+@cache
+def sizes_of(name: str) -> dict[str, tuple[int, float]]:
+    """Parameters and bytes of each part of a recipe's student."""
+    config = load_config(name)
+    teacher, given = describe_teacher(config)
+    return measure_once(describe_student(config, teacher), given)
 
 
 @pytest.mark.parametrize(
@@ -28,9 +47,7 @@ PAGE = (ROOT / "docs" / "recipes.md").read_text()
     ],
 )
 def test_a_recipes_student_has_the_published_parameters(name, whisper, llm):
-    config = load_config(name)
-    teacher, given = describe_teacher(config)
-    sizes = measure_sizes(describe_student(config, teacher), given)
+    sizes = sizes_of(name)
     assert sizes["Whisper encoder"][0] / 1e6 == pytest.approx(whisper, abs=0.05)
     parts = ("LLM embeddings", "LLM body", "LLM head")
     assert sum(sizes[part][0] for part in parts if part in sizes) / 1e6 == pytest.approx(llm, abs=1e-3)
@@ -47,9 +64,7 @@ def test_a_recipes_student_has_the_published_parameters(name, whisper, llm):
     ],
 )
 def test_a_recipes_student_has_the_second_encoder_of_its_name(name, ears):
-    config = load_config(name)
-    teacher, given = describe_teacher(config)
-    assert {"BEATs", "EAT"} & measure_sizes(describe_student(config, teacher), given).keys() == ears
+    assert {"BEATs", "EAT"} & sizes_of(name).keys() == ears
 
 
 def test_a_mixtures_routers_and_the_lora_of_its_experts_are_what_it_trains():
@@ -59,7 +74,7 @@ def test_a_mixtures_routers_and_the_lora_of_its_experts_are_what_it_trains():
     attention = 16 * rank * (2 * (2048 + 2048) + 2 * (2048 + 512))
     of_an_expert = rank * ((2048 + 2 * 8192) + (8192 + 2048))
     routers = 16 * 8 * 2048
-    assert measure_sizes(blueprint, given)["LoRA"][0] == attention + 16 * 8 * of_an_expert + routers
+    assert sizes_of("salmonn_3b_to_moe_1b")["LoRA"][0] == attention + 16 * 8 * of_an_expert + routers
     # a token passes two experts of eight
     flops = {part.name: part.flops for part in measure(blueprint, Usage(seconds=30.0), given)}
     length = 20 + 88 + 30
@@ -82,11 +97,14 @@ def test_no_two_recipes_write_into_one_run_folder():
     assert len({load_config(path).run_folder for path in RECIPES}) == len(RECIPES)
 
 
-def test_the_page_holds_the_table_that_its_command_prints(capsys):
-    assert main(["stats", "model", *map(str, RECIPES)]) == 0
-    printed = capsys.readouterr().out.strip()
-    assert printed.count("\n") == len(RECIPES) + 3 and printed in PAGE
-    columns = printed.splitlines()[0].split("|")[1:-1]
+def test_every_block_of_the_page_works_and_it_holds_the_table_that_its_command_prints(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distill.sizes.table.measure_sizes", measure_once)
+    assert run_page("docs/recipes.md") == len(blocks_of("docs/recipes.md"))
+    lines = list(takewhile(lambda line: line.startswith("|"), capsys.readouterr().out.splitlines()))
+    assert len(lines) == len(RECIPES) + 4 and "\n".join(lines) in PAGE
+    columns = lines[0].split("|")[1:-1]
     assert len(set(columns)) == len(columns)
 
 
