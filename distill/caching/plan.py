@@ -33,6 +33,7 @@ from shards.targets.distributions import HiddenStates
 from shards.tars.archive import BLOCK
 from teachers.logits import head_logits, logit_transform
 
+OF_CARDS = ("card", "gpu_gb", "audio_hours")  # options that mean nothing without --gpus
 GOOD_COSINE = 0.9998  # of the gradient: what is above it trains like the dense teacher
 
 
@@ -213,6 +214,9 @@ def main(args: argparse.Namespace) -> int:
         from distill.sizes.plan import plan_cards
 
         return plan_cards(args)
+    without = [f"--{name.replace('_', '-')}" for name in OF_CARDS if getattr(args, name) is not None]
+    if without:
+        raise ValueError(f"{without[0]} is given, but cards are planned for with --gpus alone; say how many there are.")
     measured = plan(args.config, args.clips)
     if args.json:
         print_json(describe_plan(measured, args.max_gb))

@@ -95,3 +95,11 @@ def test_plan_counts_what_is_packed_and_says_where_nothing_is(toys, capsys, tmp_
     assert "cache.frames=int8" in text and "of 24 GB" in text  # the card's own
     assert main([*words, f"data.folder={tmp_path}"]) == 1
     assert "--audio-hours is not given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--card", "L4"], ["--gpu-gb", "24"], ["--audio-hours", "5"]], ids=lambda words: words[0]
+)
+def test_what_is_said_of_cards_is_refused_without_their_number(toys, capsys, words):
+    assert main(["plan", str(toys), *words]) == 1
+    assert f"{words[0]} is given, but cards are planned for with --gpus alone; say how many" in capsys.readouterr().err
