@@ -260,6 +260,7 @@ class ScratchConfig:
     text_steps: int = 300  # of each LLM's pre-training on the corpus' text
     vocab_size: int = 500  # at most, of the sentencepiece tokenizer
     seconds: float = 3.6  # longest clip the ears take
+    ears_seconds: str = "30"  # that its Whisper hears, as student.ears_seconds; "30" is all of the seconds above
     ear_width: int = 96  # of its Whisper
     ear_layers: int = 3  # of it
     llm_width: int = 128  # of the teacher's LLM

@@ -391,11 +391,12 @@ def check_own_answers(on_policy, loss) -> None:
 
 
 def check_scratch(config) -> None:
-    """Refuse to describe a teacher that is made here: `scratch` says all of it.
+    """Refuse to describe a teacher that is made here, as `scratch` says all of it, and ears of no length.
 
     Raises:
-        ValueError: naming both settings.
+        ValueError: naming the settings.
     """
+    parse_ears_seconds(config.scratch.ears_seconds, "scratch.ears_seconds")
     if not config.scratch.steps or config.teacher.path:
         return
     for name in ("llm", "whisper", "second", "second_kind", "end_token", "bos_token", "prompts", "template"):

@@ -22,15 +22,16 @@ from distill.training.ranks import average_gradients_over_ranks_
 from shards.files.write import open_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import read_manifest
-from shards.sample import Sample
+from shards.sample import SAMPLE_RATE, Sample
 from shards.status import print_status
 from shards.streaming.catalog import open_catalog
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
-from teachers.ears.whisper import WhisperEar
+from teachers.ears.length import FULL, parse_ears_seconds
+from teachers.ears.whisper import FRAME_SAMPLES, WhisperEar
 from teachers.files.loading import build_salmonn
-from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.salmonn import LEAST_SAMPLES, Salmonn, SalmonnConfig
 from teachers.words.batch import pad_waveforms
 from teachers.words.prompts import Prompts, load_prompts
 
@@ -41,7 +42,8 @@ HEARD_AT_ONCE = ("gender_recognition",)  # tasks whose answers are one thing abo
 
 def completion_mark(config: Config) -> str:
     """Hash of the settings that make a teacher what it is."""
-    return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.seed])
+    return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.data.bucket_batches,
+                        config.seed])  # fmt: skip
 
 
 def is_done(folder: Path, mark: str) -> bool:
@@ -183,7 +185,7 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
     rank, size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     stream = ShardStream(
         config.shards("train"),
-        Order(batch_size=scratch.batch_size, seed=config.seed),
+        Order(batch_size=scratch.batch_size, seed=config.seed, bucket_batches=config.data.bucket_batches),
         Selection(tasks=tasks),
         rank=rank,
         world_size=size,
@@ -193,7 +195,7 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
     optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
     with Progress("ears", options.steps, accelerator=accelerator) as progress:
         for step, samples in zip(range(options.steps), stream):
-            loss = ear_loss(ear, heads, samples, tokenizer)
+            loss = ear_loss(ear, heads, samples, tokenizer, scratch.ears_seconds)
             set_learning_rate_(optimizer, learning_rate(step, options))
             loss.backward()
             average_gradients_over_ranks_(accelerator, [p for p in parameters.values() if p.requires_grad])
@@ -203,10 +205,14 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
             progress.advance(f"loss {loss.item():.3f}")
 
 
-def ear_loss(ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], tokenizer) -> Tensor:
+def ear_loss(
+    ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], tokenizer, ears_seconds: str = FULL
+) -> Tensor:
     """The sum of both losses of `pretrain_ears_`, each a mean over the samples that have it."""
     ids = [tokenizer.encode(sample.text, add_special_tokens=False) for sample in samples]
-    frames_BRE, num_frames_B = ear(*pad_waveforms([sample.waveform_N for sample in samples]))
+    waveforms_BN, num_samples_B = pad_waveforms([sample.waveform_N for sample in samples])
+    heard_B = heard_frames(num_samples_B, ears_seconds, ear.max_samples)
+    frames_BRE, num_frames_B = ear(waveforms_BN, num_samples_B, None, heard_B)
     at_once = torch.tensor([sample.task in HEARD_AT_ONCE for sample in samples])
     in_order = [row for row, is_whole in zip(ids, at_once.tolist()) if not is_whole]
     loss = frames_BRE.sum() * 0.0
@@ -222,6 +228,15 @@ def ear_loss(ear: WhisperEar, heads: nn.ModuleDict, samples: Sequence[Sample], t
         first = torch.tensor([row[0] for row, is_whole in zip(ids, at_once.tolist()) if is_whole])
         loss = loss + cross_entropy(heads["whole"](means_BE[at_once]), first)
     return loss
+
+
+def heard_frames(num_samples_B: Tensor, ears_seconds: str, max_samples: int) -> list[int] | None:
+    """The frames that ears in training hear of each clip; None: all that they can take."""
+    padding_seconds = parse_ears_seconds(ears_seconds)
+    if padding_seconds is None:
+        return None
+    heard_B = (num_samples_B + round(padding_seconds * SAMPLE_RATE)).clamp(LEAST_SAMPLES, max_samples)
+    return (-(-heard_B // FRAME_SAMPLES)).tolist()
 
 
 def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -270,6 +285,7 @@ def teacher_config(scratch: ScratchConfig, folder: Path) -> SalmonnConfig:
         window_seconds=scratch.window_seconds,
         stride_seconds=scratch.window_seconds,
         windows="audio",
+        ears_seconds=scratch.ears_seconds,
         num_queries=scratch.num_queries,
         qformer_width=scratch.qformer_width,
         qformer_layers=scratch.qformer_layers,

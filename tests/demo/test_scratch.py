@@ -47,3 +47,24 @@ def test_ears_learn_words_in_their_order_and_what_is_said_of_a_whole_clip_from_i
     )
     other.backward()
     assert heads["order"].weight.grad is None and torch.count_nonzero(heads["whole"].weight.grad) > 0
+
+
+def test_ears_that_are_cut_to_the_clip_learn_and_hear_so_from_the_start(tmp_path):
+    tiny.make_shards(tmp_path / "data", num_samples=4)
+    path = tiny.write_config(tmp_path / "toy.yaml", tmp_path / "data", "", tmp_path, teacher__path="''",
+                             corpus__train=tmp_path / "data" / "train.json", student__llm="''",
+                             **{f"scratch__{name}": value for name, value in SIZES.items()})  # fmt: skip
+    config = load_config(path, ["scratch.ears_seconds=clip"])
+    assert teach(config) == 0
+    model = load_salmonn(config.run_folder / "scratch/teacher")
+    assert model.config.ears_seconds == "clip" and model.num_speech_frames(32_000) == 102  # its last window's; of 180
+    heads = nn.ModuleDict({name: nn.Linear(model.whisper.width, len(model.tokenizer)) for name in ("order", "whole")})
+    clips = [tiny.make_sample(1, text="one", seconds=1.0), tiny.make_sample(2, text="two", seconds=2.0)]
+    losses = {
+        how: float(ear_loss(model.whisper, heads, clips, model.tokenizer, how)) for how in ("clip", "clip+5", "30")
+    }
+    alone = [float(ear_loss(model.whisper, heads, [clip], model.tokenizer, "clip")) for clip in clips]
+    assert losses["clip"] == pytest.approx(sum(alone) / 2, rel=1e-4)  # a clip is heard as it is alone
+    assert losses["clip+5"] == pytest.approx(losses["30"], rel=1e-4) != pytest.approx(losses["clip"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"scratch\.ears_seconds is 'all', but must be '30'"):
+        load_config(path, ["scratch.ears_seconds=all"])
