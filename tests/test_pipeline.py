@@ -2,15 +2,12 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -22,11 +19,10 @@ from distill.cli import main
 from distill.command import run_stage
 from distill.config import Config, load_config
 from distill.evaluation.evaluate import evaluate_run
-from distill.pipeline import launch_stage, make_shards, run_pipeline
+from distill.pipeline import make_shards, run_pipeline
 from distill.run import find_valid, run
 from shards.manifests.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
-from shards.status import print_status
 
 
 def write_corpus(folder, num_clips: int = 8) -> None:
@@ -219,36 +215,13 @@ def run_here(module: str, path: str, words: list[str], launch: str | None) -> No
     assert run_stage(stage, [path, *words]) == 0, module
 
 
-def launch_or_fork(module: str, path: str, words: list[str], launch: str | None) -> None:
-    """Training as a user's process; the other stages as copies of this one, whose imports are done."""
-    if module == "distill.run":
-        return launch_stage(module, path, words, launch)
-    print_status(f"— {module.rpartition('.')[2]}")
-    stage = multiprocessing.get_context("fork").Process(target=be_stage, args=(module, path, *words))
-    stage.start()
-    stage.join()
-    assert stage.exitcode == 0
-
-
-def be_stage(module: str, *words: str) -> None:
-    """What `python -m module` does once all that it imports is there; warnings are seen as there."""
-    warnings.resetwarnings()
-    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", category)
-    warnings.showwarning = lambda *about: print(warnings.formatwarning(*about[:4]), file=sys.stderr)  # not pytest's
-    sys.modules.pop(module, None)
-    sys.argv[1:] = words
-    runpy.run_module(module, run_name="__main__")
-
-
-def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_path, monkeypatch, capfd, on_the_cpu):
+def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(shards.demo.synth, "SIZES", {"train": 24, "valid": 8, "test": 8})
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the pipeline sets it for its process
     words = [f"runs={tmp_path}/runs", f"data.folder={tmp_path}/data", "corpus.num_train=24", "data.workers=0"]
     words += ["scratch.steps=2", "scratch.ear_steps=2", "scratch.text_steps=2", "train.steps=2", "train.batch_size=8"]
     words += ["train.warmup_steps=1", "eval.max_new_tokens=4"]
     demo = str(Path(__file__).resolve().parents[1] / "configs" / "demo.yaml")
-    monkeypatch.setattr("distill.pipeline.launch_stage", launch_or_fork)
     run_pipeline(demo, words, None)
     card = json.loads((tmp_path / "runs" / "demo" / "scorecard.json").read_text())
     assert card["training"]["steps"] == 2 and card["device"]["scores"].keys() == card["student"]["scores"].keys()
