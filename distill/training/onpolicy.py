@@ -45,9 +45,9 @@ class OwnAnswers:
             options["logits_processor"] = [Draw(names, self.how.temperature, self.how.max_new_tokens)]
         batch = self.student.collate(samples, with_answer=False).to(self.student.device)
         rows = self.student.generate_ids(batch, frames=frames, **options)
-        return [self._put(sample, ids) for sample, ids in zip(samples, rows)]
+        return [self.put(sample, ids) for sample, ids in zip(samples, rows)]
 
-    def _put(self, sample: Sample, ids: list[int]) -> Sample:
+    def put(self, sample: Sample, ids: list[int]) -> Sample:
         """The student's own tokens where the teacher has the same, else their text."""
         student, rows, num_said = self.student, self.student.rows, len(ids)
         sample = replace(sample, text=student.read(ids))

@@ -388,6 +388,6 @@ def test_a_students_answer_keeps_the_ids_it_was_said_in_and_ends_once(parts):
         (spelled, "one", spelled),
         (cut, "one two three", [*cut, *rows.end_ids]),
     ):
-        put = answerer._put(sample, said)
+        put = answerer.say.put(sample, said)
         assert (put.text, list(put.answer_ids)) == (text, expected)
-    assert rows.row(answerer._put(sample, whole), with_answer=True, first_prompt=True).answer == whole
+    assert rows.row(answerer.say.put(sample, whole), with_answer=True, first_prompt=True).answer == whole
