@@ -1,8 +1,10 @@
 """A pipeline of toys for the tests: random weights in the real formats, and clips of tones, in seconds."""
 
+import multiprocessing
 import os
 import resource
 import socket
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import soundfile
 import torch
 from accelerate.state import AcceleratorState
 
-from distill.config import CacheConfig, ScratchConfig, load_config, to_yaml
+from distill.config import CacheConfig, Config, ScratchConfig, load_config, to_yaml
 from distill.demo.scratch import build_llm, build_whisper
 from distill.demo.tokenizer import train_tokenizer
 from shards.files.write import open_atomically
@@ -149,6 +151,22 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def run_two_ranks(stage: Callable[[Config], object], config: Config) -> None:
+    """Run a stage as a launcher of two ranks does; the imports are already done here."""
+    port, context = free_port(), multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_be_rank, args=(rank, port, stage, config)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def _be_rank(rank: int, port: int, stage: Callable[[Config], object], config: Config) -> None:
+    become_rank(rank, port)
+    stage(config)
 
 
 def become_rank(rank: int, port: int, world_size: int = 2) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import re
 import shutil
 from pathlib import Path
@@ -115,25 +114,8 @@ def test_a_greedy_answer_is_what_the_student_says_to_the_prompt_it_is_trained_wi
     assert len(records) == 12
 
 
-def answer_as_rank(rank: int, port: int, stage, config) -> None:
-    """What torchrun starts twice; the imports are already done here."""
-    tiny.become_rank(rank, port)
-    stage(config)
-
-
-def run_two_ranks(stage, config) -> None:
-    port = tiny.free_port()
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=answer_as_rank, args=(rank, port, stage, config)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-
-
 def test_two_ranks_write_the_bytes_that_one_writes(toys, tmp_path):
-    run_two_ranks(answers, configure(toys, "name=r0", f"cache.folder={tmp_path}", *DRAWN))
+    tiny.run_two_ranks(answers, configure(toys, "name=r0", f"cache.folder={tmp_path}", *DRAWN))
     assert read_tars(tmp_path / "round-1") == read_tars(toys / "data/cache/round-1")
 
 
@@ -253,7 +235,7 @@ def test_a_resumed_round_repeats_the_uninterrupted_one_bit_by_bit(toys, mixed):
 
 def test_two_ranks_repeat_the_losses_of_one(toys, mixed):
     words = round_words(toys, 0.5, "loss.kl_kind=jsd", "loss.kl_parameter=0.5", "train.micro_batch_size=1")
-    run_two_ranks(run, configure(toys, "name=ranks", *words))
+    tiny.run_two_ranks(run, configure(toys, "name=ranks", *words))
     for own, expected in zip(metrics(toys, "ranks"), mixed, strict=True):
         assert own == pytest.approx(expected, rel=1e-4, abs=1e-5)
 

@@ -1,7 +1,6 @@
 """Answers of the student within a step: a round's loss and gradient, drawn from seed, step and key, told, refused."""
 
 import json
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,21 +211,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(toys, whole):
         train(toys, name, *words, "on_policy.step_share=0.6")
 
 
-def be_rank(rank: int, port: int, config) -> None:
-    tiny.become_rank(rank, port)
-    run(config)
-
-
 def test_two_ranks_answer_the_clips_that_one_does_and_repeat_its_losses(toys, whole):
     (words, steps), name = whole, f"ranks {whole[0][-1]}"
     config = load_config(toys / "toy.yaml", [f"name={name}", *words, "train.micro_batch_size=1"])
-    port, context = tiny.free_port(), multiprocessing.get_context("fork")
-    ranks = [context.Process(target=be_rank, args=(rank, port, config)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    tiny.run_two_ranks(run, config)
     for own, expected in zip(metrics(toys, name), steps, strict=True):
         assert own == pytest.approx(expected, rel=1e-4, abs=1e-5)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,22 +78,9 @@ def test_a_resumed_augmented_run_repeats_the_uninterrupted_losses_bit_by_bit(toy
     assert run_to(toys, "resumed", *LOUD, *MIXED) == augmented
 
 
-def run_as_rank(rank: int, port: int, config: Config) -> None:
-    """What torchrun starts twice; the imports are already done here."""
-    tiny.become_rank(rank, port)
-    run(config)
-
-
 def test_two_ranks_with_batches_by_seconds_repeat_the_losses_of_one_process(toys, augmented):
     config = load_config(toys / "toy.yaml", ["name=ranks", "train.micro_batch_size=1", *LOUD, *MIXED])
-    port = tiny.free_port()
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run_as_rank, args=(rank, port, config)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    tiny.run_two_ranks(run, config)
     assert losses(toys, "ranks") == pytest.approx(augmented, abs=1e-5)
 
 
