@@ -17,6 +17,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,7 +38,6 @@ from distill.evaluation.scorecard import (
 from distill.exporting.clips import read_clips
 from distill.student import NUM_CLIPS
 from shards.files.write import staged, write_atomically
-from shards.sample import Sample
 from shards.status import print_status
 from shards.streaming.catalog import is_packed
 from shards.streaming.order import Order
@@ -258,25 +259,31 @@ def export_format(run_folder: Path, out: Path, name: str) -> Path:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files already, but an export starts empty; choose another folder.")
     samples = [sample for sample in read_clips(load_config(run_folder / "config.yaml")) if sample.text is not None]
-    if name == ONNX_EARS:
-        with staged(out, last=HOW) as stage:
-            write_onnx_ears(load_student(run_folder / "student"), stage, samples, HOW)
-        return out
-    with staged(out, last=HOW) as stage, tempfile.TemporaryDirectory(dir=stage.parent) as folder:
-        merge_lora(load_student(run_folder / "student"), Path(folder))
-        write_format(name, load_student(run_folder / "student"), Path(folder) / LLM, stage, samples)
+    with naming_extra(f"--format {name}", "formats"), staged(out, last=HOW) as stage:
+        if name == ONNX_EARS:
+            from distill.exporting.onnx import write_ears
+
+            write_ears(load_student(run_folder / "student"), stage, samples)
+            return out
+        with tempfile.TemporaryDirectory(dir=stage.parent) as folder:
+            merge_lora(load_student(run_folder / "student"), Path(folder))
+            write_format(name, load_student(run_folder / "student"), Path(folder) / LLM, stage, samples)
     return out
 
 
-def write_onnx_ears(student: Salmonn, out: Path, samples: list[Sample], how: str) -> None:
-    """As `distill.exporting.onnx.write_ears`, whose packages are extras."""
+@contextmanager
+def naming_extra(option: str, extra: str) -> Iterator[None]:
+    """Say which extra has the packages of an option.
+
+    Raises:
+        RuntimeError: one of them is not installed.
+    """
     try:
-        from distill.exporting.onnx import write_ears
+        yield
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"{error.name} is not installed, but --format {ONNX_EARS} needs it; pip install 'distill-audio[formats]'."
+            f"{error.name} is not installed, but {option} needs it; pip install 'distill-audio[{extra}]'."
         ) from error
-    write_ears(student, out, samples, how)
 
 
 def export_for_device(args: argparse.Namespace) -> Path:
@@ -291,12 +298,8 @@ def export_for_device(args: argparse.Namespace) -> Path:
             "--device is given with --merge, --whole, --salmonn or --ears-bits, but a device's folder is whole, with "
             "LoRA apart and ears as --ears says; leave them out."
         )
-    try:
+    with naming_extra("--device openvino", "device"):
         from distill.exporting.device import Precision, export_device
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"{error.name} is not installed, but --device openvino needs it; pip install 'distill-audio[device]'."
-        ) from error
     return export_device(args.run, args.out, Precision(args.head, args.ears, args.products))
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.exporting.formats import HOW
 from shards.files.write import write_atomically
 from shards.sample import Sample
 from shards.status import print_status
@@ -25,7 +26,7 @@ from teachers.salmonn import Salmonn
 
 OPSET = 17  # of 2022, which ONNX Runtime reads from 1.12 on
 INLINE = 1024  # bytes; a smaller tensor stays in the graph's own file
-HOW = """`whisper.onnx`, `second.onnx` (where there is one) and `connector.onnx` take and give what the graphs of a
+GRAPHS = """`whisper.onnx`, `second.onnx` (where there is one) and `connector.onnx` take and give what the graphs of a
 device's folder do: see "The files, for another language" in docs/device.md for their inputs and for how windows are
 cut. Each reads its weights from the `.bin` beside it:
 ```python
@@ -36,11 +37,13 @@ whisper = onnxruntime.InferenceSession("whisper.onnx")
 ```"""
 
 
-def write_ears(student: Salmonn, out: Path, samples: Sequence[Sample], how: str) -> None:
-    """Write the graphs, print their error, and say in `how` what to do with them."""
+def write_ears(student: Salmonn, out: Path, samples: Sequence[Sample]) -> None:
+    """Write the graphs, print their error, and say what to do with them."""
     text = write_onnx(student, out, samples)
     print_status(f"onnx-ears: {text}")
-    write_atomically(out / how, f"# onnx-ears\n\nThe student's ears and connector. Against torch: {text}.\n\n{HOW}\n")
+    write_atomically(
+        out / HOW, f"# onnx-ears\n\nThe student's ears and connector. Against torch: {text}.\n\n{GRAPHS}\n"
+    )
 
 
 def write_onnx(student: Salmonn, out: Path, samples: Sequence[Sample]) -> str:

@@ -241,6 +241,22 @@ def test_each_other_format_is_read_back_and_its_error_said(finished, tmp_path, f
     assert list(out.rglob("*.gguf" if "gguf" in form else "llm/model.safetensors"))
 
 
+@pytest.mark.parametrize(("option", "package", "module", "extra"), [
+    ("--device openvino", "openvino", "distill.exporting.device", "device"),
+    ("--format gguf-q8_0", "gguf", "distill.exporting.gguf", "formats"),
+    ("--format onnx-ears", "onnx", "distill.exporting.onnx", "formats"),
+])  # fmt: skip
+def test_an_option_whose_package_is_missing_names_the_extra_that_has_it(
+    finished, tmp_path, monkeypatch, capfd, option, package, module, extra
+):
+    for name in [name for name in sys.modules if name == module or name.startswith("students.device.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["export", str(finished), str(tmp_path / "out"), *option.split()]) == 1
+    expected = f"{package} is not installed, but {option} needs it; pip install 'distill-audio[{extra}]'."
+    assert expected in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_ears_as_onnx_say_how_far_they_are_from_torch(finished, tmp_path, capfd):
     out = tmp_path / "out"
     assert main(["export", str(finished), str(out), "--format", "onnx-ears"]) == 0
