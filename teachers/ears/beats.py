@@ -209,9 +209,8 @@ class BeatsEncoder(nn.Module):
         offsets = torch.arange(1 - num_frames, num_frames, device=table.device)
         bias_HO = table[bucket_positions(offsets, self.config.num_buckets, self.config.max_distance)].T
         places_R = torch.arange(num_frames, device=table.device)
-        return bias_HO[
-            :, places_R - places_R[:, None] + num_frames - 1
-        ]  # not `unfold`, which no graph has at any length
+        places_RR = places_R - places_R[:, None] + num_frames - 1  # `unfold` would do, but has no ONNX of every length
+        return bias_HO.index_select(1, places_RR.flatten()).unflatten(1, places_RR.shape)
 
 
 class BeatsLayer(nn.Module):
