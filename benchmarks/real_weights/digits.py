@@ -72,10 +72,12 @@ def run_digits(
     with ThreadPoolExecutor(2) as pool:
         cards = dict(zip(runs, pool.map(train_student, runs.values())))
     students = {f"{depth} layers, {term}": [cards[depth, term, seed] for seed in seeds] for depth, term, _ in runs}
-    teacher = next(iter(cards.values())).teacher.scores["asr"].value
+    first = next(iter(cards.values()))
+    teacher = first.teacher.scores["asr"].value
     wers = {name: [card.student.scores["asr"].value for card in each] for name, each in students.items()}
     return {
         "teacher": teacher,
+        "teacher_ece": first.agreement.teacher_ece,
         "students": wers,
         "gap_closed": share_of_gap(teacher, wers, depths),
         "agreement": {name: agreements(each) for name, each in students.items()},
@@ -155,7 +157,8 @@ def make_table(figures: dict) -> str:
         "| model | WER % | each | beside the teacher's answers alone, points of WER | same next token % | "
         "KL to teacher, nats | ECE % |",
         "|---|---|---|---|---|---|---|",
-        f"| teacher, {max(DEPTHS)} layers | {100 * figures['teacher']:.2f} | | | | | |",
+        f"| teacher, {max(DEPTHS)} layers | {100 * figures['teacher']:.2f} | | | | | "
+        f"{100 * figures['teacher_ece']:.2f} |",
     ]
     for name, wers in figures["students"].items():
         spread = f" ± {100 * statistics.stdev(wers):.2f}" if len(wers) > 1 else ""

@@ -40,6 +40,7 @@ from teachers.words.templates import SALMONN_TEMPLATE
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
 BEHIND_EARS = ("LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body", "LoRA", "LLM head")
 
 

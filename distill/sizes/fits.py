@@ -18,6 +18,7 @@ from distill.config import Config
 from distill.objective.head import TILE_ELEMENTS
 from distill.sizes.costs import (
     BEHIND_EARS,
+    TRAINED,
     Blueprint,
     Usage,
     build_on_meta,
@@ -31,7 +32,6 @@ from students.student import trained_names
 from teachers.lora import add_lora_
 from teachers.salmonn import Salmonn
 
-TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
 CUDA_CONTEXT = 0.6e9  # of the driver, torch's kernels and cuBLAS' workspace on each GPU: a guess until one is measured
 FRAGMENTS = 0.05  # of what is allocated, in holes between the blocks of torch's allocator: another guess
 FLOAT32 = 4

@@ -2,7 +2,8 @@
 `distill plan CONFIG --gpus 2 --card RTX4090 --audio-hours 1000`.
 
 FLOPs and bytes are counted on the meta device and a record is packed as the job packs it, with made-up content; of a
-card's published rate a share is assumed. Reading, the all-reduce and validation are left out.
+card's published rate a share is assumed. Left out: reading, the all-reduce, validation, and what a student takes to say
+its own answers.
 """
 
 from collections.abc import Iterable
@@ -15,18 +16,28 @@ import torch
 from distill.caching.capture import feature_dtypes, frames_seconds, num_frames_read, to_host
 from distill.config import Config
 from distill.sizes.cards import Card
-from distill.sizes.costs import Part, Usage, build_on_meta, describe_student, describe_teacher, ear_titles, measure
-from shards.packing.folder import INDEX
+from distill.sizes.costs import (
+    TRAINED,
+    Part,
+    Usage,
+    build_on_meta,
+    describe_student,
+    describe_teacher,
+    ear_titles,
+    measure,
+)
 from shards.sample import SAMPLE_RATE
-from shards.streaming.catalog import read_listing
+from shards.streaming.catalog import CATALOG, read_listing
 from shards.targets.codecs.table import find_codec
 from shards.targets.record import TargetRecord
 from shards.tars.archive import BLOCK
+from shards.tars.source import read_small
+from students.ears import find_shared
+from teachers.ears.encoders import WHISPER, find_encoder
 from teachers.salmonn import Salmonn
 from teachers.targets import FRAMES, QUERIES
 
-TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
-FLAC_BYTES = 18_700  # a second of read English at 16 kHz with its rows and listing: `distill pack` of 52 minutes
+FLAC_BYTES = 17_700  # a second of read English at 16 kHz: `distill pack ../shared/data/kathleen/train.json OUT`
 ZIPF = 2.0  # power of the made-up distribution: 1.6 nats of entropy, a teacher that is rather unsure
 TITLES = {
     "shards_gb": "shards, GB",
@@ -44,7 +55,8 @@ class Work:
     """FLOPs and bytes of one clip."""
 
     student_flops: float  # of a step behind the ears
-    ear_flops: float  # forward
+    ear_flops: float  # of the student's ears, forward
+    own_ear_flops: float  # of those that are not its teacher's
     teacher_flops: float  # of a forward along a known answer, ears included
     teacher_bytes: float  # of the LLM's weights, which each step of an answer reads
     trained_bytes: float  # of gradients that all ranks add up, float32
@@ -97,14 +109,25 @@ def count_work(config: Config, usage: Usage) -> Work:
     teacher, given = describe_teacher(config)
     student = {part.name: part for part in measure(describe_student(config, teacher), usage, given)}
     parts = {part.name: part for part in measure(teacher, usage, given)}
-    ears = ear_titles()
+    ears = {title: part.flops for title, part in student.items() if title in ear_titles()}
+    shared = shared_ears(config)
     return Work(
         student_flops=sum(passes(part) * part.flops for title, part in student.items() if title not in ears),
-        ear_flops=sum(part.flops for title, part in student.items() if title in ears),
+        ear_flops=sum(ears.values()),
+        own_ear_flops=sum(flops for title, flops in ears.items() if title not in shared),
         teacher_flops=sum(part.flops for part in parts.values()),
         teacher_bytes=sum(part.bytes for title, part in parts.items() if title.startswith("LLM")),
         trained_bytes=4.0 * sum(student[title].parameters for title in TRAINED if title in student),
     )
+
+
+def shared_ears(config: Config) -> set[str]:
+    """Titles of the student's ears that are its teacher's: with an online teacher they run once for both."""
+    teacher, _ = describe_teacher(config)
+    hearing = describe_student(config, teacher).config
+    kinds = {"whisper": WHISPER, "second": hearing.second_kind}
+    shared = find_shared(teacher.config, hearing, train_ears=config.student.train_ears)
+    return {find_encoder(kinds[name]).title for name in shared if kinds[name]}
 
 
 def passes(part: Part) -> int:
@@ -118,15 +141,15 @@ def find_corpus(folder: str | Path, hours: float | None, usage: Usage) -> Corpus
     Raises:
         ValueError: nothing is packed there, and no hours are given.
     """
-    index = Path(folder) / INDEX
     if hours is not None:
         return Corpus(hours, max(1, round(3600 * hours / usage.seconds)), 3600 * hours * FLAC_BYTES)
-    if not index.is_file():
+    index, fields = f"{folder}/{CATALOG}", ("samples", "seconds", "bytes")
+    listing = read_small(index)
+    if listing is None:
         raise ValueError(
             f"--audio-hours is not given, but {index} is not there to count them; give them, or `distill pack` first."
         )
-    fields = ("samples", "seconds", "bytes")
-    shards = read_listing(index, index.read_bytes(), fields)
+    shards = read_listing(index, listing, fields)
     samples, seconds, size = (sum(shard[name] for shard in shards) for name in fields)
     return Corpus(seconds / 3600, samples, size)
 
@@ -146,8 +169,11 @@ def plan_hours(config: Config, stay: Stay, corpus: Corpus, usage: Usage, work: W
     clips, online = corpus.num_clips, config.teacher.online
     asked = clips * (1.0 if config.cache.answers in ("teacher", "both") else 1 - config.data.labelled_share)
     reads = asked * usage.answer_tokens / config.cache.batch_size * work.teacher_bytes  # of all weights, each token
-    a_clip = work.student_flops + work.teacher_flops * online
-    if online or config.cache.frames == "none":
+    scored = 1.0 if online else config.on_policy.step_share  # share of the clips that the teacher hears in the steps
+    a_clip = work.student_flops + work.teacher_flops * scored
+    if online:
+        a_clip += work.own_ear_flops
+    elif config.cache.frames == "none" or config.student.train_ears:
         a_clip += work.ear_flops
     return Hours(
         shards_gb=corpus.shard_bytes / 1e9,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distill.config import Config
 from distill.sizes.costs import (
+    TRAINED,
     Blueprint,
     Part,
     Usage,
@@ -21,7 +22,6 @@ from distill.sizes.costs import (
     measure_sizes,
 )
 
-TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
 LLM = ("LLM embeddings", "LLM body", "LLM head", "LoRA")
 HEADER = ("recipe", "LLM", "ears", "all (M)", "ears (M)", "trained (M)", "all (GB)", "ears (GB)", "LLM (GB)")
 

@@ -11,11 +11,13 @@ from distill.cli import main
 from distill.config import load_config
 from distill.sizes.cards import CARDS, find_card
 from distill.sizes.costs import Usage
-from distill.sizes.hours import Corpus, Stay, Work, find_corpus, plan_hours, plan_ways, record_bytes
+from distill.sizes.hours import Corpus, Stay, Work, count_work, find_corpus, plan_hours, plan_ways, record_bytes
 from distill.teacher import load_to_keep
 from shards.tars.archive import BLOCK
 
-WORK = Work(student_flops=2e12, ear_flops=3e12, teacher_flops=7e12, teacher_bytes=6e9, trained_bytes=1e8)
+WORK = Work(
+    student_flops=2e12, ear_flops=3e12, own_ear_flops=1e12, teacher_flops=7e12, teacher_bytes=6e9, trained_bytes=1e8
+)
 CLIP = Usage(seconds=2.0, answer_tokens=10)
 STAY = Stay(CARDS["RTX4090"], 2, 0.5)
 
@@ -76,7 +78,14 @@ def test_cached_frames_cost_disk_and_spare_the_ears_and_an_online_teacher_costs_
     assert (online.cache_gb, online.cache_hours, online.answer_hours) == (0, 0, 0)
     assert online.epoch_hours > as_it_is.epoch_hours
     direct = plan_hours(load_config(toys, ["teacher.online=true"]), STAY, corpus, CLIP, WORK)
-    assert direct.epoch_hours == pytest.approx(18_000 * (2e12 + 3e12 + 7e12) / rate)
+    assert direct.epoch_hours == pytest.approx(18_000 * (2e12 + 7e12 + 1e12) / rate)  # shared ears run once
+    some = plan_hours(load_config(toys, ["on_policy.step_share=0.25"]), STAY, corpus, CLIP, WORK)
+    assert some.epoch_hours == pytest.approx(18_000 * (2e12 + 3e12 + 7e12 / 4) / rate)
+
+
+def test_ears_that_are_the_teachers_own_are_none_of_the_students(toys):
+    shared, other = (count_work(load_config(toys, words), CLIP) for words in ([], ["student.train_ears=true"]))
+    assert shared.own_ear_flops == 0 < shared.ear_flops == other.own_ear_flops == other.ear_flops
 
 
 def test_plan_counts_what_is_packed_and_says_where_nothing_is(toys, capsys, tmp_path):
