@@ -384,7 +384,7 @@ class Distiller:
             say(self.accelerator, f"{self.run_folder} ends after step {step}: {self.options.early_stop} validations in "
                                   f"a row were not better than that of step {self.best.step}")  # fmt: skip
         join_(self.accelerator, self.objective)
-        keep_outputs_(self.student.llm)
+        keep_outputs_(self.student)
         self._take_best_(step)
 
     def _result(self, steps: int, preempted: bool = False) -> FitResult:
@@ -404,7 +404,7 @@ class Distiller:
             say(self.accelerator, f"{self.run_folder} {goes_on} after step {saved.step}")
         optimizer = build_optimizer(self.named, self.options)
         if self.options.gradient_checkpointing:
-            recompute_blocks_(self.student.llm)
+            recompute_blocks_(self.student)
         if is_deepspeed(self.accelerator):
             num_trained = sum(p.numel() for p in self.named.values())
             configure_deepspeed(self.accelerator, self.options, self.num_micro_batches, num_trained)

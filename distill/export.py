@@ -42,9 +42,10 @@ from shards.status import print_status
 from shards.streaming.catalog import is_packed
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
-from students.ears import describe_ears_error, narrow_ears_
+from students.ears import EARS, describe_ears_error, narrow_ears_
 from students.quantize import dequantize, dequantize_, measure_share
 from students.student import CONNECTOR, load_student
+from teachers.ears.shape import FORM
 from teachers.experts import whole_linear
 from teachers.files.checkpoint import save_checkpoint
 from teachers.files.loading import CONFIG, PARTS, build_salmonn, find_place, read_config, save_salmonn
@@ -106,8 +107,9 @@ def describe_form(config: SalmonnConfig) -> str:
     """What of its ears is not as in their checkpoint, for the card."""
     layers = f", {config.whisper_layers} of Whisper's layers" if config.whisper_layers else ""
     bits = f", in {config.ears_quantization}" if config.ears_quantization != "none" else ""
+    lora = f", with LoRA of rank {config.ears_lora_rank}" if config.ears_lora_rank else ""
     length = f", hears {config.ears_seconds}" if config.ears_seconds != SalmonnConfig("", "").ears_seconds else ""
-    return layers + bits + length
+    return layers + bits + lora + length
 
 
 def check_salmonn(student: Salmonn) -> None:
@@ -117,13 +119,19 @@ def check_salmonn(student: Salmonn) -> None:
         ValueError: naming the setting.
     """
     default = SalmonnConfig("", "")
-    for name in ("ears_seconds", "whisper_layers", "ears_quantization"):
+    for name in ("ears_seconds", *FORM):
         own, theirs = getattr(student.config, name), getattr(default, name)
         if own != theirs:
             raise ValueError(
                 f"{name} of the student is {own!r}, but SALMONN's code, which reads {SALMONN}, hears as with "
                 f"{theirs!r}; export without --salmonn, or train with student.{name}={theirs}."
             )
+    trained = sorted({name.split(".", 1)[0] for name in student.own_names or ()} & set(EARS))
+    if trained:
+        raise ValueError(
+            f"{' and '.join(trained)} of the student was trained, but {SALMONN} holds no ears and SALMONN's code reads "
+            f"them from files of their own; export without --salmonn."
+        )
 
 
 def describe_narrow_ears(before: Salmonn, student: Salmonn, run_folder: Path) -> str:

@@ -170,7 +170,7 @@ def open_training_stream(config: Config, accelerator, teacher: Teacher, student:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         augmentation=config.augment,
-        decode=speaks_in_steps(config) or config.cache.frames == "none" or config.student.train_ears,
+        decode=speaks_in_steps(config) or config.cache.frames == "none" or config.student.hearing.trains_ears,
         max_seconds=student.max_samples / SAMPLE_RATE,
     )
     check_clips(stream, student, teacher)

@@ -1,7 +1,7 @@
 """The student a config names, at its start: its LLM, its ears, its LoRA. Knows no training."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +10,7 @@ from distill.training.ranks import resolve_precision
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from students.ears import describe_ears_error, share_or_load_ears, with_ears
-from students.hearing import Connector, Hearing
+from students.hearing import Connector
 from students.start import load_start_weights_
 from students.student import build_student
 from teachers.lora import Lora
@@ -33,7 +33,7 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         student_llm(config),
         lora=lora_of(config),
         quantization=config.student.quantization,
-        hearing=hearing_of(config),
+        hearing=config.student.hearing,
         connector=Connector(config.student.connector, config.student.qformer_dropout),
         template=config.student.template,
         dtype=dtype,
@@ -52,7 +52,10 @@ def tell_ears_error(config: Config, teacher: Salmonn, student: Salmonn, say: Cal
     if student.config.ears_quantization in ("none", teacher.config.ears_quantization):
         return
     whole = replace(student.config, ears_quantization="none")
-    exact = share_or_load_ears(teacher, whole, resolve_precision(config.precision))
+    hearing = config.student.hearing
+    exact = share_or_load_ears(teacher, whole, resolve_precision(config.precision), train_ears=hearing.trains_ears)
+    adapters = {name: x for name, x in student.whisper.state_dict().items() if "lora_" in name}
+    exact[0].load_state_dict(adapters, strict=False)
     stream = ShardStream(config.shards("train"), Order(batch_size=NUM_CLIPS, shuffle=False, epochs=1))
     samples = next(iter(stream))
     say(describe_ears_error(with_ears(student, *exact).to(student.device), student, samples))
@@ -69,11 +72,6 @@ def student_llm(config: Config) -> str:
     if config.scratch.steps:
         return str(config.run_folder / "scratch" / "student-llm")
     raise ValueError("student.llm is empty, but a student needs a LLM; give a folder or a hub id.")
-
-
-def hearing_of(config: Config) -> Hearing:
-    """What the student hears with, whose fields are the config's."""
-    return Hearing(**{field.name: getattr(config.student, field.name) for field in fields(Hearing)})
 
 
 def lora_of(config: Config) -> Lora:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shards.sample import Sample
 from teachers.ears.encoders import WHISPER
+from teachers.ears.lora import copy_layers
 from teachers.ears.shape import reshape_ears_
 from teachers.files.loading import load_ear
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -27,9 +28,11 @@ CONNECTOR = ("ln_speech", "ln_audio", "qformer", "project")
 
 def find_shared(teacher: SalmonnConfig, student: SalmonnConfig, *, train_ears: bool = False) -> frozenset[str]:
     """Which of `EARS` are the teacher's own modules: of one checkpoint, in one form, and not trained by the student."""
-    same, has_form = find_same(teacher, student), teacher.ears_quantization == student.ears_quantization
-    is_whole = teacher.whisper_layers == student.whisper_layers and not train_ears
-    return frozenset(name for name in same if has_form and (name != "whisper" or is_whole))
+    is_alike = {
+        "whisper": teacher.ears_form == student.ears_form and not train_ears,
+        "second": teacher.ears_quantization == student.ears_quantization,
+    }
+    return frozenset(name for name in find_same(teacher, student) if is_alike[name])
 
 
 def find_same(teacher: SalmonnConfig, student: SalmonnConfig) -> frozenset[str]:
@@ -53,18 +56,16 @@ def share_or_load_ears(
         teacher: whose ears they may be.
         config: the configuration of the student.
         dtype: the data type of those that are loaded.
-        train_ears: the student's Whisper is to be trained, so it is no module of the teacher's.
+        train_ears: the student's Whisper is to be trained, or LoRA on it, so it is no module of the teacher's; under
+            LoRA its weights are the teacher's own.
 
     Raises:
-        ValueError: layers are to be taken out of a Whisper that lacks some already.
+        ValueError: layers are to be taken out of a Whisper that lacks some already, or it has LoRA of another rank.
     """
     same = find_same(teacher.config, config)
     shared = find_shared(teacher.config, config, train_ears=train_ears)
-    if "whisper" in same and teacher.config.whisper_layers not in (0, config.whisper_layers):
-        raise ValueError(
-            f"whisper_layers is {config.whisper_layers}, but the teacher's Whisper has only "
-            f"{teacher.config.whisper_layers} left; leave student.whisper_layers at 0, or at that."
-        )
+    if "whisper" in same:
+        check_form(teacher.config, config)
     places = {"whisper": (WHISPER, config.whisper), "second": (config.second_kind, config.second)}
     ears, anew = {}, {}
     for name, (kind, path) in places.items():
@@ -72,12 +73,31 @@ def share_or_load_ears(
         if name in shared or not path:
             ears[name] = own if name in shared else None
         else:
-            ears[name] = anew[name] = copy.deepcopy(own) if name in same else load_ear(kind, path, dtype)
-    form = {"whisper_layers": config.whisper_layers, "quantization": config.ears_quantization}
-    reshape_ears_(anew.get("whisper"), anew.get("second"), **form)
+            copy_ear = copy.deepcopy if train_ears and not config.ears_lora_rank else copy_layers
+            ears[name] = anew[name] = copy_ear(own) if name in same else load_ear(kind, path, dtype)
+    reshape_ears_(anew.get("whisper"), anew.get("second"), **config.ears_form)
     if train_ears:
         ears["whisper"].precision = None  # as the run's products are, not as a frozen teacher's
     return ears["whisper"], ears["second"]
+
+
+def check_form(teacher: SalmonnConfig, student: SalmonnConfig) -> None:
+    """Refuse what cannot be made of the teacher's Whisper.
+
+    Raises:
+        ValueError: it lacks layers already, or has LoRA of another rank.
+    """
+    if teacher.whisper_layers not in (0, student.whisper_layers):
+        raise ValueError(
+            f"whisper_layers is {student.whisper_layers}, but the teacher's Whisper has only "
+            f"{teacher.whisper_layers} left; leave student.whisper_layers at 0, or at that."
+        )
+    if teacher.ears_lora_rank not in (0, student.ears_lora_rank):
+        raise ValueError(
+            f"ears_lora_rank is {student.ears_lora_rank}, but the teacher's Whisper has LoRA of rank "
+            f"{teacher.ears_lora_rank}; set student.ears_lora_rank={teacher.ears_lora_rank} to train that on, or 0 to "
+            f"hear with it."
+        )
 
 
 def inherited_names(student: Salmonn, teacher: Salmonn, shared: Collection[str]) -> frozenset[str]:
@@ -117,10 +137,10 @@ def narrow_ears_(student: Salmonn, bits: str) -> Salmonn:
         )
     before = with_ears(student, student.whisper, student.second)
     student.whisper, student.second = copy.deepcopy(student.whisper), copy.deepcopy(student.second)
-    reshape_ears_(student.whisper, student.second, whisper_layers=0, quantization=bits)
+    reshape_ears_(student.whisper, student.second, ears_quantization=bits)
     student.config = dataclasses.replace(student.config, ears_quantization=bits)
     named = [name for name, _ in student.named_parameters()]
-    own = {name.split(".", 1)[0] for name in student.own_names or ()} & set(EARS)
+    own = {name.split(".", 1)[0] for name in student.own_names or () if "lora_" not in name} & set(EARS)
     student.own_names = frozenset(student.own_names or ()) | {n for n in named if n.split(".", 1)[0] in own}
     return before
 

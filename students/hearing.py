@@ -44,6 +44,7 @@ class Hearing:
         ears_quantization: bits of the ears' linear layers: "none" (as they are), "bf16" or "int8".
         whisper_layers: that are kept of Whisper's, evenly spread; 0: all.
         train_ears: train all of Whisper too, from where it stands; it is then a copy of its own.
+        ears_lora_rank: the rank of LoRA on Whisper's linear layers, trained in its stead; 0: none.
     """
 
     whisper: str = ""
@@ -54,17 +55,24 @@ class Hearing:
     ears_quantization: str = NONE
     whisper_layers: int = 0
     train_ears: bool = False
+    ears_lora_rank: int = 0
+
+    @property
+    def trains_ears(self) -> bool:
+        """Whether Whisper is trained, all of it or LoRA on it."""
+        return self.train_ears or self.ears_lora_rank > 0
 
     def of(self, teacher: SalmonnConfig) -> SalmonnConfig:
         """The teacher's config with these ears.
 
         Raises:
-            ValueError: the second encoder's name and kind contradict each other or the teacher's, or ears in few bits
-                are to be trained.
+            ValueError: the second encoder's name and kind contradict each other or the teacher's, or all of ears in
+                few bits or with LoRA is to be trained.
         """
         second = self._second(teacher)
         bits = self.ears_quantization if self.ears_quantization != NONE else teacher.ears_quantization
-        check_trainable(self.train_ears, bits)
+        lora_rank = self.ears_lora_rank or teacher.ears_lora_rank
+        check_trainable(self.train_ears, bits, lora_rank)
         return dataclasses.replace(
             teacher,
             whisper=self.whisper or teacher.whisper,
@@ -73,6 +81,7 @@ class Hearing:
             ears_seconds=self.ears_seconds or teacher.ears_seconds,
             ears_quantization=bits,
             whisper_layers=self.whisper_layers or teacher.whisper_layers,
+            ears_lora_rank=lora_rank,
             **second,
         )
 
@@ -96,15 +105,20 @@ class Hearing:
         return {"second": second or teacher.second, "second_kind": kind or teacher.second_kind}
 
 
-def check_trainable(train_ears: bool, ears_quantization: str, section: str = "") -> None:
-    """Refuse ears in few bits that are to be trained; `section` is what an error puts before the names.
+def check_trainable(train_ears: bool, ears_quantization: str, ears_lora_rank: int, section: str = "") -> None:
+    """Refuse to train all of ears in few bits, or with LoRA; `section` is what an error puts before the names.
 
     Raises:
-        ValueError: they are.
+        ValueError: naming both settings.
     """
     if train_ears and ears_quantization != NONE:
         raise ValueError(
             f"{section}train_ears is true, but {section}ears_quantization is {ears_quantization!r} and weights in so "
             f"few bits are not trained; set it to none, and quantize with `distill export --ears-bits "
-            f"{ears_quantization}` afterwards."
+            f"{ears_quantization}` afterwards, or train {section}ears_lora_rank=8 beside them."
+        )
+    if train_ears and ears_lora_rank:
+        raise ValueError(
+            f"{section}train_ears is true, but {section}ears_lora_rank is {ears_lora_rank} and beside LoRA a Whisper's "
+            f"own weights stay as they are; set {section}train_ears=false, or take ears without LoRA."
         )

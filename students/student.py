@@ -56,7 +56,8 @@ def build_student(
         llm: the student's LLM, a local folder or hub id.
         lora: LoRA on it.
         quantization: "nf4" or "none".
-        hearing: ears other than the teacher's, or the teacher's in another form; whether Whisper is trained.
+        hearing: ears other than the teacher's, or the teacher's in another form; whether Whisper, or LoRA on it, is
+            trained.
         connector: what LayerNorms, Q-Former and projection start from, and their dropout.
         template: what stands around a prompt, see `SalmonnConfig`; empty: the teacher's. In its own chat form the
             student's answers end as its turns do.
@@ -78,15 +79,15 @@ def build_student(
         lora=lora,
         dtype=dtype,
         transform_llm_=quantizer(quantization, dtype),
-        ears=share_or_load_ears(teacher, config, dtype, train_ears=hearing.train_ears),
+        ears=share_or_load_ears(teacher, config, dtype, train_ears=hearing.trains_ears),
     )
-    shared = find_shared(teacher.config, config, train_ears=hearing.train_ears)
+    shared = find_shared(teacher.config, config, train_ears=hearing.trains_ears)
     if own := set(EARS) - shared:
         say(f"ears of its own: {describe_ears(config, own)}")
     if connector.start == "teacher":
         say(inherit_connector_(student, teacher))
     student.inherited_names = inherited_names(student, teacher, shared)
-    return train_own_(student, train_ears=hearing.train_ears)
+    return train_own_(student, train_ears=hearing.trains_ears)
 
 
 def choose_words(teacher: Salmonn, llm: str, template: str, say: Callable[[str], None]) -> dict[str, str]:
@@ -150,14 +151,21 @@ def train_own_(student: Salmonn, *, train_ears: bool = False) -> Salmonn:
 
 
 def trained_names(student: Salmonn, *, train_ears: bool = False) -> set[str]:
-    """The names of the tensors that a student trains; of a mixture's routers where its experts have LoRA."""
-    parts = {*CONNECTOR, *(["whisper"] if train_ears else [])}
-    routers = {f"llm.{name}" for name in trained_router_names(student.llm)}
-    return {
-        name
-        for name, _ in student.named_parameters()
-        if name.split(".", 1)[0] in parts or "lora_" in name or name in routers
-    }
+    """The names of the tensors that a student trains; of a mixture's routers where its experts have LoRA.
+
+    Args:
+        student: the model.
+        train_ears: its Whisper too: all of it, or the LoRA that it has.
+    """
+    parts: dict[str, list[str]] = {}
+    for name, _ in student.named_parameters():
+        parts.setdefault(name.split(".", 1)[0], []).append(name)
+    names = {name for part in CONNECTOR for name in parts.get(part, ())}
+    names |= {name for name in parts["llm"] if "lora_" in name}
+    names |= {f"llm.{name}" for name in trained_router_names(student.llm)}
+    if train_ears:
+        names |= {name for name in parts["whisper"] if "lora_" in name or not student.config.ears_lora_rank}
+    return names
 
 
 def quantizer(quantization: str, dtype: torch.dtype):

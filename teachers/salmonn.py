@@ -20,7 +20,7 @@ from teachers.ears.frontend import HOP_SAMPLES
 from teachers.ears.length import FULL, parse_ears_seconds
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
 from teachers.ears.precision import ear_autocast
-from teachers.ears.shape import QUANTIZATIONS
+from teachers.ears.shape import FORM, QUANTIZATIONS
 from teachers.fourbit import keep_unpacked_
 from teachers.logits import head_logits
 from teachers.qformer import WindowQFormer
@@ -49,6 +49,7 @@ class SalmonnConfig:
     ears_seconds: str = FULL  # what Whisper hears: "30": all it can take; "clip", "clip+P": the clip and P s of silence
     whisper_layers: int = 0  # that are kept of Whisper's, evenly spread; 0: all
     ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
+    ears_lora_rank: int = 0  # of LoRA on Whisper's linear layers; 0: there is none
     num_queries: int = 1  # vectors a window gives
     qformer_width: int = 768
     qformer_layers: int = 2
@@ -89,6 +90,11 @@ class SalmonnConfig:
                 f"second is {self.second!r} and second_kind {self.second_kind!r}, but they go together; "
                 f"set both or neither."
             )
+
+    @property
+    def ears_form(self) -> dict[str, int | str]:
+        """What becomes of its ears' checkpoints, as `reshape_ears_` takes it."""
+        return {name: getattr(self, name) for name in FORM}
 
 
 @dataclass(frozen=True)

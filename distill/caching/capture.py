@@ -216,7 +216,7 @@ def num_frames_read(model: Salmonn, num_samples: int, windows: str, ears_seconds
 def frames_seconds(config: Config, teacher: Salmonn) -> str:
     """What Whisper hears for the frames that a cache keeps: the student's, or what trained ears are pulled to."""
     own = teacher.config.ears_seconds
-    return own if config.student.train_ears else config.student.ears_seconds or own
+    return own if config.student.hearing.trains_ears else config.student.ears_seconds or own
 
 
 def read_pieces(model: Salmonn) -> list[bytes] | None:

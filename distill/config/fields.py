@@ -110,10 +110,17 @@ class StudentConfig:
     # "int8"
     whisper_layers: int = Hearing.whisper_layers  # that are kept of its Whisper's, evenly spread; 0: all
     train_ears: bool = Hearing.train_ears  # train its Whisper too, all of it; loss.frames pulls it to the teacher's
+    ears_lora_rank: int = Hearing.ears_lora_rank  # of LoRA on its Whisper's linear layers, trained instead of all of
+    # it; alpha is twice the rank; 0: none
     template: str = ""  # what stands around a prompt, as teacher.template; empty: the teacher's
 
     def __post_init__(self):
         check_section("student", self)
+
+    @property
+    def hearing(self) -> Hearing:
+        """What it hears with."""
+        return Hearing(**{name: getattr(self, name) for name in Hearing.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class LossConfig:
     hidden_kind: str = "cosine"  # as feature_kind; widths that differ meet through a learned projector
     hidden_layers: dict[int, int] = field(default_factory=dict)  # teacher's blocks, from 1, to the student's; -1 is
     # what enters the head, and {-1: -1} where nothing is named
-    frames: float = 0.0  # distance of the student's Whisper frames to the teacher's, where student.train_ears
+    frames: float = 0.0  # distance of the student's Whisper frames to the teacher's, where its Whisper is trained
     frames_kind: str = "mse"  # as feature_kind; widths that differ meet through a learned projector
     cross_tokenizer: str = "refuse"  # when the student's ids mean other tokens: "refuse", or "chunk": the terms below
     chunk: float = 1.0  # likelihood of the answer's chunks at whose ends both tokenizers agree; `kl`: where they match

@@ -67,7 +67,7 @@ NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "ca
                 "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.early_stop",
                 "train.stop_after", "train.max_minutes", "train.hang_minutes", "train.max_bad_steps",
                 "train.spike_deviations", "train.max_returns", "on_policy.round",
-                "student.whisper_layers", "on_policy.temperature",
+                "student.whisper_layers", "student.ears_lora_rank", "on_policy.temperature",
                  "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
 SHARES = (
     "train.decay_share",
@@ -168,8 +168,8 @@ def check_temperatures(cache) -> None:
 
 
 def check_student(student) -> None:
-    """Refuse ears in few bits that are to be trained, and a length of the ears that cannot be."""
-    check_trainable(student.train_ears, student.ears_quantization, "student.")
+    """Refuse to train all of ears in few bits or with LoRA, and a length of the ears that cannot be."""
+    check_trainable(student.train_ears, student.ears_quantization, student.ears_lora_rank, "student.")
     check_ears(student)
 
 
@@ -311,10 +311,10 @@ def check_trained_parts(config) -> None:
             f"loss.balance is {config.loss.balance:g}, but student.lora_targets has no {EXPERTS} and frozen routers "
             f"cannot follow it; add {EXPERTS} to it, or set loss.balance=0."
         )
-    if "frames" in used_terms(config.loss) and not config.student.train_ears:
+    if "frames" in used_terms(config.loss) and not config.student.hearing.trains_ears:
         raise ValueError(
             f"loss.frames is {config.loss.frames:g}, but student.train_ears is false and frozen ears cannot follow it; "
-            f"set student.train_ears=true, or loss.frames=0."
+            f"set student.train_ears=true or student.ears_lora_rank=8, or loss.frames=0."
         )
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from distill.config import Config
 from distill.demo.scratch import build_llm, build_whisper, teacher_config
-from distill.student import hearing_of, lora_of, student_llm
+from distill.student import lora_of, student_llm
 from distill.teach import lora_of as lora_of_teacher
 from distill.teach import salmonn_config
 from distill.teacher import teacher_path
@@ -77,6 +77,13 @@ class Blueprint:
     dtype: torch.dtype  # of what is frozen
     is_4bit: bool = False
     kind: str = "saved"  # of `teachers.kinds.KINDS`; a student is built as that is
+    trains_ears: bool = False  # of a student: all of its Whisper, or the LoRA that this has
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that a student trains; LoRA on its Whisper is among the LoRA."""
+        is_whole = self.trains_ears and not self.config.ears_lora_rank
+        return (*TRAINED, *([find_encoder(WHISPER).title] if is_whole else []))
 
 
 def ear_titles() -> tuple[str, ...]:
@@ -103,8 +110,9 @@ def is_of_given_parts(config: Config) -> bool:
 
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
-    salmonn = dataclasses.replace(hearing_of(config).of(teacher.config), llm=student_llm(config))
-    return Blueprint(salmonn, lora_of(config), frozen_dtype(config), config.student.quantization == "nf4")
+    hearing, is_4bit = config.student.hearing, config.student.quantization == "nf4"
+    salmonn = dataclasses.replace(hearing.of(teacher.config), llm=student_llm(config))
+    return Blueprint(salmonn, lora_of(config), frozen_dtype(config), is_4bit, trains_ears=hearing.trains_ears)
 
 
 def frozen_dtype(config: Config) -> torch.dtype:
@@ -166,7 +174,7 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
         if config.second:
             sizes = find_encoder(config.second_kind).sizes_of(config.second)
             second = build_encoder(config.second_kind, sizes).to(blueprint.dtype)
-        reshape_ears_(whisper, second, whisper_layers=config.whisper_layers, quantization=config.ears_quantization)
+        reshape_ears_(whisper, second, **config.ears_form)
         return Salmonn(plain, llm, NO_TOKENIZER, whisper, second).eval().requires_grad_(False)
 
 

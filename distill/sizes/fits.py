@@ -8,7 +8,7 @@ Shapes: B clips of a micro-batch, T LLM positions, S supervised positions, R enc
 width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,6 @@ from distill.config import Config
 from distill.objective.head import TILE_ELEMENTS
 from distill.sizes.costs import (
     BEHIND_EARS,
-    TRAINED,
     Blueprint,
     Usage,
     build_on_meta,
@@ -96,33 +95,34 @@ def plan_memory(config: Config, cards: Cards, usage: Usage) -> list[Need]:
 
 def need_of_training(config: Config, cards: Cards, usage: Usage, student: Blueprint, given: dict) -> Need:
     """A rank that trains on cached targets, or on those of a teacher that is not counted here."""
-    sizes = measure_sizes(student, given)
-    trained = sum(sizes[part][0] for part in TRAINED if part in sizes)
     size, split = config.train.micro_batch_size, max(1, cards.number) if cards.zero_stage else 1
     model = build_for_training(student, given)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     connector = measure_connector(model, size, usage)
     llm = measure_llm(model, size, usage, recompute=config.train.gradient_checkpointing)
-    ears = 0 if config.cache.frames != "none" and not config.teacher.online else measure_ears(model, size, usage)
+    ears = measure_hearing(config, student, model, usage)
     moment_bytes = 2 if config.train.optimizer == "adamw_8bit" else 2 * FLOAT32
+    beside = max(ears.total - ears.forward - llm.forward, llm.total - llm.forward, connector.total - connector.forward)
     parts = {
-        **weights_of(sizes, trained),
+        **weights_of(measure_sizes(student, given), student.trained, trained),
         "gradients": trained * FLOAT32 / (split if cards.zero_stage >= 2 else 1),
         "AdamW's moments": trained * moment_bytes / split,
         "the average of what is trained": trained * FLOAT32 if config.train.ema else 0.0,
         "ZeRO's own copy of what is trained": trained * FLOAT32 / split if cards.zero_stage else 0.0,
         "ZeRO's buffer of gradients": trained * FLOAT32 if cards.zero_stage else 0.0,
+        "activations of the ears": ears.forward,
         "activations of the connector": connector.forward,
         "activations of the LLM": llm.forward,
-        "at the peak beside them": max(ears - llm.forward, llm.total - llm.forward, connector.total - connector.forward)
-        + largest_weight(student, model),
+        "at the peak beside them": beside + largest_weight(student, model),
         "the objective's tiles of logits": objective_bytes(model, size, usage),
     }
-    return Need(f"train: {size} clips a micro-batch", {name: value for name, value in parts.items() if value})
+    parts = {name: value for name, value in parts.items() if value}
+    return Need(f"train: {size} clips a micro-batch", parts)
 
 
-def weights_of(sizes: dict[str, tuple[int, float]], trained: int) -> dict[str, float]:
-    """Bytes of a student's weights: what is trained is float32 whatever the rest is in."""
-    frozen = {part: size for part, (_, size) in sizes.items() if part not in TRAINED}
+def weights_of(sizes: dict[str, tuple[int, float]], parts: Collection[str], trained: int) -> dict[str, float]:
+    """Bytes of a student's weights: some parts are trained, and float32 whatever the rest is in."""
+    frozen = {part: size for part, (_, size) in sizes.items() if part not in parts}
     ears = sum(size for part, size in frozen.items() if part not in BEHIND_EARS)
     return {"ears": ears, "LLM": sum(frozen.values()) - ears, "what is trained": trained * FLOAT32}
 
@@ -134,7 +134,7 @@ def build_for_training(blueprint: Blueprint, given: dict) -> Salmonn:
         if blueprint.lora is not None:
             add_lora_(model.llm, blueprint.lora)
     model.to(blueprint.dtype).train()
-    trained = trained_names(model)
+    trained = trained_names(model, train_ears=blueprint.trains_ears)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     return model
@@ -193,6 +193,41 @@ def frames_of(model: Salmonn, size: int, usage: Usage) -> Iterator[Tensor]:
         if ear is not None:
             yield torch.empty(size, model.num_frames(usage.num_samples), ear.width, device="meta",
                               dtype=model.project.weight.dtype)  # fmt: skip
+
+
+def measure_hearing(config: Config, student: Blueprint, model: Salmonn, usage: Usage) -> Peak:
+    """The ears in a step: frozen ones keep nothing for a backward, and where frames are cached they do not hear."""
+    size = config.train.micro_batch_size
+    if student.trains_ears:
+        return measure_trained_ear(model, size, usage, recompute=config.train.gradient_checkpointing)
+    is_cached = config.cache.frames != "none" and not config.teacher.online
+    return Peak(0, 0 if is_cached else measure_ears(model, size, usage))
+
+
+def measure_trained_ear(model: Salmonn, size: int, usage: Usage, *, recompute: bool = False) -> Peak:
+    """A forward and a backward of Whisper, which is trained or has LoRA, on `size` clips; as `measure_llm`."""
+    encoder, mel_BMX = model.whisper.encoder, model.whisper.features_on_meta(usage.num_samples)[0]
+    mel_BMX = mel_BMX.to(model.project.weight.dtype).expand(size, -1, -1)
+    layers = encoder.layers
+    if not recompute:
+        return run_ear(model.whisper, mel_BMX)
+    encoder.layers = layers[:1]
+    try:
+        one = run_ear(model.whisper, mel_BMX)
+    finally:
+        encoder.layers = layers
+    inputs = len(layers) * size * encoder.config.max_source_positions * model.whisper.width * mel_BMX.element_size()
+    return Peak(inputs, inputs + one.total)
+
+
+def run_ear(ear: nn.Module, mel_BMX: Tensor) -> Peak:
+    """What a forward and a backward of Whisper hold."""
+    first = next(p for p in ear.parameters() if p.requires_grad)
+    with MemoryEfficientAttention(), PeakMemory([*ear.parameters(), mel_BMX]) as memory:
+        frames_BRE = ear.encode(mel_BMX)
+        held = memory.held
+        torch.autograd.grad(frames_BRE.sum(), first)
+    return Peak(held, memory.peak)
 
 
 def measure_ears(model: Salmonn, size: int, usage: Usage) -> int:

@@ -17,8 +17,7 @@ from distill.caching.capture import feature_dtypes, frames_seconds, num_frames_r
 from distill.config import Config
 from distill.sizes.cards import Card
 from distill.sizes.costs import (
-    TRAINED,
-    Part,
+    Blueprint,
     Usage,
     build_on_meta,
     describe_student,
@@ -55,7 +54,7 @@ class Work:
     """FLOPs and bytes of one clip."""
 
     student_flops: float  # of a step behind the ears
-    ear_flops: float  # of the student's ears, forward
+    ear_flops: float  # of a step of the student's ears
     own_ear_flops: float  # of those that are not its teacher's
     teacher_flops: float  # of a forward along a known answer, ears included
     teacher_bytes: float  # of the LLM's weights, which each step of an answer reads
@@ -107,17 +106,19 @@ class Hours:
 def count_work(config: Config, usage: Usage) -> Work:
     """A config's, from the parts of its student and teacher."""
     teacher, given = describe_teacher(config)
-    student = {part.name: part for part in measure(describe_student(config, teacher), usage, given)}
+    blueprint = describe_student(config, teacher)
+    student = {part.name: part for part in measure(blueprint, usage, given)}
     parts = {part.name: part for part in measure(teacher, usage, given)}
-    ears = {title: part.flops for title, part in student.items() if title in ear_titles()}
+    flops = {title: passes(title, blueprint) * part.flops for title, part in student.items()}
+    ears = {title: of_ear for title, of_ear in flops.items() if title in ear_titles()}
     shared = shared_ears(config)
     return Work(
-        student_flops=sum(passes(part) * part.flops for title, part in student.items() if title not in ears),
+        student_flops=sum(flops.values()) - sum(ears.values()),
         ear_flops=sum(ears.values()),
         own_ear_flops=sum(flops for title, flops in ears.items() if title not in shared),
         teacher_flops=sum(part.flops for part in parts.values()),
         teacher_bytes=sum(part.bytes for title, part in parts.items() if title.startswith("LLM")),
-        trained_bytes=4.0 * sum(student[title].parameters for title in TRAINED if title in student),
+        trained_bytes=4.0 * sum(student[title].parameters for title in blueprint.trained if title in student),
     )
 
 
@@ -126,13 +127,16 @@ def shared_ears(config: Config) -> set[str]:
     teacher, _ = describe_teacher(config)
     hearing = describe_student(config, teacher).config
     kinds = {"whisper": WHISPER, "second": hearing.second_kind}
-    shared = find_shared(teacher.config, hearing, train_ears=config.student.train_ears)
+    shared = find_shared(teacher.config, hearing, train_ears=config.student.hearing.trains_ears)
     return {find_encoder(kinds[name]).title for name in shared if kinds[name]}
 
 
-def passes(part: Part) -> int:
-    """Forward, backward to what comes in, and for what is trained backward to its weights."""
-    return 3 if part.name in TRAINED else 2
+def passes(title: str, student: Blueprint) -> int:
+    """Forward, backward to what comes in unless nothing before is trained, and for what is trained to its weights."""
+    if title in student.trained:
+        return 3
+    has_trained_lora = student.trains_ears and title == find_encoder(WHISPER).title
+    return 2 if title not in ear_titles() or has_trained_lora else 1
 
 
 def find_corpus(folder: str | Path, hours: float | None, usage: Usage) -> Corpus:
@@ -158,7 +162,7 @@ def plan_ways(config: Config, stay: Stay, corpus: Corpus, usage: Usage) -> dict[
     """What a config takes as it is, and with its frames cached where it does not cache them; by the words for it."""
     work = count_work(config, usage)
     ways = {"": plan_hours(config, stay, corpus, usage, work)}
-    if config.cache.frames == "none" and not config.teacher.online and not config.student.train_ears:
+    if config.cache.frames == "none" and not config.teacher.online and not config.student.hearing.trains_ears:
         cached = replace(config, cache=replace(config.cache, frames="int8"))
         ways["cache.frames=int8"] = plan_hours(cached, stay, corpus, usage, work)
     return ways
@@ -173,7 +177,7 @@ def plan_hours(config: Config, stay: Stay, corpus: Corpus, usage: Usage, work: W
     a_clip = work.student_flops + work.teacher_flops * scored
     if online:
         a_clip += work.own_ear_flops
-    elif config.cache.frames == "none" or config.student.train_ears:
+    elif config.cache.frames == "none" or config.student.hearing.trains_ears:
         a_clip += work.ear_flops
     return Hours(
         shards_gb=corpus.shard_bytes / 1e9,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from distill.config import Config
 from distill.sizes.costs import (
-    TRAINED,
     Blueprint,
     Part,
     Usage,
@@ -61,7 +60,7 @@ def make_row(name: str, model: Blueprint, sizes: Mapping[str, tuple[int, float]]
         return sum(sizes[part][column] for part in parts if part in sizes) / unit
 
     ears = [Path(model.config.whisper).name, *(part for part in ear_titles()[1:] if part in sizes)]
-    millions = [f"{add(0, 1e6, parts):,.0f}" for parts in (sizes, ear_titles(), TRAINED)]
+    millions = [f"{add(0, 1e6, parts):,.0f}" for parts in (sizes, ear_titles(), model.trained)]
     gigabytes = [f"{add(1, 1e9, parts):.2f}" for parts in (sizes, ear_titles(), LLM)]
     if name == "teacher":
         millions[-1] = "–"

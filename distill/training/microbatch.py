@@ -132,13 +132,13 @@ def check_frames(header: CacheHeader | None, student: Salmonn) -> None:
 
 
 def has_other_form(header: CacheHeader, student: Salmonn) -> bool:
-    """Whether a student's ears have fewer layers or bits than those whose frames are cached."""
-    teacher, form = header.section("teacher_config"), ("ears_quantization", "whisper_layers")
-    return any(teacher[name] != getattr(student.config, name) for name in form)
+    """Whether a student's ears have other layers, bits or LoRA than those whose frames are cached."""
+    teacher = header.section("teacher_config")
+    return any(teacher[name] != own for name, own in student.config.ears_form.items())
 
 
 def trains_ears(student: Salmonn) -> bool:
-    """Whether a student's Whisper is trained: then it hears every clip itself, and cached frames are but targets."""
+    """Whether a student's Whisper, or LoRA on it, is trained: it hears itself, and cached frames are but targets."""
     return any(p.requires_grad for p in student.whisper.parameters())
 
 

@@ -33,6 +33,7 @@ LATER = {
     "features.ears_seconds": "30",
     "teacher_config.ears_seconds": "30",
     "teacher_config.ears_quantization": "none",
+    "teacher_config.ears_lora_rank": 0,
     "teacher_config.whisper_layers": 0,
 }
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teachers.ears.lora import merge_ear_lora
 from teachers.salmonn import Salmonn
 
 
@@ -73,8 +74,8 @@ class ConnectorGraph(nn.Module):
 
 
 def list_pieces(model: Salmonn) -> Iterator[Piece]:
-    """The encoders and the connector of a model, in the order in which they hear."""
-    whisper, widths = model.whisper, [model.whisper.width]
+    """The encoders, LoRA merged, and the connector of a model, in the order in which they hear."""
+    whisper, widths = merge_ear_lora(model.whisper), [model.whisper.width]
     mel = torch.zeros(2, whisper.log_mel.num_mels, whisper.log_mel.num_frames)
     yield Piece("whisper", WhisperGraph(whisper), {"mel": mel}, [(-1, mel.shape[1], -1)], "frames")
     if model.second is not None:

@@ -96,7 +96,7 @@ def load_ears(config: SalmonnConfig, dtype: torch.dtype, ear_precision: str = ""
     dtype = WEIGHTS_OF_EARS[ear_precision] if ear_precision else dtype
     second = load_ear(config.second_kind, config.second, dtype) if config.second else None
     whisper = load_ear(WHISPER, config.whisper, dtype)
-    reshape_ears_(whisper, second, whisper_layers=config.whisper_layers, quantization=config.ears_quantization)
+    reshape_ears_(whisper, second, **config.ears_form)
     for ear in (whisper, second):
         if ear_precision and ear is not None:
             set_ear_precision_(ear, ear_precision)

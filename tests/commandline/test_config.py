@@ -22,7 +22,7 @@ from distill.config import (
     to_yaml,
 )
 from distill.config.recipes import recipe_files
-from distill.student import hearing_of, lora_of
+from distill.student import lora_of
 from students.hearing import Connector, Hearing
 from students.student import build_student
 from teachers.lora import Lora
@@ -455,7 +455,7 @@ def test_the_defaults_of_python_are_those_of_the_command_line():
     config = StudentConfig()
     assert build["lora"].default == lora_of(Config()) == Lora()
     assert build["quantization"].default == config.quantization
-    assert build["hearing"].default == hearing_of(Config()) == Hearing()
+    assert build["hearing"].default == Config().student.hearing == Hearing()
     assert build["connector"].default == Connector(config.connector, config.qformer_dropout) == Connector()
 
 

@@ -92,6 +92,28 @@ def test_recomputed_blocks_hold_less_and_more_ranks_hold_less_each(toys):
     assert train(Cards(1), optimizer="adamw_8bit").parts["AdamW's moments"] == one.parts["AdamW's moments"] / 4
 
 
+@pytest.mark.parametrize("word", ["student.train_ears=true", "student.ears_lora_rank=2"])
+def test_ears_that_are_trained_are_counted_as_a_real_step_holds_them(toys, word):
+    words = ["precision=float32", "student.quantization=none", f"train.micro_batch_size={SIZE}", word]
+    config = load_config(toys / "toy.yaml", [*words, "train.batch_size=6"])
+    student = make_student(config, load_teacher(config), torch.float32, print).train()
+    batch = student.collate([tiny.make_sample(n, seconds=SECONDS) for n in range(SIZE)])
+    mel_BMX = student.whisper.mel(batch.waveforms_BN, batch.num_samples_B, None)
+    with PeakMemory([*student.parameters(), *student.buffers(), mel_BMX]) as memory:
+        frames_BRE = student.whisper.encode(mel_BMX)
+    teacher, given = describe_teacher(config)
+    recomputed = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=True))
+    need, less = (
+        need_of_training(one, Cards(1, zero_stage=0), Usage(SECONDS), describe_student(config, teacher), given)
+        for one in (config, recomputed)
+    )
+    assert need.parts["activations of the ears"] == pytest.approx(memory.held, rel=0.1) and frames_BRE.requires_grad
+    assert less.parts["activations of the ears"] < memory.held / 2
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert need.parts["gradients"] == need.parts["what is trained"] == 4 * trained
+    assert ("ears" in need.parts) == ("lora" in word)
+
+
 def test_the_advice_is_what_makes_it_fit_and_none_where_nothing_does(toys):
     config = load_config(toys / "toy.yaml", ["train.micro_batch_size=64", "train.batch_size=64"])
     usage = Usage(SECONDS, 20, 10)

@@ -84,8 +84,11 @@ def test_cached_frames_cost_disk_and_spare_the_ears_and_an_online_teacher_costs_
 
 
 def test_ears_that_are_the_teachers_own_are_none_of_the_students(toys):
-    shared, other = (count_work(load_config(toys, words), CLIP) for words in ([], ["student.train_ears=true"]))
-    assert shared.own_ear_flops == 0 < shared.ear_flops == other.own_ear_flops == other.ear_flops
+    cases = [], ["student.train_ears=true"], ["student.ears_lora_rank=2"]
+    shared, whole, lora = (count_work(load_config(toys, words), CLIP) for words in cases)
+    assert shared.own_ear_flops == 0 and whole.own_ear_flops == whole.ear_flops == 3 * shared.ear_flops
+    assert lora.own_ear_flops == lora.ear_flops == pytest.approx(2 * shared.ear_flops, rel=0.1)  # and LoRA's own
+    assert shared.trained_bytes < lora.trained_bytes < whole.trained_bytes
 
 
 def test_plan_counts_what_is_packed_and_says_where_nothing_is(toys, capsys, tmp_path):

@@ -326,6 +326,14 @@ def test_ears_that_the_teacher_trained_are_saved_with_those_alone_who_share_them
     assert torch.equal(logits(load_student(tmp_path / "student")), logits(student))
 
 
+def test_a_student_whose_ears_were_trained_gets_no_file_of_salmonns_as_that_holds_no_ears(toys, teacher, tmp_path):
+    student = build_student(teacher, str(toys / "parts" / "student-llm"), lora=LORA, quantization="none",
+                            hearing=Hearing(train_ears=True))  # fmt: skip
+    save_student(student, tmp_path / "student", lora=LORA, quantization="none")
+    with pytest.raises(ValueError, match=r"whisper of the student was trained, but salmonn\.pth holds no ears"):
+        export(tmp_path, tmp_path / "out", salmonn=True)
+
+
 def test_the_table_of_costs_counts_its_own_ears(toys, teacher):
     student = build(toys, teacher, whisper="small", second_kind="none")
     own = StudentConfig(llm=student.config.llm, whisper=student.config.whisper, second_kind="none", lora_rank=4,

@@ -79,7 +79,7 @@ def test_the_gradient_of_recomputed_blocks_is_the_same_to_the_last_bit(toys, tmp
     run.student.train()
 
     def gradient(change_) -> list[torch.Tensor]:
-        change_(run.student.llm)
+        change_(run.student)
         torch.manual_seed(5)  # of LoRA's dropout
         loss, _ = run.objective(made, weigh_alone(run, made))
         return torch.autograd.grad(loss, list(run.named.values()), allow_unused=True)
@@ -108,9 +108,9 @@ def test_recomputed_blocks_keep_less_and_a_run_with_them_has_the_same_losses(toy
     made = Collator(run.teacher, run.student, torch.device("cpu"), torch.float32)(next(iter(run.stream)))
     run.student.train()
     whole = saved_bytes(run, made)
-    recompute_blocks_(run.student.llm)
+    recompute_blocks_(run.student)
     assert saved_bytes(run, made) < 0.8 * whole
-    keep_outputs_(run.student.llm)
+    keep_outputs_(run.student)
     losses = make_run(toys, tmp_path / "a").fit().losses
     again = make_run(toys, tmp_path / "b", gradient_checkpointing=True)
     assert again.fit().losses == losses

@@ -257,6 +257,15 @@ def test_two_zero2_ranks_repeat_a_run_whose_student_answers_within_its_steps(toy
     assert_alike(student(toys, "own"), student(toys, "own alone"))
 
 
+def test_two_zero2_ranks_train_lora_on_the_ears_as_one_process_does(toys, on_the_cpu):
+    words = ["student.ears_lora_rank=2", "train.gradient_checkpointing=true", "train.steps=2"]
+    assert run(configure(toys, "ears alone", *words)) == 0
+    assert train_on_two_ranks(toys, "ears", "two_cpus_zero2.yaml", *words) == [0, 0]
+    assert losses(toys, "ears") == pytest.approx(losses(toys, "ears alone"), abs=1e-5)
+    assert_alike(student(toys, "ears"), student(toys, "ears alone"))
+    assert sum("whisper" in name for name in student(toys, "ears")) == 12
+
+
 def test_a_run_resumed_under_zero1_on_two_ranks_repeats_the_uninterrupted_losses_of_one_process(toys, alone):
     assert run(configure(toys, "moved", "train.stop_after=2")) == PREEMPTED
     assert losses(toys, "moved") == pytest.approx(alone[:2], abs=1e-6)

@@ -35,7 +35,7 @@ class FrameDistance(SeenTerm):
             return None
         return (
             "loss.frames is above 0, but this student's ears are frozen and cannot follow it; build the student with "
-            "train_ears=True, or set loss.frames=0."
+            "train_ears=True or ears_lora_rank=8, or set loss.frames=0."
         )
 
     def rows(self, m) -> "Tensor":
