@@ -28,11 +28,15 @@ CONNECTOR = ("ln_speech", "ln_audio", "qformer", "project")
 
 def find_shared(teacher: SalmonnConfig, student: SalmonnConfig, *, train_ears: bool = False) -> frozenset[str]:
     """Which of `EARS` are the teacher's own modules: of one checkpoint, in one form, and not trained by the student."""
-    is_alike = {
-        "whisper": teacher.ears_form == student.ears_form and not train_ears,
-        "second": teacher.ears_quantization == student.ears_quantization,
-    }
-    return frozenset(name for name in find_same(teacher, student) if is_alike[name])
+    is_other = train_ears or teacher.ears_lora_rank != student.ears_lora_rank
+    return find_held(teacher, student, train_ears=train_ears) - ({"whisper"} if is_other else set())
+
+
+def find_held(teacher: SalmonnConfig, student: SalmonnConfig, *, train_ears: bool = False) -> frozenset[str]:
+    """Which of `EARS` have the teacher's own weights in memory, in its modules or in copies with LoRA around them."""
+    has_bits = teacher.ears_quantization == student.ears_quantization
+    is_whole = teacher.whisper_layers == student.whisper_layers and (not train_ears or student.ears_lora_rank > 0)
+    return frozenset(name for name in find_same(teacher, student) if has_bits and (name != "whisper" or is_whole))
 
 
 def find_same(teacher: SalmonnConfig, student: SalmonnConfig) -> frozenset[str]:
@@ -64,6 +68,7 @@ def share_or_load_ears(
     """
     same = find_same(teacher.config, config)
     shared = find_shared(teacher.config, config, train_ears=train_ears)
+    held = find_held(teacher.config, config, train_ears=train_ears)
     if "whisper" in same:
         check_form(teacher.config, config)
     places = {"whisper": (WHISPER, config.whisper), "second": (config.second_kind, config.second)}
@@ -73,7 +78,7 @@ def share_or_load_ears(
         if name in shared or not path:
             ears[name] = own if name in shared else None
         else:
-            copy_ear = copy.deepcopy if train_ears and not config.ears_lora_rank else copy_layers
+            copy_ear = copy_layers if name in held else copy.deepcopy
             ears[name] = anew[name] = copy_ear(own) if name in same else load_ear(kind, path, dtype)
     reshape_ears_(anew.get("whisper"), anew.get("second"), **config.ears_form)
     if train_ears:

@@ -1,8 +1,9 @@
 """What small ears of its own cost a student, and what teaches them: WER on real spoken digits, three seeds.
 
 Teacher and shards are those of `benchmarks/fsdd.py`, which comes first. The small ears have two thirds of the teacher's
-width and layers and are pre-trained as its were, by CTC; some are trained with the student, or are layers of the
-teacher's: `python benchmarks/hearing/ears.py [--variants NAME …] [key=value …]`. Students made before are used again.
+width and layers and are pre-trained as its were, by CTC; some are trained with the student, whole or by LoRA, or are
+layers of the teacher's: `python benchmarks/hearing/ears.py [--variants NAME …] [key=value …]`. Students made before are
+used again.
 """
 
 import argparse
@@ -36,6 +37,8 @@ VARIANTS = {  # title, whether the ears are its own, words
                           ["student.connector=teacher", "loss.feature=1"]),
     "trained": ("own ears, trained, the teacher's connector, feature loss", True,
                 ["student.connector=teacher", "loss.feature=1", "student.train_ears=true"]),
+    "lora": ("own ears with LoRA of rank 8, the teacher's connector, feature loss", True,
+             ["student.connector=teacher", "loss.feature=1", "student.ears_lora_rank=8"]),
     "trained_frames": ("own ears, trained, and frames pulled to the teacher's", True,
                        ["student.connector=teacher", "loss.feature=1", "student.train_ears=true", "loss.frames=1",
                         "teacher.online=true"]),

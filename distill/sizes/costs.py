@@ -115,6 +115,14 @@ def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     return Blueprint(salmonn, lora_of(config), frozen_dtype(config), is_4bit, trains_ears=hearing.trains_ears)
 
 
+def student_titles(config: Config, teacher: Blueprint, find: Callable[..., Set[str]]) -> set[str]:
+    """Titles of the student's ears that one of `students.ears`' `find_…` finds: those that are its teacher's, say."""
+    student = describe_student(config, teacher)
+    kinds = {"whisper": WHISPER, "second": student.config.second_kind}
+    found = find(teacher.config, student.config, train_ears=student.trains_ears)
+    return {find_encoder(kinds[name]).title for name in found if kinds[name]}
+
+
 def frozen_dtype(config: Config) -> torch.dtype:
     """Of frozen weights on the GPU that a table is for."""
     return torch.float32 if config.precision == "float32" else torch.bfloat16

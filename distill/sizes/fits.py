@@ -24,9 +24,11 @@ from distill.sizes.costs import (
     describe_student,
     describe_teacher,
     measure_sizes,
+    student_titles,
 )
 from distill.sizes.memory import MemoryEfficientAttention, Peak, PeakMemory
 from shards.sample import MAX_SECONDS
+from students.ears import find_held
 from students.student import trained_names
 from teachers.lora import add_lora_
 from teachers.salmonn import Salmonn
@@ -281,11 +283,15 @@ def need_of_caching(config: Config, usage: Usage, teacher: Blueprint, given: dic
 
 
 def add_online_teacher(need: Need, config: Config, usage: Usage, teacher: Blueprint, given: dict) -> Need:
-    """A training rank that holds its teacher too; shared ears are there once."""
+    """A training rank that holds its teacher too; ears with the same weights are there once."""
     sizes = measure_sizes(teacher, given)
     llm = sum(size for part, (_, size) in sizes.items() if part in BEHIND_EARS)
+    held = student_titles(config, teacher, find_held)
+    ears = sum(size for part, (_, size) in sizes.items() if part not in BEHIND_EARS and part not in held)
     targets = measure_targets(teacher, given, config.train.micro_batch_size, usage)
     parts = need.parts | {"the online teacher's LLM and connector": llm}
+    if ears:
+        parts["the online teacher's ears"] = ears
     parts["at the peak beside them"] = max(parts["at the peak beside them"], targets)
     return Need(f"{need.stage}, teacher online", parts)
 

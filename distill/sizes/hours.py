@@ -24,6 +24,7 @@ from distill.sizes.costs import (
     describe_teacher,
     ear_titles,
     measure,
+    student_titles,
 )
 from shards.sample import SAMPLE_RATE
 from shards.streaming.catalog import CATALOG, read_listing
@@ -111,7 +112,7 @@ def count_work(config: Config, usage: Usage) -> Work:
     parts = {part.name: part for part in measure(teacher, usage, given)}
     flops = {title: passes(title, blueprint) * part.flops for title, part in student.items()}
     ears = {title: of_ear for title, of_ear in flops.items() if title in ear_titles()}
-    shared = shared_ears(config)
+    shared = student_titles(config, teacher, find_shared)
     return Work(
         student_flops=sum(flops.values()) - sum(ears.values()),
         ear_flops=sum(ears.values()),
@@ -120,15 +121,6 @@ def count_work(config: Config, usage: Usage) -> Work:
         teacher_bytes=sum(part.bytes for title, part in parts.items() if title.startswith("LLM")),
         trained_bytes=4.0 * sum(student[title].parameters for title in blueprint.trained if title in student),
     )
-
-
-def shared_ears(config: Config) -> set[str]:
-    """Titles of the student's ears that are its teacher's: with an online teacher they run once for both."""
-    teacher, _ = describe_teacher(config)
-    hearing = describe_student(config, teacher).config
-    kinds = {"whisper": WHISPER, "second": hearing.second_kind}
-    shared = find_shared(teacher.config, hearing, train_ears=config.student.hearing.trains_ears)
-    return {find_encoder(kinds[name]).title for name in shared if kinds[name]}
 
 
 def passes(title: str, student: Blueprint) -> int:

@@ -29,6 +29,7 @@ from distill.student import make_student
 from distill.teacher import load_teacher
 from shards.sample import SAMPLE_RATE
 from students.upcycle import upcycle
+from teachers.ears.whisper import WhisperEar
 
 SECONDS, SIZE = 2.0, 6
 
@@ -150,6 +151,16 @@ def test_a_teacher_that_scores_beside_its_cache_is_counted(toys):
     )
     assert beside.parts["the online teacher's LLM and connector"] > 0 and beside.total > alone.total
     assert others == same
+
+
+def test_the_ears_of_an_online_teacher_are_counted_where_the_student_has_not_their_weights(toys):
+    def theirs(*words: str) -> float:
+        config = load_config(toys / "toy.yaml", ["teacher.online=true", "precision=float32", *words])
+        return plan_memory(config, Cards(1), longest({}))[0].parts.get("the online teacher's ears", 0.0)
+
+    assert theirs() == theirs("student.ears_lora_rank=2") == 0
+    whole = sum(p.numel() for p in WhisperEar.from_pretrained(toys / "parts/whisper").parameters())
+    assert theirs("student.train_ears=true") == theirs("student.ears_quantization=int8") == 4 * whole
 
 
 def test_a_teacher_that_is_online_is_given_up_last():
