@@ -370,8 +370,17 @@ def main() -> None:
         write_result("against", figures, make_table(figures))
 
 
+def do(name: str, config_path: str, words: Sequence[str]) -> int:
+    """In a process of one checkout: call a function of this file as that checkout's commands call theirs."""
+    from distill.cli import guard
+
+    return guard(lambda: FUNCTIONS[name](config_path, words), debug=True)
+
+
+FUNCTIONS = {function.__name__: function for function in (make, fill_caches, time_works)}
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--do"]:
-        {"make": make, "fill_caches": fill_caches, "time_works": time_works}[sys.argv[2]](sys.argv[3], sys.argv[4:])
-    else:
-        main()
+        sys.exit(do(*sys.argv[2:4], sys.argv[4:]))
+    main()

@@ -43,7 +43,7 @@ HEARD_AT_ONCE = ("gender_recognition",)  # tasks whose answers are one thing abo
 def completion_mark(config: Config) -> str:
     """Hash of the settings that make a teacher what it is."""
     return fingerprint([config.scratch, config.corpus, config.data.task_weights, config.data.bucket_batches,
-                        config.seed])  # fmt: skip
+                        config.seed, config.cache.frames])  # fmt: skip
 
 
 def is_done(folder: Path, mark: str) -> bool:
@@ -270,10 +270,12 @@ def encode_pieces(tokenizer, pieces: Sequence[str]) -> list[int]:
 
 
 def build_teacher(config: Config, folder: Path) -> Salmonn:
-    """The SALMONN of these parts, everything trainable but Whisper's fixed positions."""
+    """The SALMONN of these parts, everything trainable but Whisper: where its frames are kept all of it is frozen, else
+    its fixed positions."""
     model = build_salmonn(teacher_config(config.scratch, folder))
     model.requires_grad_(True)
-    model.whisper.encoder.embed_positions.requires_grad_(False)
+    frozen = model.whisper if config.cache.frames != "none" else model.whisper.encoder.embed_positions
+    frozen.requires_grad_(False)
     return model
 
 
