@@ -42,6 +42,7 @@ from distill.training import checkpoint as ckpt
 from distill.training.identity import AVERAGED, UPDATE, WEIGHTS, find_start, identify_fit
 from distill.training.microbatch import Collator, check_frames, split, trains_ears
 from distill.training.monitoring.callbacks import Callbacks
+from distill.training.monitoring.mfu import Utilization
 from distill.training.monitoring.progress import Progress
 from distill.training.monitoring.runlog import RunLog, read_table
 from distill.training.monitoring.steplog import StepLog, rates
@@ -416,6 +417,7 @@ class Distiller:
         self.objective, self.optimizer = self.accelerator.prepare(bare, optimizer)
         self.is_prepared = True
         self.update = Update(self.accelerator, self.named, self.options, self.dtype)
+        self.utilization = Utilization(self.student.llm, self.accelerator.device)
         self.collator = Collator(
             self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights, self.step_answers
         )
@@ -464,6 +466,7 @@ class Distiller:
                   "audio_seconds": totals["audio_seconds"]}  # fmt: skip
         timed = totals, time.perf_counter() - began, self.accelerator.num_processes
         record |= rates(*timed) | cost_of_answers(*timed)
+        record |= self.utilization(record["tokens_per_second"], self.accelerator.num_processes)
         return Step(record, totals["stop"] > 0, goes_back)
 
     def _forward_backward(

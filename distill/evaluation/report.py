@@ -34,7 +34,8 @@ REPORT = "report.html"
 TITLES = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm",
           "grad_limit": "Limit of the gradient norm", "skipped": "Steps left out so far",
           "agreement": "Same most probable token as the teacher (share)", "seconds": "Seconds a step",
-          "audio_hours_per_hour": "Audio-hours an hour", "waiting": "Waiting for data (share)"}  # fmt: skip
+          "audio_hours_per_hour": "Audio-hours an hour", "waiting": "Waiting for data (share)",
+          "mfu": "Model FLOPs utilization, the LLM's (share)"}  # fmt: skip
 
 
 def write_report(run_folder: Path) -> Path:

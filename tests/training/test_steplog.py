@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.config import LossConfig, TrainConfig
 from distill.distiller import Distiller
+from distill.sizes.cards import find_card
+from distill.training.monitoring.mfu import Utilization, count_passed_weights
 from distill.training.monitoring.steplog import StepLog, rates
 from shards.packing.pack import pack
 from students.student import build_student
@@ -106,6 +108,31 @@ def test_rates_are_those_of_all_ranks_and_waiting_is_their_mean():
     totals = {"tokens": 300, "audio_seconds": 120.0, "waited": 1.0}
     assert rates(totals, 2.0, 2) == {"seconds": 2.0, "tokens_per_second": 150.0, "audio_hours_per_hour": 60.0,
                                      "waiting": 0.25}  # fmt: skip
+
+
+def test_utilization_is_the_flops_of_all_tokens_by_those_of_all_cards(toys):
+    llm = load_salmonn(toys / "teacher").llm
+    told = Utilization(llm, torch.device("cpu"))
+    assert told(1000.0, 2) == {}  # a processor's rate is not known
+    told.card = find_card("NVIDIA H100 80GB HBM3")
+    assert told(1e9, 2) == {"mfu": pytest.approx(4 * count_passed_weights(llm) * 1e9 / (2 * 989e12))}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_token_passes_every_matrix_between_embeddings_and_head_and_loras(toys, quantization):
+    llm = str(toys / "parts" / "student-llm")
+    student = build_student(load_salmonn(toys / "teacher"), llm, lora=Lora(rank=4), quantization=quantization).llm
+    sizes = student.config
+    attention = 2 * sizes.hidden_size * sizes.head_dim * (sizes.num_attention_heads + sizes.num_key_value_heads)
+    layer = attention + 3 * sizes.hidden_size * sizes.intermediate_size
+    trained = sum(p.numel() for name, p in student.named_parameters() if "lora_" in name)
+    assert count_passed_weights(student) == sizes.num_hidden_layers * layer + trained
+
+
+def test_no_utilization_is_told_of_a_mixture(toys):
+    llm = load_salmonn(toys / "teacher").llm
+    llm.config.num_experts_per_tok = 2
+    assert count_passed_weights(llm) is None
 
 
 def test_tokens_are_those_of_prompt_audio_and_answer_without_padding(toys, tmp_path):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # What a step's record has beside its terms, whose names are others
 RECORD = ("step", "loss", "learning_rate", "grad_norm", "grad_limit", "skipped", "returns", "agreement",
-          "positions", "audio_seconds", "seconds", "tokens_per_second", "audio_hours_per_hour", "waiting", "agreeing",
-          "compared", "stop")  # fmt: skip
+          "positions", "audio_seconds", "seconds", "tokens_per_second", "audio_hours_per_hour", "waiting", "mfu",
+          "agreeing", "compared", "stop")  # fmt: skip
 
 
 @dataclass(frozen=True)
