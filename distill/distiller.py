@@ -64,7 +64,7 @@ from distill.training.zero import (
     hide_frozen_,
     is_zero3,
     join_,
-    report_build,
+    report_build_locks,
 )
 from shards.sample import SAMPLE_RATE, Sample
 from shards.streaming.order import Order
@@ -409,7 +409,7 @@ class Distiller:
         if is_deepspeed(self.accelerator):
             num_trained = sum(p.numel() for p in self.named.values())
             configure_deepspeed(self.accelerator, self.options, self.num_micro_batches, num_trained)
-            report_build(partial(say, self.accelerator))
+            report_build_locks(partial(say, self.accelerator))
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches

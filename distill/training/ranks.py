@@ -1,10 +1,8 @@
 """The processes of a run: one, several under DDP, or several under DeepSpeed ZeRO; on GPUs or CPUs. Knows no model."""
 
-import io
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 
 import torch
 from accelerate import Accelerator
@@ -32,13 +30,25 @@ def build_accelerator() -> Accelerator:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that it built its ops; what goes wrong is an exception
-        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        forbid_compiling()
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers would load empty weights, also the teacher's
     return accelerator
+
+
+def forbid_compiling() -> None:
+    """Let CPU ranks exchange through gloo under DeepSpeed too, as they do under DDP.
+
+    It would compile an exchange of its own at the first start, for two minutes, where it finds a compiler, and use it
+    where the processor has AVX2. Source: `build_shm_op` in deepspeed/comm/torch.py.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}  # what can be compiled here; nothing else of DeepSpeed asks
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

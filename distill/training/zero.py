@@ -92,9 +92,11 @@ def find_build_locks() -> list[Path]:
 
 
 def describe_build_locks() -> str:
-    """What locks of DeepSpeed's compiler there are and what to do; nothing where there are none.
+    """What locks of a compiler there are and what to do; nothing where there are none.
 
-    torch waits for them without a word and without end, and nothing tells a compiler at work from one that was killed.
+    Nothing of ours is compiled (see `ranks.forbid_compiling`), but a user's own settings of DeepSpeed may ask for more.
+    torch waits for such a file without a word and without end, and nothing tells a compiler at work from one that was
+    killed.
     """
     locks = find_build_locks()
     if not locks:
@@ -102,24 +104,16 @@ def describe_build_locks() -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(path.stat().st_mtime for path in locks)))
     names = ", ".join(map(str, locks))
     return (
-        f"{names} is there since {since}, and DeepSpeed waits until it is gone: if no other launch compiles now, one "
-        f"was killed while it did; remove the file."
+        f"{names} is there since {since}, and where DeepSpeed has that operator to compile it waits until the file is "
+        f"gone: if no other launch compiles now, one was killed while it did; remove the file."
     )
 
 
-def report_build(say: Callable[[str], None]) -> None:
-    """Tell why DeepSpeed's start may take its time: it compiles operators once, or waits for who does."""
+def report_build_locks(say: Callable[[str], None]) -> None:
+    """Tell what DeepSpeed's start may wait for."""
     text = describe_build_locks()
     if text:
         say(text)
-    elif not is_built():
-        say("DeepSpeed compiles its operators at the first start on a machine: that takes a minute or two")
-
-
-def is_built() -> bool:
-    """Whether DeepSpeed has compiled something here before."""
-    root = build_root()
-    return any(any(root.glob(pattern)) for pattern in ("*/*.so", "*/*/*.so"))
 
 
 def hide_frozen_(module: nn.Module) -> None:
