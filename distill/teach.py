@@ -87,6 +87,11 @@ def check_parts(config: Config) -> None:
             f"teacher.path is {config.teacher.path}, but `distill teach` makes a teacher and {FOLDER} of the run's "
             f"folder is where it goes; leave teacher.path out, or set teach.start to go on from that one."
         )
+    if config.teacher.quantization != "none":
+        raise ValueError(
+            f"teacher.quantization is {config.teacher.quantization}, but a teacher is made of whole weights; leave it "
+            f"out here, and set it where the teacher is asked."
+        )
     for name in ("llm", "whisper"):
         if not getattr(config.teacher, name):
             raise ValueError(

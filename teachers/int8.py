@@ -1,5 +1,6 @@
 """Weights in fewer bits: linear layers and embeddings in int8 with a scale a row, or in bfloat16; products are as wide
-as what enters. Of ears, and of the head and embeddings of a LLM that only answers; `quantize.py` knows 4 bits.
+as what enters. Of ears, of a teacher's LLM, and of the head and embeddings of a LLM that only answers; `quantize.py`
+knows 4 bits.
 
 Nothing here trains these weights, but gradients pass through a layer to what is before it.
 
@@ -23,6 +24,11 @@ def to_rows(weight_OI: Tensor, bits: str) -> tuple[Tensor, Tensor | None]:
     return (weight_OI.float() / scale_O[:, None]).round().to(torch.int8), scale_O
 
 
+def int8_bytes(num_rows: int, num_columns: int) -> int:
+    """Of a matrix, with its rows' scales."""
+    return num_rows * (num_columns + 4)
+
+
 class Rows(nn.Module):
     """A frozen matrix in fewer bits, under the names that a layer's weight and bias have."""
 
@@ -42,10 +48,17 @@ class Rows(nn.Module):
 
 
 class RowLinear(Rows):
-    """A linear layer: each output is a row's product times its scale."""
+    """A linear layer: each output is a row's product times its scale.
 
-    def __init__(self, linear: nn.Linear, bits: str):
+    Args:
+        linear: the layer.
+        bits: one of `BITS`.
+        fast: on a CPU a few rows are rounded to bfloat16 for their product, many are not. Without, all are alike.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: str, *, fast: bool = True):
         super().__init__(linear.weight, bits)
+        self.fast = fast
         self.bias, (self.out_features, self.in_features) = linear.bias, linear.weight.shape
 
     def forward(self, input_SI: Tensor) -> Tensor:
@@ -55,7 +68,7 @@ class RowLinear(Rows):
         return output_SO if self.bias is None else output_SO + self.bias.to(output_SO.dtype)
 
     def _multiply(self, input_SI: Tensor) -> Tensor:
-        is_short = input_SI.numel() <= FEW_ROWS * self.in_features and not input_SI.requires_grad
+        is_short = self.fast and input_SI.numel() <= FEW_ROWS * self.in_features and not input_SI.requires_grad
         if input_SI.device.type == "cpu" and is_short:  # one pass over the weights, as they lie
             if self.scale is None:
                 return F.linear(input_SI.to(torch.bfloat16), self.weight).to(input_SI.dtype)
@@ -88,6 +101,22 @@ def narrow_linears_(module: nn.Module, bits: str) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
             module.set_submodule(name, RowLinear(layer, bits))
+
+
+def narrow_llm_(llm: nn.Module, bits: str) -> None:
+    """Replace every linear layer of a LLM that gives targets, in place, but its head and LoRA.
+
+    What it says of an answer is the same token by token and at once. Experts that are one tensor stay whole.
+
+    Args:
+        llm: a causal LM of transformers.
+        bits: one of `BITS`.
+    """
+    head = llm.get_output_embeddings()
+    for name, layer in list(llm.named_modules()):
+        is_plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+        if is_plain and layer is not head and "lora_" not in name:
+            llm.set_submodule(name, RowLinear(layer, bits, fast=False))
 
 
 def narrow_head_(llm: nn.Module, bits: str) -> None:

@@ -118,6 +118,7 @@ class Salmonn(nn.Module):
     """
 
     has_queries = True  # of a Q-Former, for a student's to be compared with
+    llm_bits = "none"  # of its LLM's linear layers, where they were narrowed after loading
     min_samples = FRAME_SAMPLES  # the shortest clip that is taken, in audio samples
 
     def __init__(self, config: SalmonnConfig, llm: nn.Module, tokenizer, whisper: nn.Module,

@@ -79,6 +79,7 @@ class TeacherConfig:
     front_end: str = "exact"  # or "shared": Whisper and BEATs from one power spectrum; its error is printed
     ears: str = "auto"  # "float32", "fp16" (on a GPU, autocast over float32 weights, as trained) or "bf16"; "auto":
     # float32 where targets go to a disk, else `precision`. A student that trains on cached targets hears in `precision`
+    quantization: str = "none"  # of its LLM's linear layers, weights alone, while it is asked: "none" or "int8"
     online: bool = False  # compute targets in every step instead of reading the cache
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "precision": ("auto", "float32", "bf16", "fp16"),
     "corpus.kind": ("manifest", "synth"),
     "corpus.channels": ("left", "mean"),
+    "teacher.quantization": ("none", "int8"),
     "student.quantization": ("nf4", "none"),
     "student.ears_quantization": ("none", "bf16", "int8"),
     "student.connector": ("teacher", "new"),

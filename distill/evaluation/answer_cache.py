@@ -30,7 +30,7 @@ from shards.tars.source import expand_shards
 FOLDER = "teacher-answers"  # inside the cache's folder
 TENSORS = ".safetensors"  # beside the answers: the predictions
 VERSION = 3  # of the files, and of how answers are made
-OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "front_end", "dtype")
+OF_TEACHER = ("teacher_weights", "teacher_config", "tokenizer", "prompts", "front_end", "dtype", "llm_bits")
 
 
 def find_answer_cache(config: Config) -> Path:
@@ -50,7 +50,8 @@ def find_answer_cache(config: Config) -> Path:
     options = {name: value for name, value in asdict(config.eval).items() if name not in ("normalize", "prompts")}
     options["asked"] = {task: prompts[0] for task, prompts in teacher.rows.prompts.asked.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    made_by = {name: identity[name] for name in OF_TEACHER} | {"ears": resolve_ears(config, is_kept=False)}
+    made_by = {name: identity[name] for name in OF_TEACHER if name in identity}
+    made_by["ears"] = resolve_ears(config, is_kept=False)
     parts = [VERSION, made_by, options, device]
     split = hash_shards(expand_shards(config.shards("test")))
     return config.cache_folder / FOLDER / f"{fingerprint([*parts, split])[:16]}.json"

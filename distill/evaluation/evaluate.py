@@ -89,7 +89,7 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
     write_answers(answers, config.run_folder / "answers.jsonl")
     card = Scorecard(
         name=config.name,
-        teacher=figures("teacher", teacher.cost, teacher.answers, teacher_path(config), config),
+        teacher=figures(name_teacher(config), teacher.cost, teacher.answers, teacher_path(config), config),
         student=figures(student_name, student.cost, student.answers, folder, config),
         retained=retained_quality(student.answers, teacher.answers, normalize=config.eval.normalize),
         agreement=compare_predictions(teacher.predictions, student.predictions),
@@ -104,6 +104,12 @@ def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
         print_scorecard(card)
         print(f"report: {report}")
     return card
+
+
+def name_teacher(config: Config) -> str:
+    """As the scorecard calls it."""
+    bits = config.teacher.quantization
+    return "teacher" if bits == "none" else f"teacher ({bits})"
 
 
 def evaluate_teacher(config: Config) -> Examined:

@@ -8,7 +8,7 @@ Shapes: B batch, T LLM positions, S supervised positions, L audio tokens, X mel 
 
 import dataclasses
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from teachers.ears.shape import reshape_ears_
 from teachers.ears.whisper import whisper_fields
 from teachers.experts import Experts, split_experts_
 from teachers.files.loading import refuse_foreign
+from teachers.int8 import int8_bytes
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
@@ -76,6 +77,7 @@ class Blueprint:
     lora: Lora | None
     dtype: torch.dtype  # of what is frozen
     is_4bit: bool = False
+    is_8bit: bool = False
     kind: str = "saved"  # of `teachers.kinds.KINDS`; a student is built as that is
     trains_ears: bool = False  # of a student: all of its Whisper, or the LoRA that this has
 
@@ -96,11 +98,11 @@ def describe_teacher(config: Config) -> tuple[Blueprint, dict[str, PretrainedCon
     dtype = frozen_dtype(config)
     if is_of_given_parts(config):
         return Blueprint(salmonn_config(config), lora_of_teacher(config.teach), dtype), {}
-    path = teacher_path(config)
+    path, how = teacher_path(config), {"dtype": dtype, "is_8bit": config.teacher.quantization == "int8"}
     if not config.teacher.path:
-        return Blueprint(teacher_config(config.scratch, path.parent), None, dtype), scratch_configs(config)
+        return Blueprint(teacher_config(config.scratch, path.parent), None, **how), scratch_configs(config)
     kind = find_kind(path)
-    return Blueprint(*KINDS[kind].describe(config.teacher, path), dtype, kind=kind), {}
+    return Blueprint(*KINDS[kind].describe(config.teacher, path), kind=kind, **how), {}
 
 
 def is_of_given_parts(config: Config) -> bool:
@@ -218,11 +220,16 @@ def measure_sizes(
 def _measure_sizes_(model: Salmonn, blueprint: Blueprint) -> dict[str, tuple[int, float]]:
     """As `measure_sizes`, of a model that is built already; it gets the blueprint's LoRA."""
     head = model.llm.get_output_embeddings()
-    linears = {m.weight for m in model.llm.modules() if is_linear(m) and m is not head}
+    linears = [m.weight for m in model.llm.modules() if is_linear(m) and m is not head]
+    few_bits = {}
+    if blueprint.is_4bit:
+        few_bits = {weight: nf4_bytes(weight.numel()) for weight in linears}
+    elif blueprint.is_8bit:
+        few_bits = {weight: int8_bytes(*weight.shape) for weight in linears}
     if blueprint.lora is not None:
         with torch.device("meta"):
             add_lora_(model.llm, blueprint.lora)
-    return _size_parts(model, linears if blueprint.is_4bit else frozenset())
+    return _size_parts(model, few_bits)
 
 
 def count_passed(llm: nn.Module) -> int:
@@ -236,12 +243,12 @@ def count_passed(llm: nn.Module) -> int:
     return trained - of_experts + of_experts * llm.config.get_text_config().num_experts_per_tok // len(mixtures[0].up)
 
 
-def _size_parts(model: Salmonn, in_4bit: Set[nn.Parameter]) -> dict[str, tuple[int, float]]:
-    """Parameters and bytes of each part."""
+def _size_parts(model: Salmonn, few_bits: Mapping[nn.Parameter, float]) -> dict[str, tuple[int, float]]:
+    """Parameters and bytes of each part; `few_bits` has the bytes of those weights that are not kept as they are."""
     sizes: dict[str, tuple[int, float]] = {}
     for name, parameter in model.named_parameters():
         number = parameter.numel()
-        size = nf4_bytes(number) if parameter in in_4bit else number * parameter.element_size()
+        size = few_bits.get(parameter, number * parameter.element_size())
         title = "LoRA" if parameter.requires_grad else part_of(name, model.config)  # a mixture's routers go with it
         known = sizes.get(title, (0, 0.0))
         sizes[title] = (known[0] + number, known[1] + size)

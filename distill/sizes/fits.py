@@ -347,7 +347,7 @@ def describe_needs(needs: list[Need], cards: Cards) -> list[dict]:
 def advise(config: Config, cards: Cards, usage: Usage) -> list[str] | None:
     """The `key=value` words with which every stage fits, the mildest first; none are needed: []; none help: None.
 
-    None of them changes what a step computes, but for a teacher that is cached instead of online.
+    None of them changes what a step computes, but for a teacher that is cached instead of online, or asked in int8.
     """
     words, needs = shrink(config, cards, usage)
     return words if all(map(cards.hold, needs)) else None
@@ -384,7 +384,9 @@ def next_change(config: Config, short: list[Need]) -> tuple[str, str, object] | 
         size = getattr(getattr(config, section), name)
         if stage in stages and size > 1:
             return section, name, size // 2
-    return ("teacher", "online", False) if "train" in stages and config.teacher.online else None
+    if "train" in stages and config.teacher.online:
+        return "teacher", "online", False
+    return ("teacher", "quantization", "int8") if "cache" in stages and config.teacher.quantization == "none" else None
 
 
 def find_fit(config: Config, cards: Cards, usage: Usage) -> Fit:

@@ -64,7 +64,7 @@ def make_row(name: str, model: Blueprint, sizes: Mapping[str, tuple[int, float]]
     gigabytes = [f"{add(1, 1e9, parts):.2f}" for parts in (sizes, ear_titles(), LLM)]
     if name == "teacher":
         millions[-1] = "–"
-    llm = Path(model.config.llm).name + (", 4 bits" if model.is_4bit else "")
+    llm = Path(model.config.llm).name + (", 4 bits" if model.is_4bit else ", 8 bits" if model.is_8bit else "")
     return name, llm, " + ".join(ears), *millions, *gigabytes
 
 

@@ -35,4 +35,5 @@ def describe_model(model: Salmonn, dtype: torch.dtype) -> dict:
         "dtype": str(dtype),
         "ears": describe_precision(model.whisper),
         "ends": {"own": model.rows.end_ids, "stops": model.end_ids},
+        **({} if model.llm_bits == "none" else {"llm_bits": model.llm_bits}),  # caches of before have no such word
     }

@@ -124,6 +124,18 @@ def test_a_cache_of_every_codec_gives_the_losses_of_the_teacher_itself(toys, tmp
     assert losses == pytest.approx(expected, abs=error)
 
 
+def test_a_teacher_in_int8_is_cached_as_another_one_and_says_the_same_online(toys, tmp_path, capsys):
+    config = make_cache(toys, tmp_path / "cache", "teacher.quantization=int8", "cache.codec=dense")
+    assert "the teacher's LLM is in int8 (teacher.quantization): " in capsys.readouterr().err
+    online = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, online=True))
+    expected = train(toys, tmp_path / "online", online, load_teacher(config))
+    losses = train(toys, tmp_path / "cached", config, load_teacher(config, llm_weights=False))
+    assert losses == pytest.approx(expected, abs=5e-3)
+    whole = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, quantization="none"))
+    with pytest.raises(ValueError, match='llm_bits: cached "int8", this run nothing'):
+        wrap_teacher(whole, load_teacher(whole))
+
+
 @pytest.mark.parametrize(
     ("codec", "refusal"),
     [

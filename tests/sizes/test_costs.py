@@ -21,9 +21,11 @@ from distill.sizes.costs import (
     measure_sizes,
     model_config,
 )
+from distill.teacher import bytes_of
 from students.quantize import nf4_bytes
 from teachers.ears.encoders import build_encoder, find_encoder
 from teachers.files.checkpoint import save_checkpoint
+from teachers.int8 import narrow_llm_
 from teachers.lora import Lora
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -137,6 +139,13 @@ def test_a_4_bit_llm_keeps_its_embeddings_whole(parts):
     norms = table["LLM body"].parameters - matrices
     assert table["LLM body"].bytes == pytest.approx(nf4_bytes(matrices) + 2 * norms, abs=len(table) * 8)
     assert table["LLM embeddings"].bytes == 2 * table["LLM embeddings"].parameters
+
+
+def test_an_8_bit_llm_has_the_bytes_of_one_that_was_narrowed(parts):
+    model = tiny.make_teacher(parts)
+    table = {p.name: p for p in measure(Blueprint(model.config, None, torch.float32, is_8bit=True), Usage())}
+    narrow_llm_(model.llm, "int8")
+    assert table["LLM body"].bytes == bytes_of(model.llm.model) - bytes_of(model.llm.get_input_embeddings())
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)

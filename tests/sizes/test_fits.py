@@ -9,7 +9,7 @@ import torch
 
 from distill.cli import main
 from distill.config import Config, TeacherConfig, load_config
-from distill.sizes.costs import Usage, describe_student, describe_teacher
+from distill.sizes.costs import Usage, describe_student, describe_teacher, measure_sizes
 from distill.sizes.fits import (
     Cards,
     Need,
@@ -169,6 +169,18 @@ def test_a_teacher_that_is_online_is_given_up_last():
     train = dataclasses.replace(config.train, micro_batch_size=1, gradient_checkpointing=True)
     assert next_change(config, short) == ("train", "gradient_checkpointing", True)
     assert next_change(dataclasses.replace(config, train=train), short) == ("teacher", "online", False)
+
+
+def test_a_teacher_that_answers_no_clip_alone_is_asked_in_int8():
+    config = Config(cache=dataclasses.replace(Config().cache, batch_size=1))
+    assert next_change(config, [Need("cache: 1 clips a batch", {})]) == ("teacher", "quantization", "int8")
+    config = dataclasses.replace(config, teacher=TeacherConfig(quantization="int8"))
+    assert next_change(config, [Need("cache: 1 clips a batch", {})]) is None
+    words = [[], ["teacher.quantization=int8"]]
+    whole, narrow = (
+        measure_sizes(*describe_teacher(load_config("salmonn_3b_to_1b", own)))["LLM body"] for own in words
+    )
+    assert whole[1] - narrow[1] == pytest.approx(2.8e9, rel=0.02)  # of 3.2 thousand million weights, 2.8 are narrowed
 
 
 def test_plan_prints_the_memory_of_every_stage_for_readers_and_scripts(toys, capsys):

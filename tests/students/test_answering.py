@@ -16,7 +16,7 @@ from students.student import build_student, load_student, save_student, train_ow
 from teachers.ears.precision import has_amx_bf16
 from teachers.files.loading import save_salmonn
 from teachers.fourbit import FLAG, bnb, pack_for_good_, packed_for_answers
-from teachers.int8 import RowEmbedding, RowLinear, narrow_head_, narrow_linears_
+from teachers.int8 import RowEmbedding, RowLinear, narrow_head_, narrow_linears_, narrow_llm_
 from teachers.lora import Lora, add_lora_
 
 LORA = Lora(rank=4, targets=("q_proj", "v_proj"))
@@ -168,6 +168,27 @@ def test_a_matrix_that_int8_holds_exactly_is_multiplied_exactly():
     rows = torch.randn(40, 64)
     with torch.no_grad():
         torch.testing.assert_close(RowLinear(linear, "int8")(rows), linear(rows))
+
+
+def test_a_layer_of_a_teacher_gives_a_row_what_it_gives_many():
+    torch.manual_seed(0)
+    linear, rows = torch.nn.Linear(128, 96), torch.randn(40, 128)
+    small = RowLinear(linear, "int8", fast=False)
+    with torch.no_grad():
+        torch.testing.assert_close(small(rows[:1]), small(rows)[:1], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(RowLinear(linear, "int8")(rows[:1]), small(rows)[:1], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_teachers_llm_in_int8_says_nearly_the_same_and_keeps_its_head_and_lora_whole():
+    llm, ids = make_llm(), torch.arange(40)[None]
+    add_lora_(llm, Lora(rank=4))
+    exact, head = llm(ids).logits, llm.get_output_embeddings()
+    narrow_llm_(llm, "int8")
+    narrow = {name for name, layer in llm.named_modules() if isinstance(layer, RowLinear)}
+    assert len(narrow) == 7 * len(llm.model.layers) and llm.get_output_embeddings() is head
+    assert not any("lora_" in name for name in narrow)
+    assert 0 < float((llm(ids).logits - exact).norm() / exact.norm()) < 0.02
 
 
 def test_scales_stay_in_float32_where_the_rest_is_rounded():
