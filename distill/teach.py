@@ -231,6 +231,7 @@ def train_whole(config: Config, teacher: Salmonn, accelerator, folder: Path) -> 
         kept,
         teacher,
         train=stream,
+        loss=ONLY_CE,
         options=train_options(config.scratch, accelerator.num_processes),
         run=Run(folder, config.seed, config.precision, accelerator, identity),
     ).fit()

@@ -1,7 +1,7 @@
 """What a teacher's LLM in int8 (`teacher.quantization`) costs of what it says, beside the same one whole.
 
-`python benchmarks/storing/teacher_int8.py CONFIG [key=value …]`: the config's teacher answers and predicts its test split
-twice, in one process.
+`python benchmarks/storing/teacher_int8.py CONFIG [key=value …]`: the config's teacher answers and predicts its test
+split twice, in one process.
 """
 
 import argparse
