@@ -8,7 +8,7 @@ Shapes: B batch, T LLM positions, S supervised positions, L audio tokens, X mel 
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
