@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,7 @@ def configure(toys: Path, name: str, *words: str):
     return load_config(toys / "toy.yaml", [f"name={name}", f"runs={toys}/runs", *words])
 
 
-def train_on_two_ranks(toys: Path, name: str, launch_file: str, *words: str, zero_stage: int | None = None,
+def train_on_two_ranks(toys: Path, name: str, launch_file: str, *words: str, options: Sequence[str] = (),
                        killed: bool = False) -> list[int]:  # fmt: skip
     """Train as `accelerate launch` lets two ranks do, which are copies of this process: its imports are done.
 
@@ -83,7 +84,7 @@ def train_on_two_ranks(toys: Path, name: str, launch_file: str, *words: str, zer
         name: of the run.
         launch_file: of configs/accelerate; accelerate reads it and says what the ranks find in their environment.
         words: further ones of the config.
-        zero_stage: another than the file's.
+        options: what the command line of `accelerate launch` says in the file's place.
         killed: whether rank 1 gets kill -9 after step 3.
 
     Returns:
@@ -100,8 +101,7 @@ def train_on_two_ranks(toys: Path, name: str, launch_file: str, *words: str, zer
             rank.join()
         codes.extend(rank.exitcode for rank in ranks)
 
-    options = ["--config_file", str(LAUNCH / launch_file), "--main_process_port", "0"]
-    options += [] if zero_stage is None else ["--zero_stage", str(zero_stage)]
+    options = ["--config_file", str(LAUNCH / launch_file), "--main_process_port", "0", *options]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed.run, "run", fork)
         patch.setenv("DS_ACCELERATOR", "cpu")
@@ -242,6 +242,13 @@ def test_kill_9_of_a_rank_and_of_the_launcher_of_a_zero2_run_leaves_no_process_a
     assert_alike(student(toys, "killed"), student(toys, "alone"))
 
 
+def test_two_zero2_ranks_whose_moments_lie_in_host_memory_repeat_the_losses_of_one_process(toys, alone):
+    options = ["--offload_optimizer_device", "cpu"]
+    assert train_on_two_ranks(toys, "offload", "two_cpus_zero2.yaml", options=options) == [0, 0]
+    assert losses(toys, "offload") == pytest.approx(alone, abs=1e-5)
+    assert_alike(student(toys, "offload"), student(toys, "alone"))
+
+
 def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors(toys, alone):
     assert train_on_two_ranks(toys, "zero3", "two_cpus_zero3.yaml", "train.ema=0") == [0, 0]
     assert losses(toys, "zero3") == pytest.approx(alone, abs=1e-5)
@@ -271,5 +278,5 @@ def test_two_zero2_ranks_train_lora_on_the_ears_as_one_process_does(toys, on_the
 def test_a_run_resumed_under_zero1_on_two_ranks_repeats_the_uninterrupted_losses_of_one_process(toys, alone):
     assert run(configure(toys, "moved", "train.stop_after=2")) == PREEMPTED
     assert losses(toys, "moved") == pytest.approx(alone[:2], abs=1e-6)
-    assert train_on_two_ranks(toys, "moved", "two_cpus_zero2.yaml", zero_stage=1) == [0, 0]
+    assert train_on_two_ranks(toys, "moved", "two_cpus_zero2.yaml", options=["--zero_stage", "1"]) == [0, 0]
     assert losses(toys, "moved") == pytest.approx(alone, abs=1e-5)
