@@ -49,7 +49,15 @@ from distill.training.monitoring.steplog import StepLog, rates
 from distill.training.monitoring.trackers import Trackers, check_trackers
 from distill.training.onpolicy import AnswerCost, answer_within, cost_of_answers, identify_step_answers
 from distill.training.optimizer import build_optimizer
-from distill.training.ranks import build_accelerator, gather, is_deepspeed, resolve_precision, say, sum_over_ranks
+from distill.training.ranks import (
+    build_accelerator,
+    gather,
+    is_deepspeed,
+    resolve_precision,
+    say,
+    sum_over_ranks,
+    unwrap,
+)
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
 from distill.training.runlock import RunLock
@@ -413,8 +421,7 @@ class Distiller:
         if is_zero3(self.accelerator):
             hide_frozen_(self.objective)
         self.accelerator.gradient_accumulation_steps = self.num_micro_batches
-        bare = self.accelerator.unwrap_model(self.objective)
-        self.objective, self.optimizer = self.accelerator.prepare(bare, optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(unwrap(self.objective), optimizer)
         self.is_prepared = True
         self.update = Update(self.accelerator, self.named, self.options, self.dtype)
         self.utilization = Utilization(self.student.llm, self.accelerator.device)

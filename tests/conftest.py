@@ -1,5 +1,6 @@
 """What every test shares: where `../shared` is, which tests need it, and one thread a process."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -9,8 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
 # what a script's background job and nohup ignore, or no process that a test starts would hear it
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -21,11 +20,17 @@ SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[
 
 
 def pytest_collection_modifyitems(items):
+    import torch  # here, as what starts and waits for the processes that test would pay its seconds too
+
     for item in items:
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"{SHARED} is not here; set DISTILL_SHARED"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the imports left is not looked through again, by pytest's five collections at the end as little
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +42,8 @@ def shared() -> Path:
 @pytest.fixture(scope="module")
 def on_the_cpu():
     """For modules that fork processes, which a GPU in use would not survive."""
+    from accelerate.state import AcceleratorState
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -71,8 +71,9 @@ def test_every_field_of_a_config_is_in_a_recipe_a_document_or_a_benchmark():
 
 def test_a_further_part_of_each_kind_takes_one_line():
     kinds = {"codec", "encoder", "metric", "teacher_kind", "data_set", "command", "term", "divergence"}
-    assert count_edits().keys() >= {*kinds, "feature_distance"}
-    assert {kind: number for kind, number in count_edits().items() if number != 1} == {}
+    edits = count_edits()
+    assert edits.keys() >= {*kinds, "feature_distance"}
+    assert {kind: number for kind, number in edits.items() if number != 1} == {}
 
 
 def test_every_public_name_says_what_it_is():

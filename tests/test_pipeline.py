@@ -1,13 +1,16 @@
 """The pipeline: what it uses again is of this very config, and its stages end with it."""
 
-import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,9 @@ import tiny
 
 import shards.demo.synth
 from distill.cli import main
-from distill.command import run_stage
 from distill.config import Config, load_config
 from distill.evaluation.evaluate import evaluate_run
-from distill.pipeline import make_shards, run_pipeline
+from distill.pipeline import launch_stage, make_shards, run_pipeline
 from distill.run import find_valid, run
 from shards.manifests.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
@@ -210,9 +212,27 @@ TELLING = re.compile(
 
 
 def run_here(module: str, path: str, words: list[str], launch: str | None) -> None:
-    """A stage in this process."""
-    stage = getattr(importlib.import_module(module), module.rpartition(".")[2])
-    assert run_stage(stage, [path, *words]) == 0, module
+    """A stage in this process, as `python -m` runs it."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [module, path, *words])
+        warnings.filterwarnings("ignore", f"'{module}' found in sys.modules")  # it is here already
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0, module
+
+
+def launch_the_first(module: str, *arguments) -> None:
+    """The stage that imports most in a process of its own, as all are; the others pay no imports again."""
+    (launch_stage if module == "distill.teach" else run_here)(module, *arguments)
+
+
+@contextmanager
+def warnings_of_processes() -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings that Python would print in processes of their own."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        yield warned
 
 
 def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_path, monkeypatch, capfd):
@@ -222,12 +242,14 @@ def test_the_demo_goes_from_nothing_to_a_scorecard_and_uses_all_of_it_again(tmp_
     words += ["scratch.steps=2", "scratch.ear_steps=2", "scratch.text_steps=2", "train.steps=2", "train.batch_size=8"]
     words += ["train.warmup_steps=1", "eval.max_new_tokens=4"]
     demo = str(Path(__file__).resolve().parents[1] / "configs" / "demo.yaml")
-    run_pipeline(demo, words, None)
+    monkeypatch.setattr("distill.pipeline.launch_stage", launch_the_first)
+    with warnings_of_processes() as warned:
+        run_pipeline(demo, words, None)
     card = json.loads((tmp_path / "runs" / "demo" / "scorecard.json").read_text())
     assert card["training"]["steps"] == 2 and card["device"]["scores"].keys() == card["student"]["scores"].keys()
     said = capfd.readouterr().err
     noise = [line for line in said.splitlines() if not TELLING.match(line)]
-    assert not noise, noise
+    assert not noise and not warned, (noise, [str(warning.message) for warning in warned])
     monkeypatch.setattr("distill.pipeline.launch_stage", run_here)  # no need of processes: nothing is left to do
     run_pipeline(demo, words, None)
     said = capfd.readouterr().err

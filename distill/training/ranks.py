@@ -56,6 +56,11 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.state.deepspeed_plugin is not None
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module in DDP's or DeepSpeed's wrapping; accelerate's own `unwrap_model` imports DeepSpeed to look for it."""
+    return getattr(model, "module", model)
+
+
 def sum_over_ranks(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
     """Each value summed over all ranks, in float64; every rank must call it, with the same names."""
     if accelerator.num_processes == 1:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.house import parse, place_of, python_files
 from shards.files import hash as hashes
 from shards.files.lock import FileLock, read_holder
 from shards.files.write import create_once, folder_atomically, open_atomically, staged, write_atomically
 
-ROOT = Path(__file__).parents[2]
 HOMES = {
     "shards/files/write.py": ("os.replace", "os.rename", "os.renames", "os.link", "os.fsync", "Path.replace"),
     "shards/files/hash.py": ("hashlib.file_digest",),
@@ -31,15 +31,13 @@ def find_calls(tree: ast.AST) -> set[str]:
             found.add(f"{node.value.id}.{node.attr}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 1:
             is_paths = node.func.attr in ("replace", "rename") and not node.keywords
-            if is_paths and ast.unparse(node.func.value) not in ("os", "dataclasses"):
+            if is_paths and getattr(node.func.value, "id", "") not in ("os", "dataclasses"):
                 found.add("Path.replace")
     return found & {name for names in HOMES.values() for name in names}
 
 
 def test_atomic_writes_file_hashes_and_locks_have_one_home_each():
-    packages = ("shards", "teachers", "students", "distill")
-    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
-    calls = {str(path.relative_to(ROOT)): find_calls(ast.parse(path.read_text())) for path in files}
+    calls = {place_of(path): find_calls(parse(path)) for path in python_files()}
     assert {name: found for name, found in calls.items() if found - set(HOMES.get(name, ()))} == {}
     assert all(calls[name] for name in HOMES)  # or this test looks for what is nowhere
 

@@ -159,7 +159,7 @@ def test_a_finished_pack_is_left_alone_and_a_damaged_shard_is_made_again(manifes
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tmp_path, kill):
-    rows = write_clips(tmp_path, 8, seconds=5.0) * 40
+    rows = write_clips(tmp_path, 8, seconds=2.0) * 40
     manifest, out = write_annotation(tmp_path / "train.json", rows), tmp_path / "out"
     program = (
         "import sys; from shards.packing.pack import ShardSize, pack; "

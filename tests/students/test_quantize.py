@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import teachers.fourbit
+from benchmarks.house import parse, python_files
 from distill.config import load_config
 from distill.export import export
 from distill.run import run
@@ -183,12 +184,13 @@ def test_importing_the_product_fetches_no_code_raises_no_alarm_and_loads_no_comp
 
 def test_bitsandbytes_is_imported_in_one_place():
     found = set()
-    for package in ("shards", "teachers", "students", "distill"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
-                if any((name or "").split(".")[0] == "bitsandbytes" for name in names):
-                    found.add(path.name)
+    for path in python_files():
+        if "bitsandbytes" not in path.read_text():  # and so not in an import
+            continue
+        for node in ast.walk(parse(path)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            if any((name or "").split(".")[0] == "bitsandbytes" for name in names):
+                found.add(path.name)
     source = Path(teachers.fourbit.__file__).read_text()
     assert not found and 'import_module("bitsandbytes")' in source
 

@@ -1,5 +1,6 @@
 """A run over one process, two under DDP and two under DeepSpeed ZeRO: the same losses for the same global batch."""
 
+import inspect
 import multiprocessing
 import os
 import signal
@@ -206,13 +207,14 @@ def test_a_users_error_is_the_last_line_of_the_launchers_report(toys):
     assert process.returncode == 1 and last.endswith(text) and set(border) == {"="}
 
 
-LAUNCHER_KILLED = """
+LAUNCHER_KILLED = f"""
 import os, signal, sys
 
 from distill.command import run_stage
+from distill.distiller import Distiller
 from distill.run import run
-from test_ranks import kill_after
 
+{inspect.getsource(kill_after)}
 if os.environ["RANK"] == "0":
     kill_after(1, lambda: (os.kill(os.getppid(), signal.SIGKILL), signal.pause()))
 sys.exit(run_stage(run))
