@@ -202,7 +202,7 @@ def test_bitsandbytes_is_imported_in_one_place():
 def toys(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toys")
     tiny.make_toys(folder, teacher__online=True, precision="float32", train__save_every=1, train__keep=4,
-                   train__min_learning_rate=1e-4)  # fmt: skip
+                   train__min_learning_rate=1e-4, eval__max_new_tokens=2)  # fmt: skip
     tiny.make_shards(folder / "data", split="valid", num_samples=3)
     return folder
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from distill.cache import cache
-from distill.config import Config, TrainConfig, load_config
+from distill.config import Config, EvalConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import open_training_stream, run
 from distill.training.microbatch import Collator
@@ -136,7 +136,8 @@ def test_validation_is_never_augmented(toys, tmp_path):
 
     student.whisper.register_forward_pre_hook(note)
     Distiller(None, student, train=open_stream(toys, CLEAN), valid=toys / "data" / "valid", run=tmp_path,
-              options=TrainConfig(steps=2, batch_size=12, warmup_steps=1, eval_every=1)).fit()  # fmt: skip
+              options=TrainConfig(steps=2, batch_size=12, warmup_steps=1, eval_every=1),
+              answers=EvalConfig(max_new_tokens=2)).fit()  # fmt: skip
     clips = {
         split: {
             np.pad(s.waveform_N, (0, max(0, SAMPLE_RATE - len(s.waveform_N)))).tobytes()  # as ears hear a short clip

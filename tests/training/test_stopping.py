@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from distill.cache import cache
-from distill.config import Config, TrainConfig, load_config
+from distill.config import Config, EvalConfig, TrainConfig, load_config
 from distill.distiller import Distiller
 from distill.run import run
 from distill.training import runlock, stopping
@@ -226,6 +226,7 @@ def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys
         train=toys / "data" / "train",
         valid=tmp_path / "valid",
         options=TrainConfig(steps=1, batch_size=2, micro_batch_size=2, warmup_steps=0, trackers=()),
+        answers=EvalConfig(max_new_tokens=2),
         run=tmp_path / "run",
         callbacks=[Slow()],
     ).fit()

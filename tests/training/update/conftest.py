@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import tiny
 
-from distill.config import LossConfig, TrainConfig
+from distill.config import EvalConfig, LossConfig, TrainConfig
 from distill.distiller import Distiller, Own, Run
 from distill.objective.terms.term import OwnTerm
 from distill.training.ranks import resolve_precision
@@ -59,6 +59,7 @@ def make_run(toys, tmp_path, monkeypatch) -> Callable[..., Distiller]:
                                 dtype=resolve_precision(precision))  # fmt: skip
         return Distiller(None, student, train=toys / "data" / "train", valid=valid, loss=LossConfig(feature=0.0),
                          options=dataclasses.replace(OPTIONS, **changes), run=Run(tmp_path / name, precision=precision),
+                         answers=EvalConfig(max_new_tokens=2),
                          own=Own({"energy": OwnTerm(0.1, energy)}, metrics or {}))  # fmt: skip
 
     return make
