@@ -349,14 +349,13 @@ def advise(config: Config, cards: Cards, usage: Usage) -> list[str] | None:
 
     None of them changes what a step computes, but for a teacher that is cached instead of online, or asked in int8.
     """
-    words, needs = shrink(config, cards, usage)
+    words, needs = shrink(config, cards, usage, plan_memory(config, cards, usage))
     return words if all(map(cards.hold, needs)) else None
 
 
-def shrink(config: Config, cards: Cards, usage: Usage) -> tuple[list[str], list[Need]]:
-    """The words of `advise` as far as there are any, and what each stage holds with them."""
+def shrink(config: Config, cards: Cards, usage: Usage, needs: list[Need]) -> tuple[list[str], list[Need]]:
+    """The words of `advise` as far as there are any, and what each stage holds with them; `needs` without."""
     words: list[str] = []
-    needs = plan_memory(config, cards, usage)
     while short := [need for need in needs if not cards.hold(need)]:
         change = next_change(config, short)
         if change is None:
@@ -394,7 +393,7 @@ def find_fit(config: Config, cards: Cards, usage: Usage) -> Fit:
     needs = plan_memory(config, cards, usage)
     if all(map(cards.hold, needs)):
         return Fit(needs, [], "")
-    words, least = shrink(config, cards, usage)
+    words, least = shrink(config, cards, usage, needs)
     if all(map(cards.hold, least)):
         return Fit(needs, words, f"It fits with {' '.join(words)}")
     return Fit(needs, None, refuse(least, words))
