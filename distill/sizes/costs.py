@@ -278,12 +278,31 @@ def count_flops(forward: Callable) -> int:
     return counter.get_total_flops()
 
 
+def count_layers(owner: nn.Module, forward: Callable) -> int:
+    """FLOPs of a forward through `owner.layers` and what is around them: where all are alike, two tell of all."""
+    layers = getattr(owner, "layers", ())
+    if len(layers) < 3 or len({_form(layer) for layer in layers}) > 1:
+        return count_flops(forward)
+    try:
+        owner.layers = layers[:1]
+        one = count_flops(forward)
+        owner.layers = layers[:2]
+        return one + (len(layers) - 1) * (count_flops(forward) - one)
+    finally:
+        owner.layers = layers
+
+
+def _form(layer: nn.Module) -> tuple:
+    """What alike layers have in common: their modules, and the shapes of their parameters."""
+    return tuple((name, type(m), *(p.shape for p in m.parameters(recurse=False))) for name, m in layer.named_modules())
+
+
 def _count_ears(model: Salmonn, num_samples: int) -> dict[str, int]:
     ears = [ear for ear in (model.whisper, model.second) if ear is not None]
     features = {ear: ear.features_on_meta(num_samples) for ear in ears}
     if model.config.ears_seconds != FULL:
         features[model.whisper] = (*features[model.whisper], [model.num_speech_frames(num_samples)])
-    return {ear.title: count_flops(partial(ear.encode, *features[ear])) for ear in ears}
+    return {ear.title: count_layers(getattr(ear, "encoder", ear), partial(ear.encode, *features[ear])) for ear in ears}
 
 
 def _count_connector(model: Salmonn, num_samples: int) -> dict[str, int]:
@@ -302,7 +321,8 @@ def _count_body(model: Salmonn, length: int) -> int:
     split_experts_(model.llm)  # the product of fused ones is not counted
     embeds_BTD = _empty(1, length, embeddings.embedding_dim, like=embeddings)
     mask = _empty(1, 1, length, length, like=embeddings)  # given whole: transformers looks into smaller ones
-    return count_flops(lambda: model.llm.base_model(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))
+    base = model.llm.base_model
+    return count_layers(base, lambda: base(inputs_embeds=embeds_BTD, attention_mask=mask, use_cache=False))
 
 
 def _empty(*shape: int, like: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from distill.cli import main
 from distill.config import Config, TeacherConfig, load_config
@@ -15,6 +15,8 @@ from distill.sizes.costs import (
     Blueprint,
     Usage,
     build_on_meta,
+    count_flops,
+    count_layers,
     describe_student,
     describe_teacher,
     measure,
@@ -104,6 +106,21 @@ def test_flops_are_those_that_torch_counts_in_a_real_forward(parts):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             forward()
         assert table[name].flops == counter.get_total_flops() > 0, name
+
+
+def test_flops_of_many_layers_are_those_of_each_whether_they_are_alike_or_not():
+    with torch.device("meta"):
+        llm = LlamaModel(LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+                                     num_attention_heads=4)).requires_grad_(False)  # fmt: skip
+    embeds_BTD = torch.empty(1, 7, 32, device="meta")
+    mask_B1TT = torch.empty(1, 1, 7, 7, device="meta")
+    found = []
+    for _ in range(2):
+        found.append(count_flops(lambda: llm(inputs_embeds=embeds_BTD, attention_mask=mask_B1TT, use_cache=False)))
+        assert count_layers(llm, lambda: llm(inputs_embeds=embeds_BTD, attention_mask=mask_B1TT)) == found[-1]
+        assert len(llm.layers) == 5
+        llm.layers[3].mlp = torch.nn.Identity()
+    assert found[0] - found[1] == 2 * 7 * 3 * 32 * 48
 
 
 def test_flops_of_a_llm_are_two_a_weight_and_token_plus_attention(parts):
