@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -22,6 +23,7 @@ from distill.cli import main
 from distill.command import run_stage
 from distill.config import load_config
 from distill.config.recipes import find_launch
+from distill.evaluation.answering import measure_cost
 from shards.manifests.manifest import read_manifest
 from teachers.files.checkpoint import save_checkpoint
 
@@ -108,6 +110,7 @@ def place(toys, tmp_path, monkeypatch) -> Path:
     (folder / "my.yaml").write_text(yaml.safe_dump({**own, "corpus": corpus}))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("distill.evaluation.evaluate.measure_cost", partial(measure_cost, runs=1))
     monkeypatch.setattr(
         "distill.pipeline.launch_stage", lambda module, path, words, launch: run_here(module, path, *words)
     )
