@@ -2,7 +2,7 @@
 
 Teacher and shards are those of `benchmarks/fsdd.py`, which comes first. The small ears have two thirds of the teacher's
 width and layers and are pre-trained as its were, by CTC; some are trained with the student, whole or by LoRA, or are
-layers of the teacher's: `python benchmarks/hearing/ears.py [--variants NAME …] [key=value …]`. Students made before are
+layers of the teacher's: `python benchmarks/hearing/ears.py [key=value …] [--variants NAME …]`. Students made before are
 used again.
 """
 
@@ -74,6 +74,7 @@ def main() -> None:
     """Make the ears and the cache, run every variant and seed, two at a time, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--record", default="ears", metavar="NAME", help="of what is written in results (%(default)s)")
     parser.add_argument("words", nargs="*", metavar="key=value")
     args = parser.parse_args()
     words = args.words
@@ -89,7 +90,7 @@ def main() -> None:
         results = dict(zip(jobs, pool.map(lambda job: train_and_score(*job, ears, common), jobs)))
     figures = {variant: {"wer": [results[variant, seed][0] for seed in SEEDS],
                          "parameters of the ears": results[variant, 0][1]} for variant in args.variants}  # fmt: skip
-    write_result("ears", {"students": figures, "steps": base.train.steps}, make_table(figures))
+    write_result(args.record, {"students": figures, "steps": base.train.steps}, make_table(figures))
 
 
 def make_table(figures: dict) -> str:
