@@ -14,6 +14,7 @@ from teachers.int8 import BITS, narrow_head_
 from teachers.salmonn import Salmonn
 
 HEADS = ("auto", "whole", *BITS)  # "auto": bf16 with AMX, else whole
+AS_TRAINED = "its weights as they were trained"  # where a processor has nothing faster
 
 
 def prepare_to_answer_(student: Salmonn, head: str = "auto") -> Salmonn:
@@ -39,7 +40,7 @@ def prepare_to_answer_(student: Salmonn, head: str = "auto") -> Salmonn:
         done.append(f"head and embeddings in {bits}")
     if num_layers := pack_for_good_(student.llm):
         done.append(f"{num_layers} 4-bit layers packed for AVX512-BF16")
-    student.only_answers = ", ".join(done) or "as it was trained"
+    student.only_answers = ", ".join(done) or AS_TRAINED
     return student
 
 

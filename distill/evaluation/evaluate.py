@@ -43,6 +43,7 @@ from shards.status import print_json
 from shards.streaming.catalog import check_channels
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
+from students.answering import AS_TRAINED
 from students.device.folder import MANIFEST
 from students.student import load_student
 from teachers.files.loading import CONFIG
@@ -136,7 +137,7 @@ def evaluate_model(
         teacher: what its teacher predicted, for a student.
     """
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
-    if model.only_answers:
+    if model.only_answers not in ("", AS_TRAINED):
         print(f"{name} answers with {model.only_answers}; precision=float32 has it as it was trained", file=sys.stderr)
     model.set_eval_prompts(config.eval.prompts)
     with packed_for_answers(model.llm) if is_fast(config) else nullcontext():
