@@ -253,7 +253,7 @@ def test_a_student_for_inference_on_a_plain_processor_answers_as_the_one_that_wa
     monkeypatch.setattr(students.answering, "has_amx_bf16", lambda: False)
     samples = [tiny.make_sample(1), tiny.make_sample(2)]
     fast, exact = load_student(saved, for_inference=True), load_student(saved)
-    assert fast.only_answers == "as it was trained"
+    assert fast.only_answers == AS_TRAINED
     with torch.no_grad():
         assert torch.equal(fast(fast.collate(samples))[0], exact(exact.collate(samples))[0])
     small = load_student(saved, for_inference=True, head="int8")
