@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import students.answering
 from distill.distiller import Distiller, Run
+from students.answering import AS_TRAINED
 from students.hearing import Connector
 from students.pretrained import Student
 from students.quantize import dequantize, quantize_4bit_
