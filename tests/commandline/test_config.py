@@ -191,7 +191,7 @@ def test_a_field_that_nothing_would_read_is_refused_with_what_would(tmp_path, wo
         ("loss.kl=0", "loss.schedules.kl=linear 1", "loss.temperature=2"),
         ("on_policy.round=1", "on_policy.clips=0.5", "on_policy.temperature=1"),
         ("eval.num_beams=2", "eval.length_penalty=2"),
-        ("augment.noise_share=0.5", "augment.noise_range=[1,2]"),
+        ("augment.noise_share=0.5", "augment.noise_range=[1,2]", "cache.frames=none"),
         ("corpus.kind=manifest", "corpus.num_train=2400", "corpus.valid=x", "corpus.valid_share=0"),
     ],
 )

@@ -209,7 +209,7 @@ def test_evaluating_shows_the_folder_beside_student_and_teacher(finished, export
     shutil.copytree(exported, finished / "device")
     assert main(["evaluate", str(finished), "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
-    assert card["device"]["scores"] == card["student"]["scores"] and card["device"]["next_token_ms"] > 0
+    assert card["device"]["scores"] == card["student"]["scores"] and card["device"]["first_token_ms"] > 0
     assert main(["report", str(finished)]) == 0
     assert "on a device" in capsys.readouterr().out
 
