@@ -216,10 +216,14 @@ def make_from_nothing(config: Config) -> int:
 def train_whole(config: Config, teacher: Salmonn, accelerator, folder: Path) -> FitResult:
     """Cross-entropy on the labelled clips; connector and LLM learn, and the ears where their frames are not kept."""
     kept = keep_frames(config, teacher, accelerator) if config.cache.frames != "none" else None
-    order = {"seed": config.seed, "weights": config.data.task_weights, "bucket_batches": config.data.bucket_batches}
     stream = ShardStream(
         config.shards("train"),
-        Order(batch_size=config.scratch.batch_size, **order),
+        Order(
+            batch_size=config.scratch.batch_size,
+            seed=config.seed,
+            weights=config.data.task_weights,
+            bucket_batches=config.data.bucket_batches,
+        ),
         Selection(targets=kept and kept.cache_folder, labelled_only=True),
         Limits(workers=config.data.workers),
         rank=accelerator.process_index,

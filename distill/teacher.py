@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from distill.config import Config
 from distill.training.ranks import resolve_precision
@@ -13,6 +12,7 @@ from shards.status import print_status
 from shards.targets.codecs.table import find_codec
 from shards.targets.header import HEAD_INPUT
 from teachers.ears.precision import WEIGHTS
+from teachers.fourbit import count_bytes
 from teachers.int8 import narrow_llm_
 from teachers.kinds import KINDS, find_kind
 from teachers.online import OnlineTeacher
@@ -73,7 +73,7 @@ def load_to_keep(config: Config, device: torch.device | str) -> OnlineTeacher:
 def describe_cost(model: Salmonn, ears: str, own: str) -> str:
     """One line on what ears of another precision than the run's cost: bytes of weights, and the time of a clip."""
     parts = [ear for ear in (model.whisper, model.second) if ear is not None]
-    gigabytes = sum(map(bytes_of, parts)) / 1e9
+    gigabytes = sum(map(count_bytes, parts)) / 1e9
     factor = WEIGHTS[ears].itemsize / WEIGHTS[own].itemsize
     seconds = time_ears(model)
     try:
@@ -126,17 +126,12 @@ def load_teacher(config: Config, *, llm_weights: bool = True, ears: str = "") ->
 
 def narrow_teacher_(model: Salmonn) -> str:
     """Put a teacher's LLM in the bits that were asked for, in place; one line on what that saves."""
-    before = bytes_of(model.llm)
+    before = count_bytes(model.llm)
     narrow_llm_(model.llm, model.llm_bits)
     return (
-        f"the teacher's LLM is in {model.llm_bits} (teacher.quantization): {bytes_of(model.llm) / 1e9:.3g} GB of "
+        f"the teacher's LLM is in {model.llm_bits} (teacher.quantization): {count_bytes(model.llm) / 1e9:.3g} GB of "
         f"weights where there were {before / 1e9:.3g}; its targets are another teacher's, and their cache says so"
     )
-
-
-def bytes_of(module: nn.Module) -> int:
-    """Of its parameters."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def load_named(config: Config, llm_weights: bool, ears: str) -> Salmonn:

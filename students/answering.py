@@ -10,7 +10,7 @@ from torch import nn
 
 from teachers.ears.precision import has_amx_bf16, set_ear_precision_
 from teachers.fourbit import pack_for_good_
-from teachers.int8 import BITS, narrow_head_
+from teachers.int8 import BITS, is_linear, narrow_head_
 from teachers.salmonn import Salmonn
 
 HEADS = ("auto", "whole", *BITS)  # "auto": bf16 with AMX, else whole
@@ -55,5 +55,5 @@ def choose_head(llm: nn.Module, head: str, has_amx: bool) -> str:
     if head != "auto":
         return head
     parts = llm.get_input_embeddings(), llm.get_output_embeddings()
-    is_plain = type(parts[0]).forward is nn.Embedding.forward and type(parts[1]).forward is nn.Linear.forward
+    is_plain = type(parts[0]).forward is nn.Embedding.forward and is_linear(parts[1])
     return "bf16" if has_amx and is_plain and parts[1].weight.dtype == torch.float32 else "whole"

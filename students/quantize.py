@@ -14,6 +14,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
 from teachers.experts import Experts, split_experts_, whole_linear
 from teachers.fourbit import bnb, check_unpacked, keep_unpacked_
+from teachers.int8 import is_linear
 
 MOST_WHOLE = 0.05  # of the weights between embeddings and head: routers, short convolutions and the like
 
@@ -41,11 +42,6 @@ def quantize_4bit_(llm: nn.Module, *, compute_dtype: torch.dtype = torch.float32
     check_share(llm)
     keep_unpacked_(llm)
     llm.is_loaded_in_4bit = True  # peft looks here before it puts LoRA on a 4-bit layer
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and no more: one that holds 8 bits or routes tokens has another forward."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:

@@ -145,3 +145,13 @@ def check_unpacked(weight: Tensor, name: str = "weight") -> None:
             f"{name} is packed for answers on AVX512-BF16, but 4 bits are read and trained in bitsandbytes' plain "
             f"layout only; load the LLM again and let it answer inside a model that teachers.files.loading built."
         )
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights, and of the scales that 4-bit ones are read with."""
+    total = 0
+    for p in module.parameters():
+        state = getattr(p, "quant_state", None)
+        scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        total += sum(x.numel() * x.element_size() for x in (p, *scales))
+    return total

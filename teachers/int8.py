@@ -7,6 +7,8 @@ Nothing here trains these weights, but gradients pass through a layer to what is
 Shapes: O rows (outputs, or tokens), I columns (inputs, or the LLM's width), S positions.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,16 +93,23 @@ class RowEmbedding(Rows):
         return rows if self.scale is None else rows * F.embedding(ids, self.scale[:, None]).to(self.dtype)
 
 
-def narrow_linears_(module: nn.Module, bits: str) -> None:
-    """Replace every linear layer inside a module, in place; convolutions and norms stay whole.
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and no more: one that holds few bits or routes tokens has another forward."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def narrow_linears_(module: nn.Module, bits: str, *, but: Collection[nn.Module] = (), fast: bool = True) -> None:
+    """Replace the linear layers inside a module, in place; convolutions and norms stay whole.
 
     Args:
         module: such as an ear.
         bits: one of `BITS`.
+        but: layers that stay whole too.
+        fast: see `RowLinear`.
     """
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-            module.set_submodule(name, RowLinear(layer, bits))
+        if is_linear(layer) and layer not in but:
+            module.set_submodule(name, RowLinear(layer, bits, fast=fast))
 
 
 def narrow_llm_(llm: nn.Module, bits: str) -> None:
@@ -112,11 +121,8 @@ def narrow_llm_(llm: nn.Module, bits: str) -> None:
         llm: a causal LM of transformers.
         bits: one of `BITS`.
     """
-    head = llm.get_output_embeddings()
-    for name, layer in list(llm.named_modules()):
-        is_plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        if is_plain and layer is not head and "lora_" not in name:
-            llm.set_submodule(name, RowLinear(layer, bits, fast=False))
+    lora = [layer for name, layer in llm.named_modules() if "lora_" in name]
+    narrow_linears_(llm, bits, but={llm.get_output_embeddings(), *lora}, fast=False)
 
 
 def narrow_head_(llm: nn.Module, bits: str) -> None:
@@ -130,7 +136,7 @@ def narrow_head_(llm: nn.Module, bits: str) -> None:
         ValueError: its embeddings or its head compute more than a row or a product.
     """
     embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
-    is_plain = type(embedding).forward is nn.Embedding.forward and type(head).forward is nn.Linear.forward
+    is_plain = type(embedding).forward is nn.Embedding.forward and is_linear(head)
     if not is_plain:
         raise ValueError(
             f"head is {bits}, but {type(llm).__name__} has a {type(embedding).__name__} and a {type(head).__name__}, "

@@ -18,7 +18,8 @@ from distill.config import load_config
 from distill.config.recipes import find_config
 from distill.evaluation.agreement import compare_predictions
 from distill.evaluation.metrics.scores import score
-from distill.teacher import bytes_of, load_teacher
+from distill.teacher import load_teacher
+from teachers.fourbit import count_bytes
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         answers, predictions = examine(teacher, config, whole)
         agreement = compare_predictions(whole, predictions) if whole else None
         rows[bits] = {
-            "gb": bytes_of(teacher.llm) / 1e9,
+            "gb": count_bytes(teacher.llm) / 1e9,
             "scores": {task: found.value for task, found in score(answers, normalize=config.eval.normalize).items()},
             "same_next_token": agreement.top1 if agreement else 1.0,
             "kl": agreement.kl if agreement else 0.0,

@@ -18,6 +18,7 @@ from distill.evaluation.metrics.scores import NO_METRICS, OwnMetric, TaskScore, 
 from distill.training.monitoring.progress import Progress
 from distill.training.ranks import gather
 from shards.sample import Sample
+from teachers.fourbit import count_bytes
 from teachers.salmonn import Salmonn
 from teachers.words.ending import has_ended
 
@@ -120,16 +121,6 @@ def clock_tokens(model: Salmonn, sample: Sample, runs: int = 5) -> tuple[float, 
     first = sorted(clock(1) for _ in range(runs))[runs // 2]
     many = sorted(clock(9) for _ in range(runs))[runs // 2]
     return first, max(0.0, (many - first) / 8)
-
-
-def count_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the weights, and of the scales that 4-bit ones are read with."""
-    total = 0
-    for p in model.parameters():
-        state = getattr(p, "quant_state", None)
-        scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
-        total += sum(x.numel() * x.element_size() for x in (p, *scales))
-    return total
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -27,14 +27,14 @@ from distill.teach import lora_of as lora_of_teacher
 from distill.teach import salmonn_config
 from distill.teacher import teacher_path
 from shards.sample import SAMPLE_RATE
-from students.quantize import is_linear, nf4_bytes
+from students.quantize import nf4_bytes
 from teachers.ears.encoders import ENCODERS, WHISPER, build_encoder, find_encoder
 from teachers.ears.length import FULL
 from teachers.ears.shape import reshape_ears_
 from teachers.ears.whisper import whisper_fields
 from teachers.experts import Experts, split_experts_
 from teachers.files.loading import refuse_foreign
-from teachers.int8 import int8_bytes
+from teachers.int8 import int8_bytes, is_linear
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig

@@ -23,10 +23,10 @@ from distill.sizes.costs import (
     measure_sizes,
     model_config,
 )
-from distill.teacher import bytes_of
 from students.quantize import nf4_bytes
 from teachers.ears.encoders import build_encoder, find_encoder
 from teachers.files.checkpoint import save_checkpoint
+from teachers.fourbit import count_bytes
 from teachers.int8 import narrow_llm_
 from teachers.lora import Lora
 
@@ -162,7 +162,7 @@ def test_an_8_bit_llm_has_the_bytes_of_one_that_was_narrowed(parts):
     model = tiny.make_teacher(parts)
     table = {p.name: p for p in measure(Blueprint(model.config, None, torch.float32, is_8bit=True), Usage())}
     narrow_llm_(model.llm, "int8")
-    assert table["LLM body"].bytes == bytes_of(model.llm.model) - bytes_of(model.llm.get_input_embeddings())
+    assert table["LLM body"].bytes == count_bytes(model.llm.model) - count_bytes(model.llm.get_input_embeddings())
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
