@@ -124,7 +124,7 @@ def guard(work, *, debug: bool) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next: giving pages back and fetching them is a tenth of a CPU's step.
+    """Let glibc keep what a step frees for the next: giving pages back and fetching them again costs a CPU time.
 
     How often it would give them back depends on what else lies on the heap, so on which modules were imported. With
     another C library nothing happens.

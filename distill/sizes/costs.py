@@ -180,7 +180,7 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
         if blueprint.is_4bit:
             split_experts_(llm)  # as the quantizer leaves them
-        with no_init_weights():  # a third of the time, for values that nobody sees
+        with no_init_weights():  # values that nobody sees
             whisper = build_encoder(WHISPER, whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
             second = None
             if config.second:

@@ -43,7 +43,7 @@ def build_accelerator() -> Accelerator:
 def forbid_compiling() -> None:
     """Let CPU ranks exchange through gloo under DeepSpeed too, as they do under DDP.
 
-    It would compile an exchange of its own at the first start, for two minutes, where it finds a compiler, and use it
+    It would compile an exchange of its own at the first start, for minutes, where it finds a compiler, and use it
     where the processor has AVX2. Source: `build_shm_op` in deepspeed/comm/torch.py.
     """
     import deepspeed.ops
