@@ -26,6 +26,7 @@ from shards.status import print_status
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
 from teachers.blocks import llm_blocks
+from teachers.ears.shape import even_places
 from teachers.files.loading import load_llm
 
 REPORT, CONFIG = "prune.json", "config.json"
@@ -73,7 +74,7 @@ def prune_(llm: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, layers: 
     whole_ce = cross_entropy_of(llm, batches)
     kept = list(range(config.num_hidden_layers))
     if layers:
-        kept = spread_evenly(len(kept), layers) if evenly else most_influential(block_influence(llm, batches), layers)
+        kept = even_places(layers, len(kept)) if evenly else most_influential(block_influence(llm, batches), layers)
         keep_layers_(llm, kept)
     if heads:
         keep_heads_(llm, measure_inputs(llm, batches, "o_proj"), heads)
@@ -107,11 +108,6 @@ def check_sizes(config, layers: int, heads: int, ffn: int) -> None:
         )
     if not layers and not heads and not ffn:
         raise ValueError("--layers, --heads and --ffn are not given, but something is to be pruned; give one of them.")
-
-
-def spread_evenly(there: int, kept: int) -> list[int]:
-    """Numbers of layers, first and last among them, as evenly spaced as whole numbers are."""
-    return sorted({round(i * (there - 1) / max(1, kept - 1)) for i in range(kept)})
 
 
 def most_influential(influence_L: Sequence[float], kept: int) -> list[int]:

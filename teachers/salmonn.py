@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shards.audio.augment import mask_mel_
 from shards.sample import MAX_SECONDS, SAMPLE_RATE, Sample
 from teachers.ears.encoders import find_encoder, second_kinds, shares_spectrum
-from teachers.ears.frontend import HOP_SAMPLES
+from teachers.ears.frontend import FRAME_SAMPLES, HOP_SAMPLES
 from teachers.ears.length import FULL, parse_ears_seconds
 from teachers.ears.one_frontend import OneFrontEnd, measure_approximation
 from teachers.ears.precision import ear_autocast
@@ -32,7 +32,6 @@ from teachers.words.rows import RowTokenizer
 from teachers.words.templates import SALMONN_TEMPLATE
 
 LEAST_SAMPLES = SAMPLE_RATE  # a shorter clip is heard with silence up to 1 s behind it, as every SALMONN was trained
-FRAME_SAMPLES = 320  # audio samples behind one encoder frame: Whisper, BEATs and EAT all give 50 a second
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from distill.config import Config, StudentConfig, TeacherConfig, TrainConfig
 from distill.distiller import Distiller
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import METRICS, mean_error, retained_quality, score
+from distill.evaluation.scorecard import ModelFigures, Scorecard, explain_scores, score_rows
 from distill.sizes.costs import Blueprint, Usage, describe_teacher, measure
 from distill.teacher import load_teacher
 from shards.manifests.datasets.dataset import Dataset
 from shards.manifests.datasets.table import DATASETS
 from shards.manifests.manifest import read_manifest
+from students.device.modules import list_pieces
 from students.hearing import Hearing
 from students.student import build_student
 from teachers.ears.encoders import ENCODERS
@@ -57,9 +59,11 @@ def test_a_toy_encoder_is_one_line_and_is_heard_saved_and_counted(folder, tmp_pa
     assert torch.equal(load_salmonn(tmp_path / "saved").second.project.weight, teacher.second.project.weight)
     table = {part.name: part for part in measure(Blueprint(teacher.config, None, torch.float32), Usage())}
     assert table["Toy ear"].parameters == 320 * 8 + 8 and table["Toy ear"].flops > 0
+    with pytest.raises(ValueError, match="second encoder of this student is Toy ear, but a graph is fed with a filter"):
+        list(list_pieces(teacher))
 
 
-def test_a_toy_metric_is_one_line_and_is_scored_retained_and_chooses_the_best(monkeypatch):
+def test_a_toy_metric_is_one_line_and_is_scored_retained_shown_and_chooses_the_best(monkeypatch):
     monkeypatch.setitem(METRICS, "first_word", toys.FIRST_WORD)
     texts = ["one two", "two one", "one six"]
     said = [Prediction(str(n), "toy_task", "toys", (text,), "one four") for n, text in enumerate(texts)]
@@ -67,6 +71,10 @@ def test_a_toy_metric_is_one_line_and_is_scored_retained_and_chooses_the_best(mo
     assert scores["toy_task"].metric == "first_word" and scores["toy_task"].value == pytest.approx(2 / 3)
     assert mean_error(scores) == pytest.approx(1 / 3)
     assert retained_quality(said, said).keys() <= {"toy_task"}
+    teacher, student = (ModelFigures(name, 1, scores) for name in ("teacher", "student"))
+    card = Scorecard.from_json(Scorecard("toy", teacher, student).to_json())
+    assert [row[:2] for row in score_rows(card)] == [("toy_task: first word ↑", "66.7% [0.0, 100.0]")]
+    assert "toy_task" in "".join(explain_scores(card))
 
 
 def test_a_toy_teacher_kind_is_one_line_and_teaches(folder, tmp_path, monkeypatch):

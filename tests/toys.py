@@ -63,7 +63,9 @@ def count_first_words(predictions, normalize: bool) -> Tally:
     return Tally.of_values([p.hypothesis.split()[:1] == p.references[0].split()[:1] for p in predictions])
 
 
-FIRST_WORD = Metric(tasks=("toy_task",), tally=count_first_words, plain=lambda text, normalize: text.lower())
+FIRST_WORD = Metric(
+    title="first word", tasks=("toy_task",), tally=count_first_words, plain=lambda text, normalize: text.lower()
+)
 
 
 class ToyTeachers:

@@ -25,9 +25,9 @@ from distill.sizes.costs import model_config
 from shards.sample import SAMPLE_RATE
 from students.hearing import Connector, Hearing
 from students.student import build_student
+from teachers.ears.frontend import FRAME_SAMPLES
 from teachers.ears.whisper import WhisperEar
 from teachers.files.loading import build_salmonn
-from teachers.salmonn import FRAME_SAMPLES
 
 LENGTHS = ("30", "clip", "clip+1", "clip+3")
 MODELS = ("openai/whisper-base", "openai/whisper-large-v2")

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from distill.config.recipes import find_config, list_recipes, missing_file
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+from shards.audio.limits import AUDIO_SUFFIXES
 
 
 def find_run(name: str | Path) -> Path:

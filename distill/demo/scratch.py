@@ -28,8 +28,9 @@ from shards.streaming.catalog import open_catalog
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
+from teachers.ears.frontend import FRAME_SAMPLES
 from teachers.ears.length import FULL, parse_ears_seconds
-from teachers.ears.whisper import FRAME_SAMPLES, WhisperEar
+from teachers.ears.whisper import WhisperEar
 from teachers.files.loading import build_salmonn
 from teachers.salmonn import LEAST_SAMPLES, Salmonn, SalmonnConfig
 from teachers.words.batch import pad_waveforms

@@ -10,18 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distill.evaluation.metrics.scores import Retained, TaskScore, is_above_chance
+from distill.evaluation.metrics.scores import METRICS, Retained, TaskScore, is_above_chance
 from shards.files.write import write_atomically
 from shards.jsonfile import ShapeError, parse_object
 
 SCORECARD = "scorecard.json"
 DEVICE_HEADERS = ("", "on a device", "÷ student", "÷ teacher")
-_METRIC_NAMES = {
-    "wer": "WER ↓",
-    "per": "phone error rate ↓",
-    "exact_match": "exact match ↑",
-    "cider_d": "CIDEr-D ↑",
-}
 
 
 @dataclass(frozen=True)
@@ -129,7 +123,7 @@ def score_rows(card: Scorecard) -> list[Row]:
         metric = next(score.metric for score in found if score)
         rows.append(
             (
-                f"{task}: {_METRIC_NAMES[metric]}",
+                f"{task}: {METRICS[metric].heading}",
                 *(_show_score(score) if score else "not measured" for score in found),
                 _show_retained(card.retained.get(task), found[0]),
             )
@@ -194,7 +188,7 @@ def explain_scores(card: Scorecard) -> list[str]:
             f"calibration error (ECE) over 15 bins of confidence{known}."
         )
     chances = [
-        f"{task} {_form(score.metric).format(score.extra['chance'])}"
+        f"{task} {METRICS[score.metric].form.format(score.extra['chance'])}"
         for task, score in sorted(scores.items())
         if "chance" in score.extra
     ]
@@ -223,12 +217,9 @@ def _show_retained(kept: Retained | None, teacher: TaskScore | None) -> str:
     return "–" if teacher is None or is_above_chance(teacher) else "teacher at chance"
 
 
-def _form(metric: str) -> str:
-    return "{:.2f}" if metric == "cider_d" else "{:.1%}"
-
-
 def _show_score(score: TaskScore) -> str:
-    return _show_interval(score, _form(score.metric), 1 if score.metric == "cider_d" else 100)
+    metric = METRICS[score.metric]
+    return _show_interval(score, metric.form, metric.scale)
 
 
 def _show_interval(figure: TaskScore | Retained, form: str, scale: int) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from shards.sample import MAX_SECONDS
 
+AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3")  # that a folder's recordings are known by
+
 
 class AudioError(ValueError):
     """Audio that must not be trained on.

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 
-SAMPLE_RATE = 16_000  # Hz
+from shards.sample import SAMPLE_RATE
+
 FADE_SECONDS = 0.01
 GAP_SECONDS = 0.1  # of silence between a sound and the one that follows it
 

@@ -19,9 +19,10 @@ import soundfile
 import soxr
 
 from shards.demo.espeak import FEMALE, MALE, Synthesizer, voice_names
-from shards.demo.sounds import CAPTIONS, SAMPLE_RATE, Scene, Sound, draw_sound
+from shards.demo.sounds import CAPTIONS, Scene, Sound, draw_sound
 from shards.files.write import write_atomically
 from shards.pool import progress_bar
+from shards.sample import SAMPLE_RATE
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = (

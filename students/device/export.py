@@ -18,14 +18,11 @@ from students.device.decoder import MAX_POSITIONS, build_decoder
 from students.device.ears import convert_ears, to_8_bits_
 from students.device.folder import BANKS, EMBEDDINGS, GRAPHS, MANIFEST, TOKENIZER, Device
 from students.device.verify import MAX_ERROR, Fidelity, ask_student, compare
-from teachers.ears.beats import BEATS_FBANK
-from teachers.ears.eat import EAT_FBANK
-from teachers.ears.frontend import kaldi_filters
+from teachers.ears.frontend import FRAME_SAMPLES, KaldiFbank, kaldi_filters
 from teachers.ears.length import parse_ears_seconds
-from teachers.salmonn import FRAME_SAMPLES, LEAST_SAMPLES, Salmonn
+from teachers.salmonn import LEAST_SAMPLES, Salmonn
 from teachers.words.generation import own_end_ids
 
-SECOND = {"beats": (BEATS_FBANK, False), "eat": (EAT_FBANK, True)}  # filter bank, and whether a started patch counts
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -143,7 +140,7 @@ def write_graphs(student: Salmonn, out: Path) -> None:
         np.save(variants / f"{kind}-{EMBEDDINGS}", embeddings.astype(dtype), allow_pickle=False)
     bins, mels = 201, student.whisper.log_mel.num_mels
     slaney = mel_filter_bank(bins, mels, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
-    np.savez(out / BANKS, whisper=slaney.astype(np.float32), kaldi=kaldi_filters(BEATS_FBANK.num_mels).numpy())
+    np.savez(out / BANKS, whisper=slaney.astype(np.float32), kaldi=kaldi_filters(KaldiFbank.num_mels).numpy())
     (out / TOKENIZER).write_text(student.tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
 
 
@@ -189,7 +186,7 @@ def describe_second(student: Salmonn) -> dict | None:
     """The second encoder's front end and the count of its frames."""
     if student.second is None:
         return None
-    fbank, rounds_up = SECOND[student.config.second_kind]
-    fields = {key: getattr(fbank, key) for key in ("window", "scale", "mean", "std", "removes_mean")}
-    return {"kind": student.config.second_kind, "width": student.second.width, "patch": 16, "bands": 8,
-            "rounds_up": rounds_up, "fbank": fields}  # fmt: skip
+    ear = student.second
+    fields = {key: getattr(ear.fbank, key) for key in ("window", "scale", "mean", "std", "removes_mean")}
+    return {"kind": student.config.second_kind, "width": ear.width, "patch": 16, "bands": 8,
+            "rounds_up": ear.hears_started_patch, "fbank": fields}  # fmt: skip

@@ -48,12 +48,12 @@ class WhisperGraph(nn.Module):
 class SecondGraph(nn.Module):
     """mel [B, X, M] and lengths [B] to frames [B, R, E], zero where a row has ended."""
 
-    def __init__(self, ear: nn.Module, first: int):
+    def __init__(self, ear: nn.Module):
         super().__init__()
-        self.ear, self.first = ear, first
+        self.ear = ear
 
     def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
-        return self.ear.encode(mel, lengths)[0][:, self.first :].float()
+        return self.ear.encode(mel, lengths)[0][:, self.ear.num_tokens_first :].float()
 
 
 class ConnectorGraph(nn.Module):
@@ -79,13 +79,26 @@ def list_pieces(model: Salmonn) -> Iterator[Piece]:
     mel = torch.zeros(2, whisper.log_mel.num_mels, whisper.log_mel.num_frames)
     yield Piece("whisper", WhisperGraph(whisper), {"mel": mel}, [(-1, mel.shape[1], -1)], "frames")
     if model.second is not None:
-        first = 1 if model.config.second_kind == "eat" else 0  # EAT's token of the utterance
+        check_second(model.second)
         inputs = {"mel": torch.zeros(2, 160, 128), "lengths": torch.tensor([160, 130])}
-        yield Piece("second", SecondGraph(model.second, first), inputs, [(-1, -1, 128), (-1,)], "frames")
+        yield Piece("second", SecondGraph(model.second), inputs, [(-1, -1, 128), (-1,)], "frames")
         widths.append(model.second.width)
     size = model.qformer.window_frames or 50
     windows = {name: torch.ones(2, size, width) for name, width in zip(("speech", "audio"), widths)}
     yield Piece("connector", ConnectorGraph(model), windows, [(-1, -1, width) for width in widths], "tokens")
+
+
+def check_second(ear: nn.Module) -> None:
+    """Refuse an encoder that does not say how a graph of it is fed, see `teachers.ears.encoders`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not hasattr(ear, "fbank"):
+        raise ValueError(
+            f"second encoder of this student is {ear.title}, but a graph is fed with a filter bank of Kaldi's and it "
+            f"names none; give its class `fbank`, `num_tokens_first` and `hears_started_patch`."
+        )
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from teachers.ears.frontend import (
     WINDOW_SAMPLES,
     KaldiFbank,
     check_lengths,
-    count_frames,
 )
 from teachers.files.weights import load_strictly_, read_torch_file
 
@@ -74,6 +73,10 @@ class BeatsEar(nn.Module):
     title = "BEATs"
     shares_spectrum = True  # its filter bank can be laid over Whisper's power spectrum, see `one_frontend`
     min_samples = MIN_SAMPLES
+    fbank = BEATS_FBANK
+    features_on_meta = BEATS_FBANK.features_on_meta
+    num_tokens_first = 0
+    hears_started_patch = False
 
     def __init__(self, config: BeatsConfig):
         super().__init__()
@@ -119,12 +122,6 @@ class BeatsEar(nn.Module):
         if Path(path).is_file():
             return asdict(read_cfg(read_torch_file(path, device="meta")["cfg"], path))
         return asdict(BeatsConfig(predictor_class=AUDIO_CLASSES if "finetune" in path else None))
-
-    @staticmethod
-    def features_on_meta(num_samples: int) -> tuple[Tensor, Tensor]:
-        """Empty filter bank features of one clip, as `encode` takes them."""
-        shape = (1, count_frames(num_samples), BEATS_FBANK.num_mels)
-        return torch.empty(shape, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever the model around this ear does."""

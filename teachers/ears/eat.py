@@ -30,7 +30,6 @@ from teachers.ears.frontend import (
     WINDOW_SAMPLES,
     KaldiFbank,
     check_lengths,
-    count_frames,
 )
 from teachers.files.weights import (
     find_safetensors,
@@ -77,6 +76,10 @@ class EatEar(nn.Module):
     title = "EAT"
     shares_spectrum = False
     min_samples = WINDOW_SAMPLES
+    fbank = EAT_FBANK
+    features_on_meta = EAT_FBANK.features_on_meta
+    num_tokens_first = 1  # the utterance's
+    hears_started_patch = True
 
     def __init__(self, config: EatConfig):
         super().__init__()
@@ -128,12 +131,6 @@ class EatEar(nn.Module):
     def sizes_of(cls, path: str) -> dict:
         """Those of EAT-base, as every published EAT has them."""
         return asdict(EatConfig(num_classes=AUDIO_CLASSES if "finetune" in path else None))
-
-    @staticmethod
-    def features_on_meta(num_samples: int) -> tuple[Tensor, Tensor]:
-        """Empty filter bank features of one clip, as `encode` takes them."""
-        shape = (1, count_frames(num_samples), EAT_FBANK.num_mels)
-        return torch.empty(shape, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever the model around this ear does."""

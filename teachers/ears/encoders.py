@@ -9,6 +9,11 @@ padded with zeros), gives 50 frames a second, and stays in evaluation mode. Its 
 * `width` of its frames, `num_frames(num_samples)`, `check(num_samples_B)` for clips that it cannot hear,
   `encode(*features)` and `features_on_meta(num_samples)`: empty features of one clip, to count what `encode` costs.
 
+One that can be exported as a graph (`students.device`) reads a filter bank of Kaldi's in patches of 16 by 16, and has
+
+* `fbank`, the filter bank; `num_tokens_first`, of those that `encode` puts before the frames;
+* `hears_started_patch`: whether a patch counts that the clip's last frames only begin.
+
 Imports no torch, as what a config may say is read from here.
 """
 

@@ -20,6 +20,7 @@ from shards.sample import MAX_SECONDS, SAMPLE_RATE
 
 WINDOW_SAMPLES = 400  # 25 ms
 HOP_SAMPLES = 160  # 10 ms
+FRAME_SAMPLES = 2 * HOP_SAMPLES  # behind one encoder frame: Whisper, BEATs and EAT all give 50 a second
 KALDI_FFT = 512  # WINDOW_SAMPLES rounded up to a power of two
 MAX_SAMPLES = int(MAX_SECONDS * SAMPLE_RATE)
 BLOCK_FRAMES = 512  # frames a pass on CPU: what they need stays in a core's cache
@@ -95,6 +96,11 @@ class KaldiFbank:
     std: float  # twice the standard deviation, as both encoders divide by it
     removes_mean: bool  # subtract the clip's mean first
     num_mels: int = 128
+
+    def features_on_meta(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Empty features of one clip, as encoders take them: mel_BXM and num_frames_B."""
+        shape = (1, count_frames(num_samples), self.num_mels)
+        return torch.empty(shape, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
 
     @torch.no_grad()
     def __call__(self, waveforms_BN: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from shards.audio.augment import mask_mel_
 from shards.sample import MelMask
 from teachers.ears.convolution import convolve_in_float32_
-from teachers.ears.frontend import HOP_SAMPLES, WhisperLogMel, check_lengths
+from teachers.ears.frontend import FRAME_SAMPLES, HOP_SAMPLES, WhisperLogMel, check_lengths
 from teachers.files.weights import find_safetensors, load_strictly_, read_model_config, read_safetensors
 
-FRAME_SAMPLES = 2 * HOP_SAMPLES  # the second convolution halves the mel frames
 # Of a WhisperForConditionalGeneration, a WhisperModel, and Qwen2-Audio's tower, which is a Whisper encoder by weights
 WEIGHT_PREFIXES = ("model.encoder.", "encoder.", "audio_tower.", "model.audio_tower.")
 TOWER_TYPE = "qwen2_audio"

@@ -9,7 +9,7 @@ import soundfile
 from distill.evaluation.metrics.metric import Prediction
 from distill.evaluation.metrics.scores import score
 from shards.demo.espeak import FEMALE, MALE, Synthesizer
-from shards.demo.sounds import CAPTIONS, SAMPLE_RATE, draw_sound, render_sound
+from shards.demo.sounds import CAPTIONS, draw_sound, render_sound
 from shards.demo.synth import (
     HELD_OUT,
     MIN_SECONDS,
@@ -19,6 +19,7 @@ from shards.demo.synth import (
     write_corpus,
 )
 from shards.manifests.manifest import read_manifest
+from shards.sample import SAMPLE_RATE
 
 SIZES = {"train": 40, "valid": 10, "test": 20}
 

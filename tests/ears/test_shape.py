@@ -135,6 +135,8 @@ def test_trained_ears_in_few_bits_are_refused_before_anything_is_built():
 def test_layers_are_spread_evenly_from_the_first_to_the_last():
     assert [even_places(number, 6) for number in (6, 3, 2, 1)] == [[0, 1, 2, 3, 4, 5], [0, 2, 5], [0, 5], [0]]
     assert even_places(8, 32) == [0, 4, 9, 13, 18, 22, 27, 31]
+    assert even_places(10, 30) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
+    assert even_places(30, 30) == list(range(30)) and even_places(1, 5) == [0]
 
 
 def test_a_whisper_keeps_the_layers_it_is_told_to_and_has_no_more_than_it_has(parts):

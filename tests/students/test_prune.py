@@ -17,7 +17,6 @@ from students.prune import (
     most_influential,
     prune_,
     read_texts,
-    spread_evenly,
 )
 
 IDS_BT = torch.arange(3, 27).view(2, 12)
@@ -30,11 +29,6 @@ def make_llm(layers: int = 4, **sizes) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=layers, initializer_range=0.2, **sizes)
     ).eval()
-
-
-def test_evenly_spaced_layers_hold_the_first_and_the_last():
-    assert spread_evenly(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
-    assert spread_evenly(30, 30) == list(range(30)) and spread_evenly(5, 1) == [0]
 
 
 def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first_at_no_cost():

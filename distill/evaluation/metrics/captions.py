@@ -145,6 +145,7 @@ def count_captions(predictions: Sequence[Prediction], normalize: bool) -> Tally:
 
 
 CIDER_D = Metric(
+    title="CIDEr-D",
     tasks=(
         "audiocaption",
         "audiocaption_v2",

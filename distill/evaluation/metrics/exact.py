@@ -14,6 +14,7 @@ def count_right(predictions: Sequence[Prediction], normalize: bool) -> Tally:
 
 
 EXACT_MATCH = Metric(
+    title="exact match",
     tasks=(
         "gender_recognition",
         "emotion_recognition",

@@ -43,6 +43,7 @@ class Metric:
     """One way to score.
 
     Args:
+        title: its name in a scorecard.
         tasks: whose answers it scores.
         tally: counts the answers of one task; the flag says whether English rules apply (`eval.normalize`).
         plain: a text as the metric compares it, under the same flag.
@@ -50,11 +51,27 @@ class Metric:
         best: the value of a perfect answer, where higher is better.
     """
 
+    title: str
     tasks: tuple[str, ...]
     tally: Callable[[Sequence[Prediction], bool], Tally]
     plain: Callable[[str, bool], str]
     is_error_rate: bool = False
     best: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        """Its title, and whether lower or higher is better."""
+        return f"{self.title} {'↓' if self.is_error_rate else '↑'}"
+
+    @property
+    def form(self) -> str:
+        """How a value is written: a share in percent, what goes further as it is."""
+        return "{:.1%}" if self.best == 1 else "{:.2f}"
+
+    @property
+    def scale(self) -> int:
+        """What the bounds of a value are multiplied with beside it: 100 where that is in percent."""
+        return 100 if self.best == 1 else 1
 
     def lacks(self, value: float) -> float:
         """What a value lacks of the best one, as a share of it: 0 is perfect."""

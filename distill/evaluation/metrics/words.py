@@ -56,6 +56,7 @@ def rate_of(plain: Normalizer, reference: str, hypothesis: str) -> float | None:
 
 
 WER = Metric(
+    title="WER",
     tasks=(
         "asr",
         "asr_zh",  # of a language without spaces read `cer`
@@ -70,6 +71,7 @@ WER = Metric(
 )
 # phones are separated by spaces, and no words, so they are never normalized
 PER = Metric(
+    title="phone error rate",
     tasks=("phone_recognition",),
     tally=lambda predictions, normalize: count_errors(predictions, normalize_phones),
     plain=lambda text, normalize: normalize_phones(text),

@@ -61,7 +61,7 @@ class FrameDistance(SeenTerm):
 
 def shared_frames(batch, targets) -> list[int]:
     """Frames of each clip that hold audio: a student's ears give one each 20 ms, as the teacher's do."""
-    from teachers.salmonn import FRAME_SAMPLES
+    from teachers.ears.frontend import FRAME_SAMPLES
 
     longest = targets.frames[0].shape[1]
     return [min(longest, -(-len(sample.waveform_N) // FRAME_SAMPLES)) for sample in batch.samples]

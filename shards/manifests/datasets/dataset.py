@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.audio.limits import AUDIO_SUFFIXES
 from shards.manifests.manifest import Entry
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3")
 CAPTIONS = ("audiocaption", "audiocaption_v2")  # the tasks of captions
 
 
