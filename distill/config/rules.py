@@ -15,6 +15,7 @@ from distill.objective.features import FEATURES
 from distill.objective.schedule import build_schedules, parse_schedule, weight_of
 from distill.objective.terms import TERMS
 from distill.objective.terms.needs import check_needs, held_by_config
+from distill.training.falls import FALLS
 from distill.training.monitoring.trackers import TRACKERS
 from shards.field_types import convert_fields
 from shards.targets.codecs.table import CODECS, find_codec
@@ -48,7 +49,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "loss.cross_tokenizer": ("refuse", "chunk"),
     "train.resume": ("auto", "must", "never"),
     "teach.windows": ("audio", "all"),
-    "train.schedule": ("cosine", "linear", "constant", "wsd"),
+    "train.schedule": FALLS,
     "train.optimizer": ("adamw", "adamw_8bit"),
     "train.clip": ("fixed", "running"),
 }
@@ -226,8 +227,16 @@ def read_by_terms() -> Iterator[tuple]:
         yield (key,), lambda c, names=names: used_terms(c.loss).keys() & set(names), " or ".join(said)
 
 
-# Of the cache: what some codecs alone read, and which
-CODEC_FIELDS = {"k": "topk or adaptive", "threshold": "adaptive", "draws": "sampled", "exponent": "sampled"}
+CODEC_FIELDS = ("k", "threshold", "draws", "exponent")  # of the cache: what some of its codecs alone read
+
+
+def read_by_codecs() -> Iterator[tuple]:
+    """What `READ_WHERE` says, of the fields of the cache that some of its codecs alone read."""
+    for name in CODEC_FIELDS:
+        codecs = [codec for codec in CODECS if name in find_codec(codec).settings]
+        yield (f"cache.{name}",), lambda c, codecs=codecs: c.cache.codec in codecs, f"cache.codec={' or '.join(codecs)}"
+
+
 TEACH = ("start", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "window_seconds", "num_queries", "windows",
          "ears_seconds", "qformer_width", "qformer_layers", "qformer_dropout", "checkpoint")  # fmt: skip
 # Fields that nothing reads unless something else is so: when they are read, and that in words
@@ -239,8 +248,6 @@ READ_WHERE = (
     (("train.min_learning_rate",), lambda c: c.train.schedule != "constant", "a train.schedule that falls"),
     (("train.clip_deviations",), lambda c: c.train.clip == "running", "train.clip=running"),
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
-    *(((f"cache.{name}",), lambda c, name=name: name in find_codec(c.cache.codec).settings, f"cache.codec={codecs}")
-      for name, codecs in CODEC_FIELDS.items()),
     (("on_policy.clips",), lambda c: c.on_policy.round, "on_policy.round above 0"),
     (("on_policy.temperature", "on_policy.max_new_tokens"), lambda c: c.on_policy.round or c.on_policy.step_share,
      "on_policy.round or on_policy.step_share above 0"),
@@ -264,7 +271,7 @@ def check_unread(config) -> None:
     Raises:
         ValueError: naming the field, and what would read it.
     """
-    for keys, is_read, where in (*READ_WHERE, *read_by_terms()):
+    for keys, is_read, where in (*READ_WHERE, *read_by_codecs(), *read_by_terms()):
         for key in keys:
             section, _, name = key.partition(".")
             value, default = value_at(config, key), default_of(getattr(config, section), name)

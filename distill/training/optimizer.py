@@ -1,12 +1,10 @@
 """AdamW, which parameters decay, and the learning rate of each step as a pure function of the step. Knows no loop."""
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from distill.config import TrainConfig
+from distill.training.falls import FALLS
 
 
 def build_optimizer(named: dict[str, nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
@@ -37,18 +35,3 @@ def learning_rate(step: int, options: TrainConfig) -> float:
     left = max(1, options.steps - options.warmup_steps)
     share = FALLS[options.schedule]((step - options.warmup_steps) / left, options.decay_share * options.steps / left)
     return options.min_learning_rate + (options.learning_rate - options.min_learning_rate) * share
-
-
-def fall_at_the_end(progress: float, decay: float) -> float:
-    """Flat, then linear over the last part `decay` of the way: WSD, as Hu et al., MiniCPM, 2024 (arXiv 2404.06395)."""
-    return min(1.0, (1 - progress) / decay) if decay else 1.0
-
-
-# What is left of the way from the peak to the minimum, after a part of the steps between warm-up and the last; `decay`
-# is the part in which "wsd" falls
-FALLS: dict[str, Callable[[float, float], float]] = {
-    "cosine": lambda progress, decay: (1 + math.cos(math.pi * progress)) / 2,
-    "linear": lambda progress, decay: 1 - progress,
-    "constant": lambda progress, decay: 1.0,
-    "wsd": fall_at_the_end,
-}

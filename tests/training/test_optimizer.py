@@ -8,11 +8,11 @@ import tiny
 import torch
 
 from distill.config import LossConfig, TrainConfig
-from distill.config.rules import CHOICES
 from distill.distiller import Distiller
 from distill.objective.weighing import count, weigh
+from distill.training.falls import FALLS
 from distill.training.microbatch import Collator
-from distill.training.optimizer import FALLS, build_optimizer, learning_rate
+from distill.training.optimizer import build_optimizer, learning_rate
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
 from distill.training.zero import check_options, configure_deepspeed
@@ -61,8 +61,10 @@ def test_a_longer_wsd_run_has_the_same_rates_until_the_shorter_one_falls():
     assert all(same[:81]) and not any(same[81:])
 
 
-def test_every_schedule_may_be_named_in_a_config():
-    assert CHOICES["train.schedule"] == tuple(FALLS)
+def test_a_toy_fall_is_one_line_for_config_and_rate(monkeypatch):
+    monkeypatch.setitem(FALLS, "halfway", lambda progress, decay: float(progress < 0.5))
+    options = TrainConfig(steps=5, warmup_steps=1, learning_rate=1.0, schedule="halfway")
+    assert [learning_rate(step, options) for step in range(5)] == [1, 1, 1, 0, 0]
 
 
 def weigh_alone(run: Distiller, made) -> dict[str, torch.Tensor]:
