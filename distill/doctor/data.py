@@ -1,4 +1,4 @@
-"""What `distill doctor` examines of the data and the targets, in the way of `checks.py`.
+"""What `distill doctor` examines of the data and the targets, in the way of `objective.py`.
 
 Shapes: B batch, T LLM positions, S supervised positions, K kept ids.
 """

@@ -1,6 +1,6 @@
 """Answers of a model to a split, counted: WER, exact match and caption scores by task, and what an answer costs.
 
-Knows how to ask a model and whom to ask for scores; the scores themselves are in `metrics.py`.
+Knows how to ask a model and whom to ask for scores; the scores themselves are in `metrics/`.
 """
 
 import time

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 DEQUANTIZED = dict[str, np.ndarray]
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 PRE_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2"}  # of Llama 3 and of Qwen2
-PERMUTED = ("q_proj.weight", "k_proj.weight")  # of a Llama: llama.cpp turns neighbours, transformers halves
+PERMUTED = ("q_proj.weight", "k_proj.weight")  # of a Llama: llama.cpp turns neighbors, transformers halves
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> DEQUANTIZED:
@@ -155,7 +155,7 @@ def heads_of(name: str, config) -> int:
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head so that the two that turn together are neighbours."""
+    """Rows of each head so that the two that turn together are neighbors."""
     return np.ascontiguousarray(weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape))
 
 

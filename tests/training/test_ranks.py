@@ -174,12 +174,13 @@ def test_two_ddp_ranks_repeat_the_losses_of_one_process(toys, alone):
 
 
 def test_two_ddp_ranks_go_back_to_a_good_checkpoint_together_as_one_process_does(toys, monkeypatch):
-    judge = BadSteps.judge
+    find_fault = BadSteps.find_fault
 
-    def judge_two_as_spikes(self, loss, norm):
-        return Fault("loss", loss, "is a spike") if self.losses.number == 2 > self.total else judge(self, loss, norm)
+    def find_two_spikes(self, loss, norm):
+        is_spike = self.losses.number == 2 > self.total
+        return Fault("loss", loss, "is a spike") if is_spike else find_fault(self, loss, norm)
 
-    monkeypatch.setattr(BadSteps, "judge", judge_two_as_spikes)
+    monkeypatch.setattr(BadSteps, "find_fault", find_two_spikes)
     words = ["train.max_bad_steps=2", "train.max_returns=1", "train.save_every=1"]
     assert run(configure(toys, "back alone", *words)) == 0
     assert train_on_two_ranks(toys, "back", "two_cpus_ddp.yaml", *words) == [0, 0]

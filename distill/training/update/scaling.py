@@ -34,7 +34,7 @@ class LossScale:
         """Give the optimizer's gradients their true values, in place, once all micro-batches are through."""
         self.scaler.unscale_(optimizer)
 
-    def judge(self, loss: float, norm: float) -> Fault | None:
+    def find_fault(self, loss: float, norm: float) -> Fault | None:
         """What is wrong with a step whose loss is finite and whose gradient is not: the factor, unless that is 1."""
         if not self.scaler.is_enabled() or math.isfinite(norm) or not math.isfinite(loss):
             return None

@@ -41,7 +41,7 @@ class BadSteps:
         self.options, self.say = options, say
         self.load_state_dict({})
 
-    def judge(self, loss: float, norm: float) -> Fault | None:
+    def find_fault(self, loss: float, norm: float) -> Fault | None:
         """What is wrong with a step; a good one is taken into the statistic of the next."""
         seen = (("loss", loss, self.losses), ("grad_norm", norm, self.norms))
         for name, value, _ in seen:

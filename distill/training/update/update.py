@@ -59,7 +59,7 @@ class Update:
         else:
             self.loss_scale.unscale_(self.optimizer)
             norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.clip.limit))
-        fault = self.loss_scale.judge(loss, norm) or self.bad_steps.judge(loss, norm)
+        fault = self.loss_scale.find_fault(loss, norm) or self.bad_steps.find_fault(loss, norm)
         if fault is None:
             self.optimizer.step()
             self.clip.add(norm)

@@ -1,1 +1,1 @@
-"""Codecs: how a teacher's distribution becomes bytes and comes back, one file each; `codec` is the list of them."""
+"""Codecs: how a teacher's distribution becomes bytes and comes back, one file each; `table` is the list of them."""

@@ -89,7 +89,7 @@ def test_a_step_that_is_left_out_is_no_part_of_the_average(make_run, monkeypatch
     before = weights(once)
     once.fit()
     faults = iter([None, *[update.Fault("loss", 9.0, "is left out")] * 2])
-    monkeypatch.setattr(BadSteps, "judge", lambda self, loss, norm: next(faults))
+    monkeypatch.setattr(BadSteps, "find_fault", lambda self, loss, norm: next(faults))
     run = make_run("run", ema=0.5, steps=3, max_bad_steps=9)
     run.fit()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(run).items())

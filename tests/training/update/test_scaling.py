@@ -29,7 +29,7 @@ def test_other_products_are_not_scaled(dtype):
     scale = LossScale(torch.device("cpu"), dtype)
     loss = torch.tensor(0.3, requires_grad=True)
     assert scale.scale(loss) is loss
-    assert scale.judge(1.0, float("inf")) is None
+    assert scale.find_fault(1.0, float("inf")) is None
     assert scale.state_dict() == {}
 
 
@@ -62,10 +62,10 @@ def test_a_gradient_that_overflows_halves_the_scale_and_ends_no_run(make_run, ke
 def test_a_gradient_that_is_not_finite_at_a_scale_of_one_is_a_bad_step():
     scale = LossScale(torch.device("cpu"), torch.float16)
     scale.load_state_dict(scale.state_dict() | {"scale": 1.0})
-    assert scale.judge(1.0, float("inf")) is None  # so that whoever counts bad steps judges it
+    assert scale.find_fault(1.0, float("inf")) is None  # so that whoever counts bad steps judges it
     scale.load_state_dict(scale.state_dict() | {"scale": 2.0})
-    assert not scale.judge(1.0, float("inf")).is_bad
-    assert scale.judge(float("nan"), float("inf")) is None and scale.judge(1.0, 1.0) is None
+    assert not scale.find_fault(1.0, float("inf")).is_bad
+    assert scale.find_fault(float("nan"), float("inf")) is None and scale.find_fault(1.0, 1.0) is None
 
 
 @pytest.mark.parametrize(("cuda", "bf16", "dtype"), [

@@ -13,13 +13,13 @@ NAN = float("nan")
 def test_bad_steps_name_the_samples_of_every_rank():
     told = []
     steps = BadSteps(TrainConfig(max_bad_steps=2), told.append)
-    assert not steps.note(7, steps.judge(NAN, 1.0), lambda: ["a", "b"])
-    assert not steps.note(8, steps.judge(1.0, 1.0), lambda: pytest.fail("a good step needs no keys"))
-    steps.note(9, steps.judge(1.0, float("inf")), lambda: ["a", "b"])
+    assert not steps.note(7, steps.find_fault(NAN, 1.0), lambda: ["a", "b"])
+    assert not steps.note(8, steps.find_fault(1.0, 1.0), lambda: pytest.fail("a good step needs no keys"))
+    steps.note(9, steps.find_fault(1.0, float("inf")), lambda: ["a", "b"])
     with pytest.raises(
         BadStepsError, match=r"loss is nan for 2 steps in a row, .* look at samples k0, .*k7 and 4 more"
     ):
-        steps.note(10, steps.judge(NAN, 1.0), lambda: [f"k{number}" for number in range(12)])
+        steps.note(10, steps.find_fault(NAN, 1.0), lambda: [f"k{number}" for number in range(12)])
     assert told[:2] == ["step 7 is skipped: loss nan, keys a, b", "step 9 is skipped: grad_norm inf, keys a, b"]
     assert steps.counts == {"skipped": 3, "returns": 0}
 
@@ -28,18 +28,18 @@ def test_bad_steps_name_the_samples_of_every_rank():
 def test_a_spike_is_a_loss_or_a_norm_far_above_the_steps_before(loss, norm, name):
     steps = BadSteps(TrainConfig(spike_deviations=4.0), print)
     for number in range(40):
-        assert steps.judge(2.0 + 0.1 * (number % 2), 1.0 + 0.1 * (number % 3)) is None
+        assert steps.find_fault(2.0 + 0.1 * (number % 2), 1.0 + 0.1 * (number % 3)) is None
     known = steps.state_dict()
-    fault = steps.judge(loss, norm)
+    fault = steps.find_fault(loss, norm)
     assert (fault and fault.name) == name
     assert (steps.state_dict() == known) == (fault is not None)  # a spike is no part of the statistic
-    assert BadSteps(TrainConfig(), print).judge(1e9, 1e9) is None  # nothing is known yet, and none is asked for
+    assert BadSteps(TrainConfig(), print).find_fault(1e9, 1e9) is None  # nothing is known yet, and none is asked for
 
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_no_weight_though_its_gradient_is(make_run, keys, monkeypatch):
     run = make_run("run", steps=1)
-    judge = BadSteps.judge
-    monkeypatch.setattr(BadSteps, "judge", lambda self, loss, norm: judge(self, float("inf"), norm))
+    find_fault = BadSteps.find_fault
+    monkeypatch.setattr(BadSteps, "find_fault", lambda self, loss, norm: find_fault(self, float("inf"), norm))
     before = {name: tensor.clone() for name, tensor in own_tensors(run.student).items()}
     (record,) = run.fit().metrics
     assert record["skipped"] == 1 and record["grad_norm"] > 0
