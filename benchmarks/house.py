@@ -25,11 +25,18 @@ RESULTS = ROOT / "benchmarks" / "results"  # one of each benchmark's name, as ma
 MOST_ARGUMENTS = 10  # of a function or a constructor
 MOST_LINES = 40  # of a function, its docstring apart
 PLACES = {  # by idea: the calls that only its home makes
-    "atomic write": {"os.replace", "os.rename", "os.link"},
+    "atomic write": {"os.replace", "os.rename", "os.link", ".rename", "shutil.move"},
     "hash of a file": {"hashlib.file_digest"},
     "lock": {"fcntl.flock", "fcntl.lockf"},
 }
-READERS = ("read", "read_bytes", "file_digest", "readinto")  # a function that reads and hashes hashes a file
+READERS = ("read", "read_bytes", "readinto")  # a function that reads and hashes hashes a file
+
+BRITISH = re.compile(
+    r"\b\w*(?:quanti|normali|tokeni|initiali|seriali|optimi|minimi|maximi|recogni|summari|organi|synchroni|"
+    r"randomi|speciali|regulari|generali|characteri|prioriti)s(?:e|es|ed|er|ers|ing|ation|ations)\b"
+    r"|\b\w*(?:behaviour|colour|favour|neighbour|catalogue|licence|artefact|judgement)\w*",
+    re.IGNORECASE,
+)
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -88,6 +95,32 @@ def find_long_signatures() -> dict[str, int]:
     """Functions and constructors of more than `MOST_ARGUMENTS` arguments."""
     return {f"{place_of(path)}::{name}": number for path in python_files() for name, function in functions_of(path)
             if (number := count_arguments(function)) > MOST_ARGUMENTS}  # fmt: skip
+
+
+def find_wide_records() -> dict[str, int]:
+    """Dataclasses and named tuples of more than `MOST_ARGUMENTS` fields: their constructors are written by nobody.
+
+    They are counted apart: what a config, a manifest or a file says field by field cannot be made shorter by a cut.
+    """
+    wide = {}
+    for path in python_files():
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            makers = " ".join(map(ast.unparse, (*node.decorator_list, *node.bases)))
+            fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and "ClassVar" not in ast.unparse(f)]
+            if re.search(r"\b(dataclass|NamedTuple)\b", makers) and len(fields) > MOST_ARGUMENTS:
+                wide[f"{place_of(path)}::{node.name}"] = len(fields)
+    return wide
+
+
+def find_british_words() -> list[str]:
+    """Words of the packages and documents that are spelled as in Britain, where this code spells as in America.
+
+    Not `labelled`: configs, caches and manifests' users have written that word.
+    """
+    texts = [*python_files(), *ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    return [f"{place_of(path)}: {word}" for path in texts for word in BRITISH.findall(path.read_text())]
 
 
 def count_lines(function: ast.FunctionDef) -> int:
@@ -214,7 +247,7 @@ def find_homes() -> dict[str, list[str]]:
         for _, function in functions_of(path):
             called = called_names(function)
             makes_digest = any(name.startswith("hashlib.") for name in called)
-            if makes_digest and ".read" in called:
+            if makes_digest and called & {f".{reader}" for reader in READERS}:
                 homes["hash of a file"].add(place_of(path))
     return {idea: sorted(places) for idea, places in homes.items()}
 
@@ -251,9 +284,10 @@ def mentions(text: str, field: str) -> bool:
         return True
     class_name = "".join(word.title() for word in section.split("_"))
     in_python = re.search(rf"\b{class_name}(?:Config)?\([^)]*\b{name}=", text)
-    blocks = re.findall(rf"(?m)^(?:  )?{section}:\n((?:\s+.*\n|\s*#.*\n)*)", text)
+    blocks = re.findall(rf"(?m)^( *){section}:[ \t]*(?:#.*)?\n((?:\1 +\S.*\n| *#.*\n| *\n)*)", text)
     inline = re.findall(rf"(?m)^\s*{section}: *\{{(.*?)\}}", text)
-    return bool(in_python) or any(re.search(rf"\b{name}:", block) for block in (*blocks, *inline))
+    bodies = [body for _, body in blocks] + inline
+    return bool(in_python) or any(re.search(rf"\b{name}:", body) for body in bodies)
 
 
 def find_unused_fields() -> list[str]:
@@ -286,10 +320,12 @@ def main() -> None:
     found = {
         f"folders of more than {MOST_FILES} files": [f"{n}: {c}" for n, c in files.items() if c > MOST_FILES],
         f"signatures of more than {MOST_ARGUMENTS} arguments": [f"{n}: {c}" for n, c in find_long_signatures().items()],
+        f"dataclasses of more than {MOST_ARGUMENTS} fields": [f"{n}: {c}" for n, c in find_wide_records().items()],
         "modules in circles": [" ↔ ".join(circle) for circle in find_circles(graph)],
         "imports that climb a floor of distill/": find_climbs(graph),
         **{f"homes of: {idea}": places for idea, places in homes.items()},
         "config fields that nothing uses": find_unused_fields(),
+        "words in British spelling": find_british_words(),
         "arguments whose docstring begins with `of`": find_cut_sentences(),
         f"functions of more than {MOST_LINES} lines, docstring apart": list(find_long_functions()),
     }

@@ -1,6 +1,7 @@
 """The house: which way imports point, how full a folder may be, and that each idea has one home."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks.house import (
     PACKAGES,
     count_edits,
     count_files,
+    find_british_words,
     find_circles,
     find_climbs,
     find_cut_sentences,
@@ -57,6 +59,19 @@ def test_a_folder_is_read_in_one_look():
     assert {folder: number for folder, number in count_files().items() if number > MOST_FILES} == {}
 
 
+def test_every_room_is_on_the_map():
+    folders = {path.parent.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [folder.as_posix() for folder in sorted(folders) if f"`{folder.as_posix()}/`" not in text] == []
+
+
+def test_what_the_map_and_the_questions_name_is_there():
+    texts = [(ROOT / name).read_text() for name in ("CONTRIBUTING.md", "benchmarks/results/where_is.md")]
+    named = {name for text in texts for name in re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)`", text)}
+    assert len(named) > 80
+    assert [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
 def test_no_signature_has_more_arguments_than_a_reader_keeps_in_mind():
     assert find_long_signatures() == {}
 
@@ -83,6 +98,10 @@ def test_every_public_name_says_what_it_is():
 
 def test_no_argument_is_described_from_the_middle_of_a_sentence():
     assert find_cut_sentences() == []
+
+
+def test_words_have_one_spelling():
+    assert find_british_words() == []
 
 
 def test_whole_files_are_written_hashed_and_locked_in_one_place_each():
