@@ -74,6 +74,7 @@ from distill.training.zero import (
     join_,
     report_build_locks,
 )
+from shards.field_types import to_path
 from shards.sample import SAMPLE_RATE, Sample
 from shards.streaming.order import Order
 from shards.streaming.selection import Selection
@@ -187,7 +188,7 @@ class Distiller:
         self.callbacks = Callbacks(self, callbacks).callbacks
         check_trackers(self.options.trackers)
         self.on_policy = run.on_policy
-        self.run_folder, self.seed, self.dtype = Path(run.folder), run.seed, resolve_precision(run.precision)
+        self.run_folder, self.seed, self.dtype = to_path(run.folder), run.seed, resolve_precision(run.precision)
         teacher, self.student = as_teacher(teacher, self.loss, run.precision), as_student(student, self.dtype)
         vocab_size = self._match(teacher)
         self._place(run.accelerator, teacher.model)

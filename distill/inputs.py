@@ -11,6 +11,7 @@ from distill.config.rules import used_terms
 from distill.objective.terms.needs import check_needs, held_by_cache
 from distill.objective.weighing import Terms
 from distill.teacher import load_teacher
+from shards.field_types import expand_home
 from shards.files.hash import remember_hash
 from shards.manifests.manifest import LINES_SUFFIXES, KnownTasks
 from shards.packing.items import pack_items
@@ -19,7 +20,7 @@ from shards.sample import SAMPLE_RATE
 from shards.streaming.catalog import check_channels
 from shards.streaming.stream import ShardStream
 from shards.targets.header import HEAD_INPUT, HEADER
-from shards.tars.source import expand_shards
+from shards.tars.source import expand_shards, is_remote
 from students.pretrained import Student
 from students.student import load_student, train_own_
 from teachers.cached import CachedTeacher
@@ -32,14 +33,15 @@ MANIFEST_SUFFIXES = (".json", *LINES_SUFFIXES)
 
 
 def as_teacher(teacher, loss: LossConfig, precision: str) -> Teacher:
-    """A teacher: none, one of the library's or of one's own, a loaded model, a cache's folder, a saved folder, a
+    """A teacher: none, one of the library's or of one's own, a loaded model, a cache's folder or URL, a saved folder, a
     checkpoint by its `TeacherConfig`.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
         ValueError: it is none of these, or a checkpoint without its frozen parts.
     """
-    if isinstance(teacher, str | Path) and (Path(teacher) / HEADER).is_file():
+    teacher = expand_home(teacher)
+    if isinstance(teacher, str | Path) and (is_remote(str(teacher)) or (Path(teacher) / HEADER).is_file()):
         return CachedTeacher(teacher)
     if isinstance(teacher, str | Path):
         teacher = TeacherConfig(path=str(teacher))
@@ -109,6 +111,7 @@ def as_shards(samples: str | Path | Iterable, folder: Path, name: str, student: 
         max_seconds: the longest duration of a clip.
         say: is told what was packed.
     """
+    samples = expand_home(samples)
     is_named = isinstance(samples, str | Path)
     if is_named and Path(samples).suffix not in MANIFEST_SUFFIXES:
         return samples

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
 
@@ -49,8 +50,14 @@ def is_null(value) -> bool:
 
 
 def expand_home(value):
-    """A path with the home folder that `~/` stands for; anything else as it is."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    """A path with the home folder that `~/` stands for, as text or `Path`; anything else as it is."""
+    is_of_home = isinstance(value, str | Path) and str(value).startswith("~/")
+    return type(value)(os.path.expanduser(value)) if is_of_home else value
+
+
+def to_path(text: str) -> Path:
+    """A path as a user types it; a shell leaves `~` alone behind `--root=`."""
+    return Path(text).expanduser()
 
 
 def convert(value, kind):

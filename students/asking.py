@@ -13,6 +13,7 @@ import numpy as np
 from shards.audio.decode import hash_waveform, load_audio, pad_to_window, to_waveform
 from shards.audio.limits import AudioLimits
 from shards.audio.segmentation import segment_at_quiet
+from shards.field_types import to_path
 from shards.sample import SAMPLE_RATE, Sample
 
 ASR, CAPTION, QUESTION = "asr", "audiocaption", "QA"  # tasks, whose first prompt is asked
@@ -117,9 +118,10 @@ def load_waveform(audio, rate: int, min_samples: int) -> np.ndarray:
         AudioError, FileNotFoundError, ValueError: see `Listener.ask`.
     """
     if isinstance(audio, str | Path):
-        if not Path(audio).is_file():
+        path = to_path(audio)
+        if not path.is_file():
             raise FileNotFoundError(f"audio is {audio}, but there is no such file; give a wav, flac, ogg or mp3 file.")
-        waveform_N = load_audio([Path(audio)], limits=LONG)
+        waveform_N = load_audio([path], limits=LONG)
     else:
         waveform_N = pad_to_window(to_waveform(as_channels(audio), rate))
     return np.pad(waveform_N, (0, max(0, min_samples - len(waveform_N))))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from shards.field_types import to_path
 from shards.sample import Sample
 from students.asking import Listener
 from students.student import load_student
@@ -47,7 +48,7 @@ class Student(Listener):
             FileNotFoundError: there is no such folder, and the hub does not give it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        folder = Path(name) if Path(name).is_dir() else fetch_from_hub(str(name), revision)
+        folder = to_path(name) if to_path(name).is_dir() else fetch_from_hub(str(name), revision)
         is_fast = device.type == "cpu" and dtype is None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = load_student(folder, dtype=dtype, for_inference=is_fast, head=head)
@@ -57,7 +58,7 @@ class Student(Listener):
         """Write a folder that `from_pretrained` reads: the student's own tensors, and the names of the frozen parts."""
         weights = self.folder / WEIGHTS if self.folder and self.model.only_answers else None
         save_salmonn(self.model, folder, settings=self.settings, weights=weights)
-        return Path(folder)
+        return to_path(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, message: str = "Upload a student") -> str:
         """Upload what `save_pretrained` writes; the login is the hub's own (`hf auth login`). Returns the address.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from shards.field_types import expand_home
 from shards.sample import Sample
 from shards.streaming.catalog import hash_shards
 from shards.targets.codecs.table import decode
@@ -40,7 +41,7 @@ class CachedTeacher(Teacher):
     """
 
     def __init__(self, folder: str | Path, expected: CacheHeader | None = None):
-        self.cache_folder = folder
+        self.cache_folder = folder = expand_home(folder)
         self.reader = TargetReader(folder, expected)
         self.header = self.reader.header
         identity = self.header.identity
@@ -169,7 +170,7 @@ class CachedTeacher(Teacher):
         if not answered.identity.startswith(audio_and_prompt):
             raise ValueError(
                 f"{self.cache_folder}: {key} was cached as {record.identity}, but the student's answer belongs to "
-                f"{answered.identity}: another audio or prompt; run distill/answers.py again."
+                f"{answered.identity}: another audio or prompt; run `distill answers` again."
             )
         return replace(answered, features=record.features | answered.features)
 

@@ -7,13 +7,13 @@ it says itself, as it imports nothing heavy; of the others it is said here.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from distill.command import add_config_arguments, read_config_arguments
 from distill.commandline.paths import find_run, find_student, list_recordings
 from distill.config.recipes import find_config, find_launch, list_recipes
 from distill.config.suggestions import did_you_mean, nearest, nearest_fields
 from distill.sizes.cards import SHARE
+from shards.field_types import expand_home, to_path
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight", type=float, default=0.0, help="of a clip over a limit; 0 leaves it out (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="the file to write; default: one in the cache's folder")
+    parser.add_argument("--out", type=to_path, help="the file to write; default: one in the cache's folder")
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,14 +118,18 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--efficiency", action="store_true", help="measure time, memory, energy of an answer instead")
     parser.add_argument(
-        "--export", type=Path, action="append", default=[], help="with it, a folder of `distill export`; several may be"
+        "--export",
+        type=to_path,
+        action="append",
+        default=[],
+        help="with it, a folder of `distill export`; several may be",
     )
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill export` takes."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, runs/NAME, or its config")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("run", type=to_path, metavar="RUN", help="a finished run's folder, runs/NAME, or its config")
+    parser.add_argument("out", type=to_path, metavar="OUT", help="folder to write")
     parser.add_argument("--merge", action="store_true", help="write the LLM with LoRA inside instead of LoRA alone")
     parser.add_argument("--whole", action="store_true", help="copy ears and LLM inside, for use on any machine")
     parser.add_argument("--salmonn", action="store_true", help="write SALMONN's own checkpoint format beside")
@@ -154,16 +158,16 @@ def read_export_arguments(args: argparse.Namespace) -> None:
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill report` takes."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/NAME, or its config")
+    parser.add_argument("run", type=to_path, metavar="RUN", help="a run's folder, runs/NAME, or its config")
 
 
 def add_transcribe_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill transcribe` takes."""
     parser.add_argument("student", metavar="STUDENT", help="saved student, such as runs/NAME/student, run or export")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, or folders of them")
+    parser.add_argument("files", nargs="+", type=to_path, metavar="FILE", help="recordings, or folders of them")
     parser.add_argument("--format", choices=("txt", "srt", "vtt", "tsv", "json"), default="txt", help="(%(default)s)")
     parser.add_argument("--json", dest="format", action="store_const", const="json", help="an object a line")
-    parser.add_argument("--out", type=Path, help="folder for a file a recording; else they are printed")
+    parser.add_argument("--out", type=to_path, help="folder for a file a recording; else they are printed")
     parser.add_argument("--task", default="asr", help="whose prompt is asked (%(default)s)")
     parser.add_argument("--question", help="ask this instead, as task QA")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="of the answer about a piece (%(default)s)")
@@ -204,14 +208,16 @@ def read_new(args: argparse.Namespace) -> None:
     if len(args.words) > 2:
         raise ValueError(f"words are {' '.join(args.words)}, but `distill new` takes [RECIPE] FILE; leave some out.")
     *recipe, file = args.words
-    args.recipe, args.file = (recipe or [None])[0], Path(file).expanduser()
+    args.recipe, args.file = (recipe or [None])[0], to_path(file)
 
 
 def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill prune` takes."""
-    parser.add_argument("llm", metavar="LLM", help="folder or hub id of a causal LM")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--shards", required=True, help="calibration: packed clips, whose texts the LLM reads")
+    parser.add_argument("llm", type=expand_home, metavar="LLM", help="folder or hub id of a causal LM")
+    parser.add_argument("out", type=to_path, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--shards", type=expand_home, required=True, help="calibration: packed clips, whose texts the LLM reads"
+    )
     parser.add_argument("--layers", type=int, default=0, help="that stay, those of the largest influence")
     parser.add_argument("--evenly", action="store_true", help="choose them evenly spaced instead")
     parser.add_argument("--heads", type=int, default=0, help="attention heads of a layer that stay")
@@ -221,8 +227,10 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill upcycle` takes."""
-    parser.add_argument("llm", metavar="LLM", help="folder or hub id of a dense causal LM: Llama, Mistral or Qwen3")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "llm", type=expand_home, metavar="LLM", help="folder or hub id of a dense causal LM: Llama, Mistral or Qwen3"
+    )
+    parser.add_argument("out", type=to_path, metavar="OUT", help="folder to write")
     parser.add_argument("--experts", type=int, default=8, help="of each layer, copies of its FFN (%(default)s)")
     parser.add_argument("--top-k", type=int, default=2, help="of them, that a token goes to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the new routers (%(default)s)")

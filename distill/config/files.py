@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from yaml.composer import Composer
 
-from shards.field_types import Plain
+from shards.field_types import Plain, expand_home
 
 BASE = "base"  # the key of the file that a file is read over
 MOST_VALUES = 10_000  # in one file, aliases counted as often as they stand there
@@ -42,7 +42,7 @@ def read_files(path: Path) -> list[tuple[Path, dict]]:
     own = read_file(path, "config")
     if BASE not in own:
         return [(path, own)]
-    base = path.parent / str(own.pop(BASE))
+    base = path.parent / expand_home(str(own.pop(BASE)))
     theirs = read_file(base, f"{BASE} of {path}")
     if BASE in theirs:
         raise ValueError(

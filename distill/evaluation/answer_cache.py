@@ -25,7 +25,8 @@ from shards.files.write import write_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.streaming.catalog import hash_shards
 from shards.targets.distributions import Sparse
-from shards.tars.source import expand_shards
+from shards.tars.mirror import Mirror
+from shards.tars.source import expand_shards, is_remote
 
 FOLDER = "teacher-answers"  # inside the cache's folder
 TENSORS = ".safetensors"  # beside the answers: the predictions
@@ -54,7 +55,13 @@ def find_answer_cache(config: Config) -> Path:
     made_by["ears"] = resolve_ears(config, is_kept=False)
     parts = [VERSION, made_by, options, device]
     split = hash_shards(expand_shards(config.shards("test")))
-    return config.cache_folder / FOLDER / f"{fingerprint([*parts, split])[:16]}.json"
+    return find_folder(config) / f"{fingerprint([*parts, split])[:16]}.json"
+
+
+def find_folder(config: Config) -> Path:
+    """Where answers are kept: inside the cache's folder, or the local one that stands for a remote cache."""
+    place = str(config.cache_folder)
+    return (Mirror(place).folder if is_remote(place) else Path(place)) / FOLDER
 
 
 class Examined(NamedTuple):

@@ -191,11 +191,6 @@ def write_rows(file, path: Path, entries: Iterable[Entry]) -> int:
     return count
 
 
-def to_path(text: str) -> Path:
-    """A path as a user types it; a shell leaves `~` alone behind `--root=`."""
-    return Path(text).expanduser()
-
-
 def _to_entry(
     value: object,
     path: Path,

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.manifests.manifest import Entry, read_manifest, to_path, write_manifest
+from shards.field_types import to_path
+from shards.manifests.manifest import Entry, read_manifest, write_manifest
 
 BY = ("speaker", "source", "recording")
 

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.field_types import to_path
 from shards.lazy_imports import late
-from shards.manifests.manifest import Entry, read_manifest, to_path, write_manifest
+from shards.manifests.manifest import Entry, read_manifest, write_manifest
 from shards.packing.stats import measure_seconds
 from shards.pool import count_cpus
 

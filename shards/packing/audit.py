@@ -15,6 +15,7 @@ from typing import TextIO
 
 from shards.audio.decode import CHANNELS, LEFT
 from shards.audio.limits import DEFAULT_LIMITS, AudioLimits, add_limit_arguments, read_limits
+from shards.field_types import to_path
 from shards.files.write import open_atomically
 from shards.manifests.manifest import (
     ANY_TASK,
@@ -22,7 +23,6 @@ from shards.manifests.manifest import (
     KnownTasks,
     describe_unknown_task,
     scan_manifest,
-    to_path,
     write_rows,
 )
 from shards.manifests.records import RowError

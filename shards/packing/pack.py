@@ -16,8 +16,9 @@ from pathlib import Path
 
 from shards.audio.decode import CHANNELS, LEFT
 from shards.audio.limits import add_limit_arguments, read_limits
+from shards.field_types import to_path
 from shards.files.lock import hold
-from shards.manifests.manifest import ANY_TASK, Entry, KnownTasks, check_paths, check_tasks, scan_manifest, to_path
+from shards.manifests.manifest import ANY_TASK, Entry, KnownTasks, check_paths, check_tasks, scan_manifest
 from shards.manifests.records import RowError
 from shards.packing.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
 from shards.packing.folder import PackFolder, ShardSize

@@ -12,8 +12,9 @@ from pathlib import Path
 from shards.audio.container import UNKNOWN_FRAMES, read_header
 from shards.audio.decode import GAP_SECONDS
 from shards.audio.limits import AudioError
+from shards.field_types import to_path
 from shards.lazy_imports import late
-from shards.manifests.manifest import Entry, missing_file_error, read_manifest, to_path
+from shards.manifests.manifest import Entry, missing_file_error, read_manifest
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 from shards.status import print_json, print_status
 from shards.streaming.catalog import read_listing

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shards.field_types import expand_home
 from shards.jsonfile import ShapeError, parse_object
 from shards.lazy_imports import late
 from shards.streaming.limits import Limits
@@ -85,6 +86,7 @@ def open_catalog(
             is missing or foreign.
     """
     selection, limits = selection or Selection(), limits or Limits()
+    shards = expand_home(shards)
     names = expand_shards(shards)
     listings = _read_listings(names)
     indexes = _load_all(names, limits, listings)
@@ -158,12 +160,12 @@ def join_targets(audio: ShardIndex, targets: ShardIndex, wanted: np.ndarray) -> 
     if row_of:
         raise ShardError(
             f"{targets.name} holds a target of {_shown(list(row_of))}, but {audio.name} has no such sample: it was "
-            f"cached from other data; run distill/cache.py again."
+            f"cached from other data; run `distill cache` again."
         )
     missing = [audio.keys[row] for row in np.flatnonzero(wanted & (rows < 0))]
     if missing:
         raise ShardError(
-            f"{targets.name} holds no target of {_shown(missing)}, but {audio.name} has it; run distill/cache.py again."
+            f"{targets.name} holds no target of {_shown(missing)}, but {audio.name} has it; run `distill cache` again."
         )
     table = np.concatenate([targets.members["targets"], np.full((1, 3), -1, np.int64)])
     return table[rows]  # row -1 is the appended one
@@ -309,7 +311,7 @@ def _target_name(targets: str | Path, name: str) -> str:
     stem = _base(name).removesuffix(SHARD_SUFFIX)
     target = f"{str(targets).rstrip('/')}/{stem}{TARGETS_SUFFIX}"
     if not is_remote(target) and not Path(target).exists():
-        raise ShardError(f"{target} is missing, but {name} needs its targets; run distill/cache.py (again).")
+        raise ShardError(f"{target} is missing, but {name} needs its targets; run `distill cache` (again).")
     return target
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from shards.field_types import expand_home
 from shards.tars.archive import ShardError
 
 SHARD_SUFFIX = ".tar"
@@ -39,7 +40,8 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
         ShardError: nothing matches, a shard is given twice, or a name is a command (`pipe:`).
     """
     given = [shards] if isinstance(shards, str | Path) else list(shards)
-    names = [name for spec in given for braced in _expand_braces(str(spec)) for name in _expand_pattern(braced)]
+    specs = [expand_home(str(spec)) for spec in given]
+    names = [name for spec in specs for braced in _expand_braces(spec) for name in _expand_pattern(braced)]
     if not names:
         raise ShardError(f"shards is {given}, but no shard matches; {nearest(str(given[0])) if given else 'name one.'}")
     if len(set(names)) < len(names):

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from shards.audio.limits import AudioError
 from shards.audio.segmentation import segment_at_quiet
+from shards.field_types import to_path
 from shards.sample import SAMPLE_RATE
 from students.asking import ASR, QUESTION, load_waveform
 from students.device.student import PRODUCTS, DeviceStudent
@@ -14,8 +14,8 @@ from students.device.student import PRODUCTS, DeviceStudent
 def read_words(words: list[str] | None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser("python -m students.device", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="that `distill export --device` wrote")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="wav, flac, ogg or mp3")
+    parser.add_argument("folder", type=to_path, metavar="FOLDER", help="that `distill export --device` wrote")
+    parser.add_argument("files", type=to_path, nargs="+", metavar="FILE", help="wav, flac, ogg or mp3")
     parser.add_argument("--task", default=ASR, help="whose prompt is asked (%(default)s)")
     parser.add_argument("--question", help="ask this instead")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="of the answer about a piece (%(default)s)")

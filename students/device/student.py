@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from shards.field_types import to_path
 from shards.sample import SAMPLE_RATE, Sample
 from students.asking import ASR, Listener
 from students.device.folder import BANKS, EMBEDDINGS, GRAPHS, TOKENIZER, read_device
@@ -43,7 +44,7 @@ class DeviceStudent(Listener):
     """
 
     def __init__(self, folder: str | Path, *, products: str | None = None, threads: int = 0, check_files: bool = True):
-        self.folder = Path(folder)
+        self.folder = to_path(folder)
         self.device = read_device(self.folder, check_files=check_files)
         products = products or self.device.precision["products"]
         if products not in PRODUCTS:

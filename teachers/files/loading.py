@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from shards.field_types import expand_home, to_path
 from shards.files.hash import remember_hash
 from shards.files.write import staged
 from shards.status import is_quiet
@@ -202,7 +203,7 @@ def save_salmonn(model: Salmonn, folder: str | Path, *, settings: dict | None = 
         "settings": settings or {},
         "frozen": hash_frozen_parts(model),
     }
-    with staged(Path(folder), last=CONFIG) as stage:
+    with staged(to_path(folder), last=CONFIG) as stage:
         if weights is None:
             save_file(own_tensors(model), stage / WEIGHTS)
         else:
@@ -218,6 +219,7 @@ def read_config(folder: str | Path) -> dict:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or of something else, such as a model of Hugging Face.
     """
+    folder = expand_home(folder)
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"model folder {folder} holds no {CONFIG}, but a saved model does; check the path.")
@@ -250,6 +252,7 @@ def load_salmonn(folder: str | Path, *, dtype: torch.dtype = torch.float32, tran
         FileNotFoundError: no model there, or one of its parts is gone.
         ValueError: a frozen part is not the one that the model was trained with, or the tensors do not fit.
     """
+    folder = expand_home(folder)
     config = read_config(folder)
     parts = dataclasses.replace(config["model"], **(places or {}))
     model = build_salmonn(parts, lora=lora_settings(config), dtype=dtype, transform_llm_=transform_llm_,

@@ -5,16 +5,22 @@ import http.server
 import json
 import shutil
 import threading
+from functools import partial
 
 import fsspec
 import pytest
 import tiny
 
+from distill import Distiller, TrainConfig
 from distill.cache import cache
+from distill.cli import main
 from distill.config import load_config
+from distill.evaluation.answering import measure_cost
+from distill.evaluation.evaluate import evaluate_run
 from distill.run import run
 from shards.targets.store import TargetReader
 from shards.tars.archive import ShardError
+from students import Student
 
 PLACE = "memory://bucket"
 
@@ -109,6 +115,43 @@ def test_the_home_folder_may_be_written_as_a_tilde_in_any_field(toys, monkeypatc
     config = load_config("~/toy.yaml", ["data.folder=~/data", "teacher.path=~/teacher", "runs=~/runs"])
     assert (config.data.folder, config.teacher.path) == (f"{toys}/data", f"{toys}/teacher")
     assert config.run_folder == toys / "runs" / "toy"
+    (toys / "own.yaml").write_text("base: ~/toy.yaml")
+    assert load_config("~/own.yaml") == load_config("~/toy.yaml")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde_in_python_and_where_a_shell_leaves_it(toys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(toys))
+    monkeypatch.chdir(tmp_path)
+    student, clip = "~/runs/local/student", "~/data/audio/train-000.wav"
+    options = TrainConfig(steps=1, batch_size=4, trackers=())
+    for teacher, name in (("~/teacher", "online"), ("~/data/cache", "cached")):
+        run = Distiller(teacher, student, train="~/data/train", options=options, run=f"~/runs/{name}")
+        assert len(run.fit().losses) == 1 and (toys / "runs" / name / "metrics.jsonl").exists()
+    listener = Student.from_pretrained(student)
+    assert listener.save_pretrained("~/copy") == toys / "copy" and listener.transcribe(clip, max_new_tokens=2).segments
+    assert main(["export", "~/runs/local", "~/export"]) == 0
+    assert main(["transcribe", "~/export", clip, "--out=~/said", "--max-new-tokens", "2"]) == 0
+    assert (toys / "said" / "train-000.txt").exists() and list(tmp_path.iterdir()) == []
+
+
+def test_a_student_of_remote_shards_and_a_remote_cache_is_evaluated_and_its_teachers_answers_are_kept_here(
+    toys, bucket, monkeypatch, capsys
+):
+    monkeypatch.setattr("distill.evaluation.evaluate.measure_cost", partial(measure_cost, runs=1))
+    tiny.make_shards(toys / "held-out", split="test", num_samples=2)
+    bucket.put(str(toys / "held-out" / "test"), "/bucket/data/test", recursive=True)
+    config = load_config(toys / "toy.yaml", ["name=local", f"data.folder={PLACE}/data", "eval.max_new_tokens=2"])
+    first = evaluate_run(config)
+    assert first.student.scores and evaluate_run(config).teacher == first.teacher
+    assert "teacher: its answers are in " in capsys.readouterr().err
+
+
+def test_a_remote_cache_teaches_in_python(toys, bucket, tmp_path):
+    cache(load_config(toys / "toy.yaml", [f"data.folder={PLACE}/data", f"cache.folder={PLACE}/cache"]))
+    options = TrainConfig(steps=1, batch_size=4, trackers=())
+    run = Distiller(f"{PLACE}/cache", toys / "runs/local/student", train=f"{PLACE}/data/train/", options=options,
+                    run=tmp_path)  # fmt: skip
+    assert len(run.fit().losses) == 1
 
 
 @pytest.mark.parametrize(

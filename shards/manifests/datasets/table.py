@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from shards.field_types import to_path
 from shards.manifests.datasets.audiocaps import AUDIOCAPS
 from shards.manifests.datasets.clotho import CLOTHO
 from shards.manifests.datasets.dataset import Request
@@ -18,7 +19,7 @@ from shards.manifests.datasets.gigaspeech import GIGASPEECH
 from shards.manifests.datasets.librispeech import LIBRISPEECH
 from shards.manifests.datasets.musicnet import MUSICNET
 from shards.manifests.datasets.wavcaps import WAVCAPS
-from shards.manifests.manifest import Entry, missing_file_error, to_path, write_manifest
+from shards.manifests.manifest import Entry, missing_file_error, write_manifest
 
 NUM_NAMED = 5  # recordings that are missing
 DATASETS = {
