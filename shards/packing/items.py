@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 
 from shards.audio.limits import AudioLimits
+from shards.field_types import to_path
 from shards.files.write import write_atomically
 from shards.manifests.manifest import ANY_TASK, ARRAY, KnownTasks
 from shards.packing.encode import EncodeOptions
@@ -81,8 +82,10 @@ def read_items(items: Iterable, name: str) -> Iterator:
     if not hasattr(items, "column_names") or not hasattr(items, "features"):
         yield from items
         return
-    columns, features = list(items.column_names), dict(items.features)
-    by_type = [column for column in columns if type(features[column]).__name__ == "Audio"]
+    columns, features = items.column_names, dict(items.features or {})
+    if columns is None:  # of one that is streamed through a map() the first row tells
+        columns = list(next(iter(items), {}))
+    by_type = [column for column in columns if type(features.get(column)).__name__ == "Audio"]
     audio = choose_column(columns, by_type or AUDIO_NAMES, "audio", name)
     text = choose_column(columns, TEXT_NAMES, "text", name)
     if audio in by_type:
@@ -138,7 +141,7 @@ def _read_audio(audio, place: str) -> bytes:
         return audio
     if isinstance(audio, str | Path):
         try:
-            return Path(audio).read_bytes()
+            return to_path(audio).read_bytes()
         except OSError as error:
             raise FileNotFoundError(f"{place}.audio is {audio}, but cannot be read ({error.strerror}).") from error
     array, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, SAMPLE_RATE)

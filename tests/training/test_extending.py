@@ -160,6 +160,10 @@ def test_samples_of_python_and_of_hugging_face_become_the_same_shards_once(toys,
     assert pack_items(iter(dicts), tmp_path / "out", "train", max_seconds=2.0) == first
     assert "holds these 3 samples, used again" in capsys.readouterr().out
     second = pack_items(hub, tmp_path / "out", "train", max_seconds=2.0)
+    rows = [{"audio": str(path), "sentence": "one two"} for path in paths]
+    of_unknown_columns = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    for streamed in (hub.to_iterable_dataset(), of_unknown_columns):
+        assert pack_items(streamed, tmp_path / "out", "train", max_seconds=2.0) == second
     batches = [next(iter(ShardStream(folder, Order(batch_size=3, epochs=1)))) for folder in (first, second)]
     read = [sorted(sample.sha256 for sample in batch) for batch in batches]
     assert read[0] == read[1] and not list((tmp_path / "out").glob(".*"))
