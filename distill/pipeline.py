@@ -18,6 +18,7 @@ from pathlib import Path
 
 from distill.commandline.launch import name_parent
 from distill.config import SPLITS, Config, load_config
+from distill.config.places import check_files
 from distill.config.rules import value_at
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
@@ -31,8 +32,6 @@ from shards.status import print_status
 from shards.tars.source import is_remote
 from teachers.words.prompts import load_prompts
 
-# that are never a hub id
-FILES = ("teacher.path", "teacher.prompts", "eval.prompts", "teacher.second", "student.start")
 CUT = "cut.json"  # beside the manifests that were cut: what from
 CORPUS = "corpus.json"  # beside those of the embedded corpus: its size
 POLL_SECONDS = 0.1  # between looks at whether the processes of a stopped stage are gone
@@ -50,7 +49,7 @@ def run_pipeline(path: str, overrides: Sequence[str], launch: str | None) -> Non
         ValueError, OSError: the config or the corpus is wrong.
     """
     config = load_config(path, overrides)
-    check_files(config)
+    check_needed(config)
     with RunLock(config.run_folder, pipeline=True):
         run_stages(config, path, overrides, launch)
 
@@ -93,7 +92,7 @@ def export_again(run_folder: Path, out: Path) -> None:
     write_atomically(made_of, json.dumps(student))  # last: without it the export is made again
 
 
-def check_files(config: Config) -> None:
+def check_needed(config: Config) -> None:
     """Refuse what later stages would miss, before hours of packing and caching.
 
     Raises:
@@ -107,11 +106,7 @@ def check_files(config: Config) -> None:
     for key in (*needed, *manifests[:1]):
         if not value_at(config, key):
             raise ValueError(f"{key} is empty, but the pipeline needs it; give it, as in {key}=…")
-    files = [key for key in FILES if key != "teacher.second" or Path(config.teacher.second).suffix]
-    for key in (*files, *manifests):
-        name = value_at(config, key)
-        if name and not Path(name).exists():
-            raise FileNotFoundError(f"{key} is {name}, but there is nothing; give the path of what is meant.")
+    check_files(config, manifests)
 
 
 def make_shards(config: Config) -> None:

@@ -35,6 +35,38 @@ class Command:
     has_json: bool = False
 
 
+def read_stage_arguments(args: argparse.Namespace) -> None:
+    """As `read_config_arguments`, once the files and training shards that the config names are there.
+
+    Raises:
+        FileNotFoundError, ShardError: one is not.
+    """
+    read_config_arguments(args)
+    from distill.config.places import check_files, check_shards
+
+    check_files(args.config)
+    check_shards(args.config, "train")
+
+
+def read_plan_arguments(args: argparse.Namespace) -> None:
+    """As `read_stage_arguments`; what cards hold is planned without a file."""
+    (read_stage_arguments if args.gpus is None else read_config_arguments)(args)
+
+
+def read_evaluate_arguments(args: argparse.Namespace) -> None:
+    """Read the config of `distill evaluate`, once its student, its teacher and clips to answer are there.
+
+    Raises:
+        FileNotFoundError, ShardError: one is not.
+    """
+    read_config_arguments(args)
+    from distill.config.places import check_files, check_shards, check_student
+
+    check_student(args.config)
+    check_files(args.config)
+    check_shards(args.config, "test")
+
+
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill pipeline` takes."""
     add_config_arguments(parser)
@@ -242,9 +274,9 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="WORD", help="after --: print what the last one may become instead")
 
 
-def of_a_config(module: str, help: str, has_json: bool = False) -> Command:
+def of_a_config(module: str, help: str, reads=read_config_arguments, has_json: bool = False) -> Command:
     """A stage that takes a config and nothing else."""
-    return Command(module, help, add_config_arguments, read_config_arguments, has_json)
+    return Command(module, help, add_config_arguments, reads, has_json)
 
 
 COMMANDS = {
@@ -273,27 +305,32 @@ COMMANDS = {
         "shards.packing.stats", "counts, hours and lengths of a data set; `stats model CONFIG`: what each part costs"
     ),
     "stats model": Command(
-        "distill.sizes.table", "what each part of a config's models costs", add_model_arguments, read_model_arguments
+        "distill.sizes.table",
+        "what each part of a config's models costs",
+        add_model_arguments,
+        read_model_arguments,
     ),
     "teach": of_a_config("distill.teach", "a SALMONN on given parts, or the demo's small one from nothing"),
     "plan": Command(
         "distill.caching.plan",
         "what a target cache would take and keep, by codec; with --gpus: memory, hours and disk of each stage",
         add_plan_arguments,
-        read_config_arguments,
+        read_plan_arguments,
         has_json=True,
     ),
     "cache": of_a_config(
-        "distill.cache", "the teacher's targets beside the shards (also: accelerate launch -m distill.cache)"
+        "distill.cache",
+        "the teacher's targets beside the shards (also: accelerate launch -m distill.cache)",
+        read_stage_arguments,
     ),
     "cache-verify": Command(
         "distill.caching.verify",
         "re-read a target cache, and let the teacher say a share of it again",
         add_verify_arguments,
-        read_config_arguments,
+        read_stage_arguments,
     ),
     "doctor": of_a_config(
-        "distill.doctor.doctor", "prove objective, data and cache right before GPU hours are spent", True
+        "distill.doctor.doctor", "prove objective, data and cache right before GPU hours are spent", has_json=True
     ),
     "filter": Command(
         "distill.caching.filter",
@@ -301,13 +338,17 @@ COMMANDS = {
         add_filter_arguments,
         read_config_arguments,
     ),
-    "run": of_a_config("distill.run", "train a student (also: accelerate launch -m distill.run)"),
-    "answers": of_a_config("distill.answers", "on-policy: the student answers, the teacher scores (docs/rounds.md)"),
+    "run": of_a_config("distill.run", "train a student (also: accelerate launch -m distill.run)", read_stage_arguments),
+    "answers": of_a_config(
+        "distill.answers",
+        "on-policy: the student answers, the teacher scores (docs/rounds.md)",
+        read_stage_arguments,
+    ),
     "evaluate": Command(
         "distill.evaluation.evaluate",
         "teacher and student on the test split: the scorecard; --efficiency: what answering costs",
         add_evaluate_arguments,
-        read_config_arguments,
+        read_evaluate_arguments,
         has_json=True,
     ),
     "prune": Command(

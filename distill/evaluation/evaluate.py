@@ -5,7 +5,6 @@ Run with `distill evaluate CONFIG [key=value …]`; with `--efficiency` it measu
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.config import SPLITS, Config
+from distill.config.places import check_student
 from distill.evaluation.agreement import Predictions, compare_predictions, predict_answers
 from distill.evaluation.answer_cache import Examined, find_answer_cache, read_answer_cache, write_answer_cache
 from distill.evaluation.answering import Cost, answer, clock_tokens, measure_cost
@@ -39,7 +39,7 @@ from distill.training.ranks import resolve_precision
 from distill.training.runlock import RunLock
 from shards.files.write import write_atomically
 from shards.sample import Sample
-from shards.status import print_json
+from shards.status import print_json, print_status
 from shards.streaming.catalog import check_channels
 from shards.streaming.order import Order
 from shards.streaming.stream import ShardStream
@@ -59,21 +59,6 @@ def evaluate_run(config: Config, *, as_json: bool = False) -> Scorecard:
     check_channels(config.shards(split) for split in SPLITS)
     with RunLock(config.run_folder):
         return score_models(config, folder, as_json=as_json)
-
-
-def check_student(config: Config) -> Path:
-    """The folder of a run's student.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folder = config.run_folder / "student"
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"student is {folder}, but there is no saved student; finish `distill run` of name={config.name}, or give "
-            f"the name= of a run that is finished."
-        )
-    return folder
 
 
 def score_models(config: Config, folder: Path, *, as_json: bool) -> Scorecard:
@@ -118,7 +103,7 @@ def evaluate_teacher(config: Config) -> Examined:
     path = find_answer_cache(config)
     kept = read_answer_cache(path)
     if kept is not None:
-        print(f"teacher: its answers are in {path}, used again", file=sys.stderr)
+        print_status(f"teacher: its answers are in {path}, used again")
         return kept
     examined = evaluate_model(lambda: load_teacher(config), "teacher", config)
     write_answer_cache(path, examined)
@@ -138,7 +123,7 @@ def evaluate_model(
     """
     model = load().to("cuda" if torch.cuda.is_available() else "cpu")
     if model.only_answers not in ("", AS_TRAINED):
-        print(f"{name} answers with {model.only_answers}; precision=float32 has it as it was trained", file=sys.stderr)
+        print_status(f"{name} answers with {model.only_answers}; precision=float32 has it as it was trained")
     model.set_eval_prompts(config.eval.prompts)
     with packed_for_answers(model.llm) if is_fast(config) else nullcontext():
         answers = answer(model, config.shards("test"), config.eval, title=name)

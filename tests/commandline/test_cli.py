@@ -53,6 +53,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ("run ./gone", 1, "config is gone, but there is nothing of that name"),
         ("transcribe gone a.wav", 1, "run is gone, but there is nothing of that name"),
         ("export gone out", 1, "run is gone, but there is nothing of that name"),
+        ("cache demo teacher.path=gone", 1, "teacher.path is gone, but there is nothing; give the path of what is"),
+        ("plan demo eval.prompts=gone", 1, "eval.prompts is gone, but there is nothing; give the path of what is"),
+        ("run demo", 1, "shards is 'data/demo/train' ("),
+        ("evaluate demo", 1, "student is runs/demo/student, but there is no saved student; finish `distill run` of"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_answered_in_one_line_with_what_may_be_meant(
@@ -75,6 +79,8 @@ for name in COMMANDS:
 assert main(["--version"]) == 0
 assert main(["trian"]) == 2 and main(["run", "gone"]) == 1 and main(["run", "demo", "steps=1"]) == 1
 assert main(["doctor", "demo", "loss.kl_kind=jsd"]) == 1
+assert main(["pipeline", "demo", "teacher.path=gone"]) == 1 and main(["cache", "demo", "teacher.path=gone"]) == 1
+assert main(["run", "demo", "data.folder=gone"]) == 1 and main(["evaluate", "demo", "name=gone"]) == 1
 heavy = {"torch", "transformers", "scipy", "matplotlib", "pandas"} & set(sys.modules)
 assert not heavy, heavy
 """
