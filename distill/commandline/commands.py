@@ -309,6 +309,7 @@ COMMANDS = {
         "what each part of a config's models costs",
         add_model_arguments,
         read_model_arguments,
+        has_json=True,
     ),
     "teach": of_a_config("distill.teach", "a SALMONN on given parts, or the demo's small one from nothing"),
     "plan": Command(

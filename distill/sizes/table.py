@@ -5,6 +5,7 @@ One config: each part of its teacher and student. Several: a line for each teach
 
 import argparse
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from distill.config import Config
@@ -20,6 +21,7 @@ from distill.sizes.costs import (
     measure,
     measure_sizes,
 )
+from shards.status import print_json
 
 LLM = ("LLM embeddings", "LLM body", "LLM head", "LoRA")
 HEADER = ("recipe", "LLM", "ears", "all (M)", "ears (M)", "trained (M)", "all (GB)", "ears (GB)", "LLM (GB)")
@@ -81,12 +83,29 @@ def print_costs(config: Config, usage: Usage) -> None:
         print(f"\n{format_table(f'student ({student.config.llm})', measure(student, usage, given))}")
 
 
+def describe_costs(path: str, config: Config, usage: Usage) -> dict:
+    """What each part of a config's teacher and student costs, for a script; no student where a teacher is made."""
+    teacher, given = describe_teacher(config)
+    models = {"teacher": teacher}
+    if not is_of_given_parts(config):
+        models["student"] = describe_student(config, teacher)
+    parts = {
+        name: {"llm": model.config.llm, "parts": [asdict(part) for part in measure(model, usage, given)]}
+        for name, model in models.items()
+    }
+    return {"config": path, **parts}
+
+
 def main(args: argparse.Namespace) -> int:
     """Run `distill stats model`."""
+    given = {name: value for name, value in vars(args).items() if name in Usage.__dataclass_fields__}
+    if args.json:
+        usage = Usage(**given)
+        print_json({"usage": asdict(usage), "models": [describe_costs(*one, usage) for one in args.configs.items()]})
+        return 0
     if len(args.configs) > 1:
         print(make_table(args.configs))
         return 0
-    given = {name: value for name, value in vars(args).items() if name in Usage.__dataclass_fields__}
     (config,) = args.configs.values()
     print_costs(config, Usage(**given))
     return 0

@@ -1,5 +1,6 @@
 """The table of costs: published parameter counts, FLOPs as torch counts them, and every config that we ship."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,16 @@ def test_the_command_reads_a_checkpoints_sizes_without_its_weights(parts, tmp_pa
     assert main(["stats", "model", str(tmp_path / "c.yaml"), *teacher, *names, *student]) == 0
     printed = capsys.readouterr().out
     assert printed.count("Q-Former") == 2 and "LoRA" in printed and "GFLOP a sample" in printed
+
+
+def test_a_script_reads_what_models_cost_as_json_alone(capsys):
+    assert main(["stats", "model", "demo", "--seconds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (model,) = found["models"]
+    assert found["usage"]["seconds"] == 2 and model["student"]["parts"][0]["flops"] > 0
+    teacher, given = describe_teacher(load_config("demo"))
+    sizes = {part["name"]: (part["parameters"], part["bytes"]) for part in model["teacher"]["parts"]}
+    assert sizes.items() >= measure_sizes(teacher, given).items()
 
 
 def test_a_model_of_unknown_size_is_refused_with_what_would_do(parts):
