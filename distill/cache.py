@@ -18,6 +18,7 @@ from distill.command import run_stage
 from distill.config import Config
 from distill.teacher import load_to_keep
 from distill.training.ranks import build_accelerator, say
+from shards.status import print_status
 from shards.streaming.catalog import hash_shards
 from shards.targets.codecs.table import find_codec
 from shards.targets.store import TargetWriter, read_done
@@ -85,10 +86,9 @@ def warn_if_answers_are_unlikely(folder: Path, shards: Sequence[str], vocab_size
     figures = [read_done(folder, shard)["figures"] for shard in shards]
     mean = sum(f["cross_entropy"] for f in figures) / max(1, sum(f["tokens"] for f in figures))
     if mean > 0.5 * math.log(vocab_size):
-        print(
+        print_status(
             f"warning: the teacher's cross-entropy on the answers is {mean:.2f} nats a token, but guessing among "
-            f"{vocab_size:,} ids gives {math.log(vocab_size):.2f}; check the prompts, the texts and teacher.path.",
-            file=sys.stderr,
+            f"{vocab_size:,} ids gives {math.log(vocab_size):.2f}; check the prompts, the texts and teacher.path."
         )
 
 

@@ -7,11 +7,11 @@ where.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from shards.files.lock import FileLock, read_holder, take
 from shards.files.write import temporary_path, write_atomically
+from shards.status import print_status
 
 JOB, STAGE = ".job.lock", ".stage.lock"
 HELD_BY = "DISTILL_JOB"  # in the environment of a pipeline's stages: who holds the job's lock, as its file says
@@ -59,7 +59,7 @@ class RunLock:
                 os.environ[HELD_BY] = read_holder(job)
             else:
                 self._locks.append(
-                    take(stage, refusal, shared=self.shared, patience=STAGE_PATIENCE_SECONDS, say=_say_waiting)
+                    take(stage, refusal, shared=self.shared, patience=STAGE_PATIENCE_SECONDS, say=print_status)
                 )
         except BaseException:
             self.release()
@@ -86,10 +86,6 @@ class RunLock:
 
     def __del__(self):
         self.release()
-
-
-def _say_waiting(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_run_folder(folder: Path) -> None:

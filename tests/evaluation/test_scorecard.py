@@ -14,6 +14,7 @@ from distill.evaluation import evaluate as scorecard
 from distill.evaluation.answer_cache import FOLDER
 from distill.evaluation.evaluate import evaluate_run
 from distill.run import run
+from shards.status import QUIET
 from shards.tars.tarwriter import TarWriter
 
 
@@ -84,3 +85,11 @@ def test_clips_that_cannot_be_read_are_left_out_of_the_answers(toys):
 def test_a_script_reads_plan_doctor_and_evaluate_as_json_alone(toys, capfd, command, key):
     assert main([command, str(toys / "toy.yaml"), "name=a", f"runs={toys}/runs", "--json"]) == 0
     assert json.loads(capfd.readouterr().out, parse_constant=pytest.fail)[key]
+
+
+def test_a_quiet_evaluation_prints_its_result_alone(toys, monkeypatch, capfd):
+    monkeypatch.setenv(QUIET, "1")
+    for _ in range(2):  # the second meets the teacher's answers again
+        evaluate_run(load_config(toys / "toy.yaml", ["name=a"]))
+        said = capfd.readouterr()
+        assert said.err == "" and "student ÷ teacher" in said.out

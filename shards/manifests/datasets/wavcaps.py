@@ -1,13 +1,13 @@
 """WavCaps: captions that a language model wrote, for sounds of several sites."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shards.manifests.datasets.dataset import CAPTIONS, Dataset, Request, field_of, find_audio
 from shards.manifests.manifest import Entry, missing_file_error
 from shards.manifests.records import read_array
+from shards.status import print_status
 
 WAVCAPS_ORIGINS = {"as": "AudioSet", "fsd": "FreeSound"}  # by the beginning of the file's name
 WAVCAPS_TESTS = "blacklist_exclude_test_ac.json"  # clips of the tests of AudioCaps and Clotho
@@ -32,12 +32,11 @@ def read_wavcaps(asked: Request) -> Iterator[Entry]:
                 continue
             yield Entry(find_audio(folders, (stem,)), field_of(row, "caption", table, place), "audiocaption")
     names = ", ".join(path.name for path in blacklists)
-    print(
+    print_status(
         f"wavcaps: {num_left_out} rows left out by {names}"
         if blacklists
         else "wavcaps: nothing is left out, but it holds clips of AudioCaps' and Clotho's tests; give its blacklist by "
-        "--exclude",
-        file=sys.stderr,
+        "--exclude"
     )
 
 
