@@ -148,7 +148,7 @@ def check_answers(config: Config, teacher: CacheHeader) -> Path:
     folder, start, number = config.answers_folder, Path(config.student.start), config.on_policy.round
     if not (folder / HEADER).is_file():
         raise FileNotFoundError(
-            f"on_policy.round is {number}, but {folder} holds no answers; run distill/answers.py with the name= of the "
+            f"on_policy.round is {number}, but {folder} holds no answers; run `distill answers` with the name= of the "
             f"run that trained {start}."
         )
     stored = read_header(folder)
@@ -174,7 +174,7 @@ def check_whole(folder: Path, header: CacheHeader, shards: Sequence[str]) -> Non
     if missing:
         raise ValueError(
             f"{folder} lacks the answers to {len(missing)} of {len(shards)} shards ({', '.join(missing[:5])}), but "
-            f"training needs them all; run distill/answers.py again, it goes on where it stopped."
+            f"training needs them all; run `distill answers` again, it goes on where it stopped."
         )
     TargetReader(folder, header).check_shards(shards)
 

@@ -1,15 +1,19 @@
 """The documents name tests and config fields that exist."""
 
+import ast
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from distill.cli import build_command_parser, build_parser
 from distill.commandline.commands import COMMANDS
 from distill.commandline.reference import make_reference
 from distill.config import Config, list_fields
+from distill.config.fields import SECTIONS
 from distill.config.rules import value_at
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +55,36 @@ def test_every_message_in_the_table_of_symptoms_is_one_that_the_library_says():
     messages = [text for text in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)]
     parts = [part.strip() for message in messages for part in message.split("…")]
     assert len(messages) > 10 and [part for part in parts if part not in said] == []
+
+
+def test_every_command_option_and_field_that_a_message_names_is_one():
+    parsers = [build_parser(), *(build_command_parser(name) for name in COMMANDS)]
+    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    options |= {"--threads", "--config_file", "--module"}  # of `python -m students.device` and of accelerate
+    fields = {*list_fields(), "student.embed"}
+    sections = "|".join(SECTIONS)
+    wrong = []
+    for place, text in texts_of_code():
+        named = re.findall(r"(?<![\w(;{-])--[a-z]\w*(?:-\w+)*", text)
+        wrong += [(place, option) for option in named if option not in options]
+        named = re.findall(rf"(?<![\w./])(?:{sections})\.(?!json|pth)\w*[a-z0-9](?![\w(*.])", text)
+        wrong += [(place, field) for field in named if field not in fields]
+        wrong += [(place, name) for name in re.findall(r"`distill ([a-z][a-z-]*)", text) if name not in COMMANDS]
+    assert wrong == []
+
+
+def texts_of_code() -> Iterator[tuple[str, str]]:
+    """Every text of the product's code, docstrings and pages of HTML apart, with its place."""
+    folders = ("shards", "teachers", "students", "distill")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        yield from (
+            (f"{path.relative_to(ROOT)}:{node.lineno}", node.value)
+            for node in texts
+            if node not in alone and "<html" not in node.value
+        )
 
 
 def test_every_field_that_the_table_of_symptoms_names_exists():

@@ -100,7 +100,7 @@ def check_cache(case: Case) -> str:
     if not off <= NATS:
         raise Fault(
             f"the stored log-probabilities of the labels differ from this teacher's by {off:.3g} nats, but must not; "
-            f"the cache is stale or of another teacher: run distill/cache.py again."
+            f"the cache is stale or of another teacher: run `distill cache` again."
         )
     if not case.is_sampled:
         check_tail(case, now.distribution)

@@ -24,7 +24,7 @@ class Selection:
     labelled_only: bool = False  # leave unlabelled samples out
     sample_weights: Mapping[str, float] = field(default_factory=dict)  # key -> what it counts, else 1; 0: left out
     targets: str | Path | None = None  # folder of a target cache to join by key
-    student_answers: str | Path | None = None  # of the student's answers with their targets, see `distill/answers.py`
+    student_answers: str | Path | None = None  # of the student's answers with their targets, see `distill answers`
     student_share: float = 0.0  # of the answered samples that come with the student's answer, drawn anew each epoch
 
     def __post_init__(self):

@@ -81,7 +81,7 @@ class CacheHeader:
         changes = "".join(f"\n  {name}: cached {_show(stored, name)}, this run {_show(asked, name)}" for name in names)
         raise ValueError(
             f"{path} was cached as {self.fingerprint[:16]}, but this run's teacher is {expected.fingerprint[:16]}; run "
-            f"distill/cache.py again or point cache.folder at a cache of this teacher. What differs:{changes}"
+            f"`distill cache` again or point cache.folder at a cache of this teacher. What differs:{changes}"
         )
 
 
@@ -101,10 +101,10 @@ def read_header(folder: Path) -> CacheHeader:
                 f"{folder} is to hold the cache, but {path.parent.parent} is not there; correct data.folder or "
                 f"cache.folder."
             ) from error
-        raise ValueError(f"{folder} holds no {HEADER}, but a cache has one; run distill/cache.py first.") from error
+        raise ValueError(f"{folder} holds no {HEADER}, but a cache has one; run `distill cache` first.") from error
     except ValueError as error:
         raise ValueError(
-            f"{path} cannot be read (it {error}), but must be whole; restore it, or run distill/cache.py again."
+            f"{path} cannot be read (it {error}), but must be whole; restore it, or run `distill cache` again."
         ) from error
     if header.fingerprint != fingerprint:
         raise ValueError(

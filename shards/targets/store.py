@@ -194,7 +194,7 @@ class TargetReader:
         elif expected is not None and expected != self.header.fingerprint:
             raise ValueError(
                 f"{self.folder / HEADER} was cached as {self.header.fingerprint[:16]}, but this run's teacher is "
-                f"{expected[:16]}; run distill/cache.py again or point cache.folder at a cache of this teacher."
+                f"{expected[:16]}; run `distill cache` again or point cache.folder at a cache of this teacher."
             )
 
     def _size(self, name: str) -> int | None:
@@ -232,7 +232,7 @@ class TargetReader:
         if missing:
             raise ShardError(
                 f"{self.folder} lacks the targets of {len(missing)} of {len(names)} shards ({', '.join(missing[:5])}), "
-                f"but training needs them all; run distill/cache.py again, it goes on where it stopped."
+                f"but training needs them all; run `distill cache` again, it goes on where it stopped."
             )
         for name in names:
             done, path = found[name], tar_path(self.folder, name)
@@ -240,7 +240,7 @@ class TargetReader:
             if (done["fingerprint"], done["bytes"]) != (self.header.fingerprint, size):
                 raise ShardError(
                     f"{path} is {size:,} bytes of {done['fingerprint'][:16]}, but {done['bytes']:,} bytes of "
-                    f"{self.header.fingerprint[:16]} were written; run distill/cache.py again, which makes it anew."
+                    f"{self.header.fingerprint[:16]} were written; run `distill cache` again, which makes it anew."
                 )
 
     def read(self, shard: str, key: str) -> bytes:
@@ -260,7 +260,7 @@ class TargetReader:
         if zlib.crc32(data) != crc:
             raise ShardError(
                 f"{path}: {key} has crc32 {zlib.crc32(data):08x} in {len(data)} bytes, but {crc:08x} in {size} were "
-                f"written; remove it and run distill/cache.py again."
+                f"written; remove it and run `distill cache` again."
             )
         return data
 
@@ -292,7 +292,7 @@ class TargetReader:
                 raise ShardError(
                     f"{tar_path(self.folder, name)} holds {len(index)} rows of {done['fingerprint'][:16]} with sha256 "
                     f"{index.sha256[:16]}, but {done['rows']} of {self.header.fingerprint[:16]} with "
-                    f"{done['sha256'][:16]} were written; run distill/cache.py again, which makes it anew."
+                    f"{done['sha256'][:16]} were written; run `distill cache` again, which makes it anew."
                 )
             self._indexes[name] = index, {key: row for row, key in enumerate(index.keys)}
         return self._indexes[name]

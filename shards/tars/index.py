@@ -184,7 +184,7 @@ def _compare_again(path: Path, index: ShardIndex) -> ShardIndex:
         digest = hash_file(path)
     if digest != index.sha256:
         is_target = "targets" in index.members
-        remedy = "run distill/cache.py again, which makes it anew" if is_target else "restore it, or pack it again"
+        remedy = "run `distill cache` again, which makes it anew" if is_target else "restore it, or pack it again"
         raise ShardError(
             f"{path} has {status.st_size} bytes and sha256 {digest[:12]}, but {sidecar} was built from "
             f"{index.size} bytes and {index.sha256[:12]} ({len(index)} samples); {remedy}."

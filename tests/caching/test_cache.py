@@ -460,9 +460,7 @@ def test_a_damaged_shard_of_a_cache_is_found_and_made_again_byte_for_byte(toys, 
     data = tar.read_bytes()
     if damage == "flipped byte":
         tar.write_bytes(data[:3000] + bytes([data[3000] ^ 1]) + data[3001:])
-        with pytest.raises(
-            ShardError, match=r"000001\.targets\.tar has .*; run distill/cache\.py again, which makes it"
-        ):
+        with pytest.raises(ShardError, match=r"000001\.targets\.tar has .*; run `distill cache` again, which makes it"):
             wrap_teacher(config, load_salmonn(toys / "teacher")).reader.keys("train-000001")
     if damage == "cut":
         tar.write_bytes(data[:-512])
@@ -493,7 +491,7 @@ def test_shards_that_were_packed_anew_from_other_data_are_cached_again_and_no_ot
     (tmp_path / "data" / "train.json").write_text(json.dumps({"annotation": rows}))
     pack(tmp_path / "data" / "train.json", tmp_path / "data" / "train", name="train", size=ShardSize(5), workers=1)
     model = load_salmonn(toys / "teacher")
-    with pytest.raises(ShardError, match=r"lacks the targets of 1 of 3 shards \(train-000002\).* distill/cache\.py"):
+    with pytest.raises(ShardError, match=r"lacks the targets of 1 of 3 shards \(train-000002\).* `distill cache`"):
         wrap_teacher(config, model)
     assert cache(config) == 0
     assert "used again" not in capsys.readouterr().err

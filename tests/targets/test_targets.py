@@ -238,7 +238,7 @@ def test_a_cache_in_a_folder_that_is_not_there_is_said_to_be_so(tmp_path):
         ValueError, match=r"data/cache is to hold the cache, but .*data is not there; correct data\.folder"
     ):
         TargetReader(tmp_path / "data" / "cache", CACHE)
-    with pytest.raises(ValueError, match=r"holds no cache\.json, but a cache has one; run distill/cache\.py first"):
+    with pytest.raises(ValueError, match=r"holds no cache\.json, but a cache has one; run `distill cache` first"):
         TargetReader(tmp_path / "cache", CACHE)
 
 
