@@ -272,7 +272,8 @@ def encode_pieces(tokenizer, pieces: Sequence[str]) -> list[int]:
 
 def build_teacher(config: Config, folder: Path) -> Salmonn:
     """The SALMONN of these parts, everything trainable but Whisper: where its frames are kept all of it is frozen, else
-    its fixed positions."""
+    its fixed positions. New weights are drawn anew: the same whether the parts were made just before, or found."""
+    torch.manual_seed(config.seed)
     model = build_salmonn(teacher_config(config.scratch, folder))
     model.requires_grad_(True)
     frozen = model.whisper if config.cache.frames != "none" else model.whisper.encoder.embed_positions

@@ -32,6 +32,20 @@ def test_a_teacher_is_never_made_of_parts_that_other_settings_left(tmp_path, cap
     assert has_parts(folder, marks[1])
 
 
+def test_a_teacher_made_of_parts_that_an_interrupted_job_left_is_the_uninterrupted_ones(tmp_path):
+    tiny.make_shards(tmp_path / "data", num_samples=4)
+    path = tiny.write_config(tmp_path / "toy.yaml", tmp_path / "data", "", tmp_path, teacher__path="''",
+                             corpus__train=tmp_path / "data" / "train.json", student__llm="''",
+                             **{f"scratch__{name}": value for name, value in SIZES.items()})  # fmt: skip
+    whole, broken = (load_config(path, [f"name={name}"]) for name in ("whole", "broken"))
+    assert teach(whole) == 0
+    make_parts(broken, broken.run_folder / "scratch", build_accelerator())
+    torch.rand(7)  # whatever the next process draws before
+    assert teach(broken) == 0
+    one, other = (load_salmonn(config.run_folder / "scratch/teacher").state_dict() for config in (whole, broken))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_ears_learn_words_in_their_order_and_what_is_said_of_a_whole_clip_from_its_mean(tmp_path):
     tiny.make_parts(tmp_path)
     model = tiny.make_teacher(tmp_path)
