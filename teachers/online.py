@@ -79,12 +79,13 @@ class OnlineTeacher(Teacher):
         answers = iter(self.answer([sample for sample, is_own in zip(samples, is_pseudo) if is_own]))
         return [replace(s, text=next(answers)) if is_own else s for s, is_own in zip(samples, is_pseudo)], is_pseudo
 
-    def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """The teacher's own answers, greedy or by beam search."""
+    def answer(self, samples: Sequence[Sample], frames: list[Tensor] | None = None) -> list[str]:
+        """The teacher's own answers, greedy or by beam search; `frames` of these clips are taken over when given."""
         if not samples:
             return []
         heard = [sample.as_the_teacher_hears_it for sample in samples]
-        return self.model.generate(heard, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+        options = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        return self.model.generate(heard, frames=frames, **options)
 
     @torch.no_grad()
     def targets(self, batch: Batch, frames: list[Tensor] | None = None) -> Targets:

@@ -344,15 +344,17 @@ class Salmonn(nn.Module):
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int = 100, num_beams: int = 1,
-                 repetition_penalty: float = 1.0, length_penalty: float = 1.0) -> list[str]:  # fmt: skip
+                 repetition_penalty: float = 1.0, length_penalty: float = 1.0,
+                 frames: list[Tensor] | None = None) -> list[str]:  # fmt: skip
         """The model's answers, greedy by default; a row ends at its own end token.
 
         Args:
             samples: clips with their task and question; `text` is not looked at.
             max_new_tokens: an answer that has not ended by then is cut.
             num_beams, repetition_penalty, length_penalty: as transformers' `generate` takes them.
+            frames: what the ears make of the clips, taken over when given.
         """
-        ids = self.answer_ids(samples,
+        ids = self.answer_ids(samples, frames=frames,
                                 max_new_tokens=max_new_tokens, num_beams=num_beams,
                                 repetition_penalty=repetition_penalty, length_penalty=length_penalty)  # fmt: skip
         return [self.read(row) for row in ids]

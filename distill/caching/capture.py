@@ -31,7 +31,7 @@ from teachers.online import OnlineTeacher
 from teachers.salmonn import Heard, Salmonn
 from teachers.targets import FRAMES, QUERIES, hidden_name, identify_row
 from teachers.teacher import learns_own_answer
-from teachers.words.batch import Batch
+from teachers.words.batch import Batch, pad_waveforms
 from teachers.words.draws import seeded_generator
 
 NO_BYTES = -1  # end of a token in an answer that the tokens do not spell
@@ -56,13 +56,11 @@ class Capturer:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, TargetRecord]:
         """Each sample's record, by key."""
         cache = self.config.cache
-        asked = [s for s in samples if learns_own_answer(s, cache.answers) or cache.answers == "both"]
-        asked = list(samples) if cache.transcripts else asked
         with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            own = dict(zip([sample.key for sample in asked], self.teacher.answer(asked)))
+            frames = self._frames(samples)
+            own = self._answer(samples, frames)
             primary = [replace(s, text=own[s.key]) if learns_own_answer(s, cache.answers) else s for s in samples]
             batch = self.model.collate(primary).to(self.model.device)
-            frames = self.model.frames(batch.waveforms_BN, batch.num_samples_B)
             sources = ["teacher" if learns_own_answer(s, cache.answers) else "label" for s in samples]
             records = self._capture(batch, frames, sources, self._frames_to_keep(batch, frames))
             others = self._capture_others(samples, frames, own) if cache.answers == "both" else {}
@@ -70,6 +68,19 @@ class Capturer:
             notes = self._note_transcript(sample, own[sample.key]) if cache.transcripts else {}
             records[sample.key] = replace(records[sample.key], notes=notes, other=others.get(sample.key))
         return records
+
+    def _frames(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """What the ears make of the clips: once, whatever is asked about them."""
+        waveforms_BN, num_samples_B = pad_waveforms([sample.waveform_N for sample in samples])
+        return self.model.frames(waveforms_BN.to(self.model.device), num_samples_B.to(self.model.device))
+
+    def _answer(self, samples: Sequence[Sample], frames: list[Tensor]) -> dict[str, str]:
+        """The teacher's own answers by key, to the clips whose answer is kept or learned."""
+        cache = self.config.cache
+        is_every = cache.transcripts or cache.answers == "both"
+        rows = [b for b, sample in enumerate(samples) if is_every or learns_own_answer(sample, cache.answers)]
+        asked = [samples[b] for b in rows]
+        return dict(zip([s.key for s in asked], self.teacher.answer(asked, [x_BRE[rows] for x_BRE in frames])))
 
     def _capture_others(self, samples: Sequence[Sample], frames: list[Tensor], own: dict[str, str]):
         """Records of the teacher's own answers to labelled clips, without what is the same for both answers."""

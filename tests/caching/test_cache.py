@@ -304,6 +304,21 @@ def test_the_teachers_own_answers_can_replace_every_label(toys, tmp_path):
     assert all(records[key].answer != labels[key].answer for key in records)
 
 
+@pytest.mark.parametrize("word", ["cache.answers=label", "cache.answers=both", "cache.transcripts=true"])
+def test_the_ears_hear_a_clip_once_whatever_is_asked_about_it(toys, word):
+    teacher = OnlineTeacher(load_salmonn(toys / "teacher"), max_new_tokens=5)
+    samples = [tiny.make_sample(n, text=text, seconds=seconds)
+               for n, (text, seconds) in enumerate([("one", 0.7), (None, 1.9), ("two", 1.6), (None, 1.2)])]  # fmt: skip
+    heard, ear = [], teacher.model.whisper
+    with ear.register_forward_hook(lambda ear, inputs, output: heard.append(len(inputs[0]))):
+        records = cache_module.Capturer(teacher, read_config(toys / "toy.yaml", (word,)))(samples)
+    assert heard == [len(samples)]
+    for record, sample in zip(map(records.get, (sample.key for sample in samples)), samples):
+        own = [sample.text or teacher.answer([sample])[0]]  # as it answers to the clip alone
+        own += [teacher.answer([sample])[0]] if sample.text and word == "cache.answers=both" else []
+        assert [one.answer for one in (record, record.other) if one is not None] == own
+
+
 def test_transcripts_stand_beside_the_label_with_their_error_rate(toys, tmp_path):
     make_cache(toys, tmp_path, "cache.transcripts=true", "eval.normalize=false")
     notes = [record.notes for record in read_records(tmp_path).values()]
