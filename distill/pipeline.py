@@ -27,6 +27,7 @@ from shards.files.write import open_atomically, write_atomically
 from shards.jsonfile import ShapeError, read_object
 from shards.manifests.manifest import KnownTasks, missing_file_error
 from shards.packing.encode import EncodeOptions
+from shards.packing.folder import ShardSize
 from shards.packing.pack import pack
 from shards.status import print_status
 from shards.tars.source import is_remote
@@ -126,12 +127,12 @@ def make_shards(config: Config) -> None:
         make_corpus(config)
     elif config.cuts_valid:
         cut_manifest(config)
-    options = EncodeOptions(channels=config.corpus.channels)
+    options, size = EncodeOptions(channels=config.corpus.channels), ShardSize(config.corpus.shard_samples)
     for name in SPLITS:
         if config.manifest(name) is not None:
             asked = config.eval.prompts if name != "train" else ""
             prompts = load_prompts(config.teacher.prompts or None, "{}", asked or None)
-            known = {"tasks": KnownTasks(prompts.asked.keys(), prompts.asking), "options": options}
+            known = {"tasks": KnownTasks(prompts.asked.keys(), prompts.asking), "options": options, "size": size}
             report = pack(config.manifest(name), config.shards(name), name=name, show_progress=True, **known)
             print_status(str(report))
 

@@ -80,6 +80,16 @@ def test_an_embedded_corpus_of_another_size_is_not_used_again_and_one_of_another
     assert manifest.read_bytes() == before
 
 
+def test_a_pipelines_shards_hold_no_more_samples_than_its_config_says(tmp_path):
+    config = configure(tmp_path, "corpus.shard_samples=3", "corpus.valid_share=0.125")
+    write_corpus(tmp_path)
+    make_shards(config)
+    index = json.loads((config.shards("train") / "index.json").read_text())
+    assert [shard["samples"] for shard in index["shards"]] == [3, 3, 1]
+    with pytest.raises(ValueError, match=r"corpus\.shard_samples is 0, but must be above 0"):
+        configure(tmp_path, "corpus.shard_samples=0")
+
+
 def test_a_pipeline_packs_the_channels_of_its_config_and_a_run_or_score_of_splits_that_differ_is_refused(tmp_path):
     write_corpus(tmp_path)
     for channels, split in (("mean", "train"), ("left", "valid")):

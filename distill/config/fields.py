@@ -38,6 +38,7 @@ class CorpusConfig:
     valid_share: float = 0.02  # of train, when valid is empty
     channels: str = "left"  # heard of several: "left", as every SALMONN was trained, or their "mean"
     num_train: int = 2400  # samples of the embedded corpus
+    shard_samples: int = 2000  # the most of a shard; processes cache shard by shard, so each should have several
 
     def __post_init__(self):
         check_section("corpus", self)
