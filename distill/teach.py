@@ -193,7 +193,7 @@ def save_teacher(teacher: Salmonn, config: Config) -> Path:
 
 def make_from_nothing(config: Config) -> int:
     """As `teach`, from nothing, in a folder that nobody else writes into."""
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(takes_deepspeed=False)
     folder = config.run_folder / "scratch"
     mark = scratch.completion_mark(config)
     if scratch.is_done(folder, mark):

@@ -18,12 +18,18 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that CUDA_HOME is of no use here
 
 
-def build_accelerator() -> Accelerator:
+def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:
     """The accelerator of this process, from the environment that `accelerate launch` or torchrun sets.
+
+    Args:
+        takes_deepspeed: False: DDP where the launcher says DeepSpeed, for a model so small that to split its optimizer
+            only takes time.
 
     Products run in the precision that the run's own autocast says, so accelerate's stays "no": trainable tensors and
     optimizer states are float32 under DDP and ZeRO alike.
     """
+    if not takes_deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if not torch.cuda.is_available():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

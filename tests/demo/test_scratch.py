@@ -3,12 +3,13 @@
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from distill.config import load_config
 from distill.demo.scratch import completion_mark, ear_loss, has_parts, make_parts, write_mark
 from distill.teach import teach
-from distill.training.ranks import build_accelerator
+from distill.training.ranks import build_accelerator, is_deepspeed
 from teachers.files.loading import load_salmonn
 from teachers.words.batch import pad_waveforms
 
@@ -44,6 +45,12 @@ def test_a_teacher_made_of_parts_that_an_interrupted_job_left_is_the_uninterrupt
     assert teach(broken) == 0
     one, other = (load_salmonn(config.run_folder / "scratch/teacher").state_dict() for config in (whole, broken))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_teacher_from_nothing_is_too_small_to_be_split_where_the_launcher_says_deepspeed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not is_deepspeed(build_accelerator(takes_deepspeed=False))
 
 
 def test_ears_learn_words_in_their_order_and_what_is_said_of_a_whole_clip_from_its_mean(tmp_path):
