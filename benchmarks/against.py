@@ -45,13 +45,13 @@ TRAINED = {  # and of runs
     "step_online": ["teacher.online=true"],
 }
 PARTS = {  # what a work's part is, and how many a round takes
-    "pack": ("a pack of 400 clips", 4),
+    "pack": ("a pack of 400 clips", 16),
     "epoch": ("a batch of a cached epoch: read, unpacked, made tensors", 40),
     "epoch_frames": ("the same with int8 frames", 40),
-    "step": ("a step from the cache", 15),
-    "step_frames": ("a step, int8 frames in the cache", 15),
-    "step_worker": ("the same, read by one worker of the stream", 15),
-    "step_online": ("a step, the teacher online", 8),
+    "step": ("a step from the cache", 30),
+    "step_frames": ("a step, int8 frames in the cache", 40),
+    "step_worker": ("the same, read by one worker of the stream", 40),
+    "step_online": ("a step, the teacher online", 15),
 }
 LOSS_STEPS = 8  # of runs that no time is taken of
 MARK = "@part "  # of lines that are no progress of a stage

@@ -193,7 +193,7 @@ def pretrain_ears_(ear: WhisperEar, tokenizer, config: Config, accelerator: Acce
     )
     heads = nn.ModuleDict({name: nn.Linear(ear.width, len(tokenizer)) for name in ("order", "whole")})
     parameters = dict(ear.encoder.named_parameters()) | dict(heads.named_parameters())
-    optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(group_by_decay(parameters, 0.01), lr=0.0, betas=(0.9, 0.98), fused=True)
     with Progress("ears", options.steps, accelerator=accelerator) as progress:
         for step, samples in zip(range(options.steps), stream):
             loss = ear_loss(ear, heads, samples, tokenizer, scratch.ears_seconds)
@@ -249,7 +249,7 @@ def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def pretrain_on_text_(llm: nn.Module, tokenizer, texts: Sequence[tuple[str, ...]], steps: int, title: str) -> None:
     """Next-token training on text alone, in place: what a real LLM brings along."""
     options = TrainConfig(steps=steps, learning_rate=3e-3, warmup_steps=20)
-    optimizer = torch.optim.AdamW(group_by_decay(dict(llm.named_parameters()), 0.01), lr=0.0)
+    optimizer = torch.optim.AdamW(group_by_decay(dict(llm.named_parameters()), 0.01), lr=0.0, fused=True)
     generator = torch.Generator().manual_seed(0)
     with Progress(title, options.steps) as progress:
         for step in range(options.steps):
