@@ -46,6 +46,7 @@ TRAINED = {  # and of runs
 }
 PARTS = {  # what a work's part is, and how many a round takes
     "pack": ("a pack of 400 clips", 16),
+    "cache": ("a cache of 400 clips, three in four with the teacher's own answers", 4),
     "epoch": ("a batch of a cached epoch: read, unpacked, made tensors", 40),
     "epoch_frames": ("the same with int8 frames", 40),
     "step": ("a step from the cache", 30),
@@ -53,6 +54,7 @@ PARTS = {  # what a work's part is, and how many a round takes
     "step_worker": ("the same, read by one worker of the stream", 40),
     "step_online": ("a step, the teacher online", 15),
 }
+WHOLE = ("pack", "cache")  # works whose parts are whole jobs, the first as good as the next
 LOSS_STEPS = 8  # of runs that no time is taken of
 MARK = "@part "  # of lines that are no progress of a stage
 WARM_UP = 3  # steps and batches that no time is taken of
@@ -121,12 +123,13 @@ def time_works(config_path: str, words: Sequence[str]) -> None:
     import distill.run as stage
     from distill.config import load_config
 
-    def configure(work: str, added: Sequence[str]):
+    def configure(work: str, added: Sequence[str], folder: Sequence[str] = ()):
         steps = [f"name={work}", f"train.steps={PARTS[work][1]}"]
-        return load_config(config_path, [*words, *added, *cache_in(words, added), *steps])
+        return load_config(config_path, [*words, *added, *(folder or cache_in(words, added)), *steps])
 
     distiller, losses = stage.Distiller, {}
     time_packs(configure("pack", []))
+    time_caches(partial(configure, "cache", []), configure("cache", []).run_folder)
     for work, added in READ.items():
         time_batches(stage, configure(work, added), work)
     for work, added in TRAINED.items():
@@ -146,6 +149,17 @@ def time_packs(config) -> None:
     clock = Clock("pack")
     for number in range(PARTS["pack"][1]):
         pack(Path(config.data.folder) / "corpus/train.json", config.run_folder / str(number), workers=1)
+        clock.note()
+
+
+def time_caches(configure: Callable, folder: Path) -> None:
+    """Run the caching job into a new folder, several times."""
+    from distill.cache import cache
+
+    shutil.rmtree(folder, ignore_errors=True)
+    clock = Clock("cache")
+    for number in range(PARTS["cache"][1]):
+        cache(configure([f"cache.folder={folder}/{number}"]))
         clock.note()
 
 
@@ -262,7 +276,7 @@ def find_ratios(taken: dict) -> dict:
     """By work and clock: seconds of a part in either checkout, and of the other's by ours median and quartiles."""
     figures = {}
     for work, by_name in taken.items():
-        skipped, timed = 0 if work == "pack" else WARM_UP, PARTS[work][1] - 1  # of a round
+        skipped, timed = 0 if work in WHOLE else WARM_UP, PARTS[work][1] - 1  # of a round
         parts = {name: [part for n, part in enumerate(of) if n % timed >= skipped] for name, of in by_name.items()}
         figures[work] = {}
         for number, clock in enumerate(("processor", "wall")):
