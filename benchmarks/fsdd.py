@@ -48,6 +48,7 @@ VARIANTS = {
     "ce_kl_smooth_l1": ("CE + KL + feature, smooth L1", ["loss.feature_kind=smooth_l1"]),
     "ce_kl_relation": ("CE + KL + feature, relation", ["loss.feature_kind=relation"]),
     "ce_kl_hidden": ("CE + KL + hidden states, projected", ["loss.feature=0", "loss.hidden=1"]),
+    "ce_kl_prefix": ("CE + KL, a prefix of 16 tokens beside LoRA", ["loss.feature=0", "student.prefix_tokens=16"]),
     "ce_kl_falling": ("CE + KL, falling to 0.1 by a cosine", ["loss.feature=0", "loss.schedules.kl=cosine 0.1"]),
 }  # fmt: skip
 

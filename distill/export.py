@@ -119,7 +119,7 @@ def check_salmonn(student: Salmonn) -> None:
         ValueError: naming the setting.
     """
     default = SalmonnConfig("", "")
-    for name in ("ears_seconds", *FORM):
+    for name in ("prefix_tokens", "ears_seconds", *FORM):
         own, theirs = getattr(student.config, name), getattr(default, name)
         if own != theirs:
             raise ValueError(
@@ -173,7 +173,17 @@ def copy_part(place: Path, folder: Path) -> Path:
 
 @torch.no_grad()
 def merge_lora(student: Salmonn, out: Path) -> Salmonn:
-    """The student on a LLM whose weights hold its LoRA, written to `out/llm`; the student's own LLM is used up."""
+    """The student on a LLM whose weights hold its LoRA, written to `out/llm`; the student's own LLM is used up.
+
+    Raises:
+        ValueError: it has a prefix.
+    """
+    if student.config.prefix_tokens:
+        raise ValueError(
+            f"prefix_tokens of the student is {student.config.prefix_tokens}, but what is merged is a LLM of "
+            f"transformers, whose weights hold none; export without --merge and --format, or train with "
+            f"student.prefix_tokens=0."
+        )
     llm = student.llm
     for name, module in list(llm.named_modules()):
         if hasattr(module, "lora_A"):
@@ -213,7 +223,9 @@ def name_parts_inside_(out: Path) -> None:
 
 def make_card(name: str, parts: SalmonnConfig, student: Salmonn, settings: dict, card: Scorecard | None) -> str:
     """The model card, in Markdown: what it is made of, how to load it, and its scores beside its teacher's."""
-    kept = f"`{Path(parts.llm).name}`, quantization {settings['quantization']}, with LoRA; {measure_share(student.llm)}"
+    prefix = f" and a prefix of {parts.prefix_tokens} tokens" if parts.prefix_tokens else ""
+    trained = f"with LoRA{prefix}; {measure_share(student.llm)}"
+    kept = f"`{Path(parts.llm).name}`, quantization {settings['quantization']}, {trained}"
     llm = kept if settings["lora"] else "its own, LoRA merged, in `llm/`"
     second = f", {parts.second_kind} `{Path(parts.second).name}`" if parts.second else ""
     lines = [

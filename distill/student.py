@@ -12,7 +12,7 @@ from shards.streaming.stream import ShardStream
 from students.ears import describe_ears_error, share_or_load_ears, with_ears
 from students.hearing import Connector
 from students.start import load_start_weights_
-from students.student import build_student
+from students.student import build_student, give_prefix_
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
 
@@ -26,7 +26,7 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         config: the configuration of the run.
         model: the teacher.
         dtype: the data type of products, and of what is frozen and not in 4 bits.
-        say: is told which parts start anew.
+        say: is told which parts start anew, and what a prefix adds.
     """
     student = build_student(
         model,
@@ -40,6 +40,8 @@ def make_student(config: Config, model: Salmonn, dtype: torch.dtype, say: Callab
         seed=config.seed,
         say=say,
     )
+    if config.student.prefix_tokens:
+        say(str(give_prefix_(student, config.student.prefix_tokens, seed=config.seed)))
     if config.student.start:
         load_start_weights_(
             student, config.student.start, lora=lora_of(config), quantization=config.student.quantization

@@ -7,6 +7,7 @@ _EXPORTS = {
     "Hearing": "students.hearing",
     "Student": "students.pretrained",
     "build_student": "students.student",
+    "give_prefix_": "students.student",
     "load_student": "students.student",
     "save_student": "students.student",
 }  # name: the module it comes from, imported when it is asked for

@@ -15,6 +15,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from teachers.experts import Experts, split_experts_, whole_linear
 from teachers.fourbit import bnb, check_unpacked, keep_unpacked_
 from teachers.int8 import is_linear
+from teachers.words.prefix import is_of_prefix
 
 MOST_WHOLE = 0.05  # of the weights between embeddings and head: routers, short convolutions and the like
 
@@ -114,7 +115,7 @@ def dequantize(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a LLM is truly in 4 bits, LoRA left out."""
+    """How much of a LLM is truly in 4 bits, LoRA and a prefix left out."""
 
     num_4bit: int  # weights
     whole: dict[str, int]  # number of weights that are not, by name
@@ -136,7 +137,7 @@ def measure_share(llm: nn.Module) -> Share:
     for name, weight in llm.named_parameters():
         if isinstance(weight, bnb.nn.Params4bit):
             num_4bit += weight.quant_state.shape.numel()
-        elif "lora_" not in name:
+        elif "lora_" not in name and not is_of_prefix(name):
             whole[name] = weight.numel()
     return Share(num_4bit, whole)
 

@@ -1,7 +1,7 @@
 """A student: the teacher's Q-Former, and its ears or smaller ones, on a smaller LLM in 4 bits with LoRA.
 
-Trained are LoRA, Q-Former, its LayerNorms and the projection, and the routers of a mixture whose experts have LoRA;
-frozen are the ears and the LLM's 4-bit weights.
+Trained are LoRA, Q-Former, its LayerNorms and the projection, the routers of a mixture whose experts have LoRA, and a
+prefix; frozen are the ears and the LLM's 4-bit weights.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from teachers.experts import trained_router_names
 from teachers.files.loading import build_salmonn, load_salmonn, read_config, save_salmonn
 from teachers.lora import Lora
 from teachers.salmonn import Salmonn
+from teachers.words.prefix import Prefix, add_prefix_, describe_prefix, is_of_prefix
 from teachers.words.rows import RowTokenizer
 from teachers.words.templates import CHAT
 from teachers.words.vocabulary import Vocabulary
@@ -73,7 +74,7 @@ def build_student(
     """
     torch.manual_seed(seed)
     heard, words = hearing.of(teacher.config), choose_words(teacher, llm, template, say)
-    config = dataclasses.replace(heard, llm=llm, qformer_dropout=connector.dropout, **words)
+    config = dataclasses.replace(heard, llm=llm, qformer_dropout=connector.dropout, prefix_tokens=0, **words)
     student = build_salmonn(
         config,
         lora=lora,
@@ -131,6 +132,22 @@ def choose_bos_token(teacher: Salmonn, llm: str) -> str:
     return text if is_same else ""
 
 
+def give_prefix_(student: Salmonn, num_tokens: int, *, seed: int = 0) -> Prefix:
+    """Put a prefix of so many tokens before each layer of a student's LLM, in place, to be trained.
+
+    Returns:
+        What it adds, and what it changes at the start.
+
+    Raises:
+        ValueError: the attention of its LLM takes none, or it has one.
+    """
+    add_prefix_(student.llm, num_tokens, seed=seed)
+    student.config = dataclasses.replace(student.config, prefix_tokens=num_tokens)
+    if student.own_names is not None:
+        student.own_names |= {name for name, _ in student.named_parameters() if is_of_prefix(name)}
+    return describe_prefix(student.llm)
+
+
 def train_own_(student: Salmonn, *, train_ears: bool = False) -> Salmonn:
     """Make exactly what `trained_names` names trainable, in float32, in place.
 
@@ -161,7 +178,7 @@ def trained_names(student: Salmonn, *, train_ears: bool = False) -> set[str]:
     for name, _ in student.named_parameters():
         parts.setdefault(name.split(".", 1)[0], []).append(name)
     names = {name for part in CONNECTOR for name in parts.get(part, ())}
-    names |= {name for name in parts["llm"] if "lora_" in name}
+    names |= {name for name in parts["llm"] if "lora_" in name or is_of_prefix(name)}
     names |= {f"llm.{name}" for name in trained_router_names(student.llm)}
     if train_ears:
         names |= {name for name in parts["whisper"] if "lora_" in name or not student.config.ears_lora_rank}

@@ -49,6 +49,7 @@ class SalmonnConfig:
     whisper_layers: int = 0  # that are kept of Whisper's, evenly spread; 0: all
     ears_quantization: str = "none"  # of the ears' linear layers, weights alone: "none", "bf16" or "int8"
     ears_lora_rank: int = 0  # of LoRA on Whisper's linear layers; 0: there is none
+    prefix_tokens: int = 0  # learned keys and values before those of each layer of the LLM; 0: there are none
     num_queries: int = 1  # vectors a window gives
     qformer_width: int = 768
     qformer_layers: int = 2

@@ -101,6 +101,8 @@ class StudentConfig:
     lora_dropout: float = Lora.dropout  # of what enters them, in training
     lora_targets: tuple[str, ...] = Lora.targets  # the last parts of the names of the layers that get LoRA, or
     # all-linear: every linear layer of the LLM but its head and experts; experts: a mixture's, its routers are trained
+    prefix_tokens: int = 0  # learned keys and values that each layer of the LLM sees before all others, trained beside
+    # LoRA; 0: none
     start: str = ""  # folder of a saved student to go on from, such as runs/r0/student; empty: start anew
     connector: str = Connector.start  # Q-Former at the start: "teacher" (its weights) or "new" (random)
     qformer_dropout: float = Connector.dropout  # in training

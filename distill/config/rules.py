@@ -70,7 +70,7 @@ NOT_NEGATIVE = ("data.workers", "data.bucket_batches", "data.batch_seconds", "ca
                 "train.min_learning_rate", "train.weight_decay", "train.eval_every", "train.early_stop",
                 "train.stop_after", "train.max_minutes", "train.hang_minutes", "train.max_bad_steps",
                 "train.spike_deviations", "train.max_returns", "on_policy.round",
-                "student.whisper_layers", "student.ears_lora_rank", "on_policy.temperature",
+                "student.whisper_layers", "student.ears_lora_rank", "student.prefix_tokens", "on_policy.temperature",
                  "data.task_weights", "loss.task_weights", "scratch.steps")  # fmt: skip
 SHARES = (
     "train.decay_share",

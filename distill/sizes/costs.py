@@ -38,12 +38,13 @@ from teachers.int8 import int8_bytes, is_linear
 from teachers.kinds import KINDS, find_kind
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.prefix import add_prefix_, is_of_prefix
 from teachers.words.templates import SALMONN_TEMPLATE
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 NO_TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA")
-BEHIND_EARS = ("LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body", "LoRA", "LLM head")
+TRAINED = ("LayerNorms", "Q-Former", "projection", "LoRA", "prefix")
+BEHIND_EARS = ("LayerNorms", "Q-Former", "projection", "LLM embeddings", "LLM body", "LoRA", "prefix", "LLM head")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def is_of_given_parts(config: Config) -> bool:
 def describe_student(config: Config, teacher: Blueprint) -> Blueprint:
     """The student: the teacher's Q-Former sizes, and its ears or those that the config names, on its own LLM."""
     hearing, is_4bit = config.student.hearing, config.student.quantization == "nf4"
-    salmonn = dataclasses.replace(hearing.of(teacher.config), llm=student_llm(config))
+    own = {"llm": student_llm(config), "prefix_tokens": config.student.prefix_tokens}
+    salmonn = dataclasses.replace(hearing.of(teacher.config), **own)
     return Blueprint(salmonn, lora_of(config), frozen_dtype(config), is_4bit, trains_ears=hearing.trains_ears)
 
 
@@ -180,6 +182,8 @@ def build_on_meta(blueprint: Blueprint, given: dict[str, PretrainedConfig]) -> S
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=blueprint.dtype)
         if blueprint.is_4bit:
             split_experts_(llm)  # as the quantizer leaves them
+        if config.prefix_tokens:
+            add_prefix_(llm, config.prefix_tokens)
         with no_init_weights():  # values that nobody sees
             whisper = build_encoder(WHISPER, whisper_fields(_find(config.whisper, given).to_dict())).to(blueprint.dtype)
             second = None
@@ -261,6 +265,8 @@ def part_of(name: str, config: SalmonnConfig) -> str:
     """The part that a tensor of a `Salmonn` belongs to."""
     if "lora_" in name:
         return "LoRA"
+    if is_of_prefix(name):
+        return "prefix"
     if name.startswith("llm."):
         return {"embed_tokens": "LLM embeddings", "lm_head": "LLM head"}.get(name.split(".")[-2], "LLM body")
     kinds = {"whisper": WHISPER, "second": config.second_kind}

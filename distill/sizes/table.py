@@ -23,7 +23,7 @@ from distill.sizes.costs import (
 )
 from shards.status import print_json
 
-LLM = ("LLM embeddings", "LLM body", "LLM head", "LoRA")
+LLM = ("LLM embeddings", "LLM body", "LLM head", "LoRA", "prefix")
 HEADER = ("recipe", "LLM", "ears", "all (M)", "ears (M)", "trained (M)", "all (GB)", "ears (GB)", "LLM (GB)")
 
 

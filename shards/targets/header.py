@@ -34,6 +34,7 @@ LATER = {
     "teacher_config.ears_seconds": "30",
     "teacher_config.ears_quantization": "none",
     "teacher_config.ears_lora_rank": 0,
+    "teacher_config.prefix_tokens": 0,
     "teacher_config.whisper_layers": 0,
 }
 

@@ -16,9 +16,10 @@ import torch
 from openvino import Node
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
-from torch import nn
+from torch import Tensor, nn
 
 from students.device.constants import Kind, float_constant, product
+from teachers.words.prefix import KEYS, VALUES, is_of_prefix
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -28,7 +29,7 @@ HIDDEN = -3e4  # added to the score of a position that is not seen; half floats 
 
 
 def build_decoder(llm: nn.Module, head: Kind = "f16") -> ov.Model:
-    """The graph of a LLM with its LoRA.
+    """The graph of a LLM with its LoRA and its prefix.
 
     Args:
         llm: a causal LM of transformers, 4-bit or whole, with LoRA or without.
@@ -79,6 +80,7 @@ class DecoderWriter:
         self.llm, self.config, self.head = llm, llm.config, head
         self.num_heads, self.num_groups = self.config.num_attention_heads, self.config.num_key_value_heads
         self.head_width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_heads
+        self.num_prefix = next((p.shape[1] for name, p in llm.named_parameters() if is_of_prefix(name)), 0)
         self.states: list[Node] = []  # what is written back into the state
 
     def write(self) -> ov.Model:
@@ -113,7 +115,12 @@ class DecoderWriter:
         own = op.unsqueeze(op.add(own, op.subtract(total, self.length)), one)  # [T, 1]
         is_past = op.less_equal(op.unsqueeze(places, zero), own)
         is_real = op.not_equal(op.unsqueeze(mask, integers([1, 2])), zero)
-        return op.select(op.logical_and(is_real, is_past), float_constant(0.0), float_constant(HIDDEN))
+        hidden = op.select(op.logical_and(is_real, is_past), float_constant(0.0), float_constant(HIDDEN))
+        if not self.num_prefix:
+            return hidden
+        shape = op.gather(op.shape_of(hidden), integers([0, 1, 2]), integers(0))
+        before = op.concat([shape, integers([self.num_prefix])], 0)
+        return op.concat([op.broadcast(float_constant(0.0), before), hidden], -1)
 
     def rotations(self, positions: Node) -> tuple[Node, Node]:
         """Cosines and sines of each position, [B, 1, T, A], from a table."""
@@ -144,7 +151,8 @@ class DecoderWriter:
         if hasattr(attention, "q_norm"):
             query, key = self.norm(query, attention.q_norm), self.norm(key, attention.k_norm)
         query, key = self.rotate(query), self.rotate(key)
-        key, value = (self.repeat(self.remember(x, f"{name}.{kind}")) for x, kind in ((key, "key"), (value, "value")))
+        key = self.repeat(self.remember(key, f"{name}.key", getattr(attention, KEYS, None)))
+        value = self.repeat(self.remember(value, f"{name}.value", getattr(attention, VALUES, None)))
         scale = float_constant(attention.scaling)
         heard = op.scaled_dot_product_attention(query, key, value, self.unseen, scale)
         flat = op.reshape(op.transpose(heard, integers([0, 2, 1, 3])), integers([0, 0, -1]), special_zero=True)
@@ -162,14 +170,18 @@ class DecoderWriter:
         turned = op.concat([op.multiply(second, float_constant(-1.0)), first], -1)
         return op.add(op.multiply(states, cosine), op.multiply(turned, sine))
 
-    def remember(self, new: Node, name: str) -> Node:
-        """Keys or values of all positions: the state's, row by row as `beams` says, and the new ones behind."""
+    def remember(self, new: Node, name: str, prefix: Tensor | None) -> Node:
+        """Keys or values of all positions: the state's, row by row as `beams` says, and the new ones behind.
+
+        A state begins with the layer's prefix, if there is one.
+        """
         shape = ov.PartialShape([-1, self.num_groups, -1, self.head_width])
         info = VariableInfo()
         info.data_shape, info.data_type, info.variable_id = shape, ov.Type.f32, name
-        empty = op.concat([self.batch, integers([self.num_groups, 0, self.head_width])], 0)
+        start = op.concat([self.batch, integers([self.num_groups, self.num_prefix, self.head_width])], 0)
+        first = float_constant(0.0 if prefix is None else prefix[None])
         variable = Variable(info)
-        old = op.read_value(op.broadcast(float_constant(0.0), empty), variable)
+        old = op.read_value(op.broadcast(first, start), variable)
         everything = op.concat([op.gather(old, self.beams, integers(0)), new], 2)
         self.states.append(op.assign(everything, variable))
         return everything

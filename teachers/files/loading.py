@@ -41,6 +41,7 @@ from teachers.ears.shape import reshape_ears_
 from teachers.files.weights import assign_parameter_, open_safetensors, read_json
 from teachers.lora import Lora, add_lora_
 from teachers.salmonn import Salmonn, SalmonnConfig
+from teachers.words.prefix import add_prefix_
 from teachers.words.templates import CHAT, read_chat
 
 if is_quiet() or not sys.stderr.isatty():  # a bar is for who watches
@@ -70,6 +71,8 @@ def build_salmonn(config: SalmonnConfig, *, lora: Lora | None = None, dtype: tor
     llm = load_llm(config.llm, dtype, weights=llm_weights)
     if transform_llm_ is not None:
         transform_llm_(llm)
+    if config.prefix_tokens:
+        add_prefix_(llm, config.prefix_tokens)
     llm.requires_grad_(False)
     if lora is not None:
         add_lora_(llm, lora)

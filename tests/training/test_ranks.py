@@ -278,6 +278,18 @@ def test_two_zero2_ranks_train_lora_on_the_ears_as_one_process_does(toys, on_the
     assert sum("whisper" in name for name in student(toys, "ears")) == 12
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_zero_ranks_train_a_prefix_as_one_process_does(toys, on_the_cpu, stage):
+    words = ["student.prefix_tokens=3", "train.gradient_checkpointing=true", "train.steps=2"]
+    one, two = f"prefix alone {stage}", f"prefix {stage}"
+    assert run(configure(toys, one, *words)) == 0
+    assert train_on_two_ranks(toys, two, f"two_cpus_zero{stage}.yaml", *words) == [0, 0]
+    assert losses(toys, two) == pytest.approx(losses(toys, one), abs=1e-5)
+    assert_alike(student(toys, two), student(toys, one))
+    prefix = [tensor for name, tensor in student(toys, two).items() if "prefix" in name]
+    assert len(prefix) == 2 and all(tensor.any() for tensor in prefix)
+
+
 def test_a_run_resumed_under_zero1_on_two_ranks_repeats_the_uninterrupted_losses_of_one_process(toys, alone):
     assert run(configure(toys, "moved", "train.stop_after=2")) == PREEMPTED
     assert losses(toys, "moved") == pytest.approx(alone[:2], abs=1e-6)
