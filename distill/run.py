@@ -149,7 +149,7 @@ def open_training_stream(config: Config, accelerator, teacher: Teacher, student:
         Order(
             batch_size=config.train.batch_size,
             seed=config.seed,
-            weights=config.data.task_weights,
+            task_weights=config.data.task_weights,
             batch_seconds=config.data.batch_seconds or None,
             bucket_batches=config.data.bucket_batches,
         ),

@@ -159,7 +159,7 @@ def open_stream(config: Config, accelerator, teacher: Salmonn, kept: KeptFrames 
         Order(
             batch_size=config.train.batch_size,
             seed=config.seed,
-            weights=data.task_weights,
+            task_weights=data.task_weights,
             batch_seconds=data.batch_seconds or None,
             bucket_batches=data.bucket_batches,
         ),
@@ -221,7 +221,7 @@ def train_whole(config: Config, teacher: Salmonn, accelerator, folder: Path) -> 
         Order(
             batch_size=config.scratch.batch_size,
             seed=config.seed,
-            weights=config.data.task_weights,
+            task_weights=config.data.task_weights,
             bucket_batches=config.data.bucket_batches,
         ),
         Selection(targets=kept and kept.cache_folder, labelled_only=True),

@@ -24,7 +24,7 @@ class Order:
     batch_seconds: float | None = None  # most seconds of audio in a global batch, padding included
     bucket_batches: int = 0  # samples of so many batches are sorted by length before they are cut up; 0: none
     window_shards: int = 16  # samples are shuffled within so many shards, which are read at the same time
-    weights: Mapping[str, float] = field(default_factory=dict)  # task -> times an epoch each sample comes; else 1
+    task_weights: Mapping[str, float] = field(default_factory=dict)  # task -> times an epoch each sample comes; else 1
 
     def __post_init__(self):
         positive = {"batch_size": self.batch_size, "window_shards": self.window_shards}
@@ -34,14 +34,17 @@ class Order:
                 raise ValueError(f"{name} is {value}, but it must be above 0; set it so.")
         if self.bucket_batches < 0:
             raise ValueError(f"bucket_batches is {self.bucket_batches}, but it must be 0 (none) or more; set it so.")
-        for task, weight in self.weights.items():
+        for task, weight in self.task_weights.items():
             if not 0 <= weight <= 1000:
-                raise ValueError(f"weights[{task!r}] is {weight}, but it must be 0 to 1000 times an epoch; set it so.")
+                raise ValueError(
+                    f"task_weights.{task} is {weight}, but it must be 0 to 1000 times an epoch; set it so."
+                )
 
     @property
     def options(self) -> dict:
         """Every option, as plain data: equal ones give equal batches over equal data."""
-        return dataclasses.asdict(self) | {"weights": dict(sorted(self.weights.items()))}
+        options = dataclasses.asdict(self)
+        return options | {"weights": dict(sorted(options.pop("task_weights").items()))}  # as checkpoints name them
 
 
 class Position(NamedTuple):

@@ -80,9 +80,11 @@ class ShardStream(IterableDataset):
         self.selection, self.limits = selection or Selection(), limits or Limits()
         self.catalog = open_catalog(shards, self.selection, self.limits)
         check_tasks("tasks", self.selection.tasks or (), self.catalog.tasks)
-        check_tasks("weights", order.weights, self.catalog.tasks)
+        check_tasks("task_weights", order.task_weights, self.catalog.tasks)
         self.tasks = sorted(self.catalog.tasks if self.selection.tasks is None else set(self.selection.tasks))
-        groups = [(self.catalog.chosen_rows(task, self.selection), order.weights.get(task, 1.0)) for task in self.tasks]
+        groups = [
+            (self.catalog.chosen_rows(task, self.selection), order.task_weights.get(task, 1.0)) for task in self.tasks
+        ]
         self.plan = Plan(order, self.catalog.shards, self.catalog.seconds, groups)
         self._reader = Reader(
             self.catalog, self.limits.cache, self.augmentation, order.seed, max_seconds, decode,

@@ -173,7 +173,7 @@ def test_a_run_killed_twice_reads_what_an_uninterrupted_one_reads(folder, tmp_pa
     [
         ({"batch_size": 5}, "order.batch_size 4, but this stream has 5; set it as it was"),
         ({"seed": 1, "bucket_batches": 2}, "order.bucket_batches 0, but .* 2; order.seed 0, but this stream has 1"),
-        ({"weights": {"asr": 2.0}}, "order.weights.asr None, but this stream has 2.0"),
+        ({"task_weights": {"asr": 2.0}}, "order.weights.asr None, but this stream has 2.0"),
     ],
 )
 def test_resuming_another_order_is_refused(folder, changes, named):
@@ -278,7 +278,7 @@ def test_a_clip_longer_than_batch_seconds_is_refused():
 
 
 def test_weights_repeat_and_thin_tasks_evenly(folder):
-    stream = ShardStream(folder, Order(batch_size=5, epochs=4, weights={"asr": 2.0, "QA": 0.25}))
+    stream = ShardStream(folder, Order(batch_size=5, epochs=4, task_weights={"asr": 2.0, "QA": 0.25}))
     counts = {task: {} for task in TASKS}
     for sample in itertools.chain.from_iterable(stream):
         counts[sample.task][sample.key] = counts[sample.task].get(sample.key, 0) + 1
