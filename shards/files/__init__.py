@@ -1,1 +1,1 @@
-"""Files of every package: atomic writes (`write`), hashes of files (`hash`), locks (`lock`). Knows no content."""
+"""Files of every package: whole writes (`write`), hashes (`hash`), locks (`lock`), room (`space`). Knows no content."""

@@ -18,11 +18,12 @@ from shards.audio.decode import CHANNELS, LEFT
 from shards.audio.limits import add_limit_arguments, read_limits
 from shards.field_types import to_path
 from shards.files.lock import hold
+from shards.files.space import check_space
 from shards.manifests.manifest import ANY_TASK, Entry, KnownTasks, check_paths, check_tasks, scan_manifest
 from shards.manifests.records import RowError
 from shards.packing.encode import TOO_LONG, BadSample, EncodeOptions, describe_reasons, encode_rows
 from shards.packing.folder import PackFolder, ShardSize
-from shards.packing.space import EvenChoice, check_space, estimate_bytes
+from shards.packing.space import EvenChoice, estimate_bytes
 from shards.pool import batched, count_cpus, map_in_order, progress_bar
 
 ROWS_A_PIECE = 16

@@ -1,17 +1,12 @@
-"""Whether a disk has room for what is about to be written. Knows paths and bytes; estimates what a pack needs."""
+"""What a pack will take on a disk, estimated from some of its recordings' headers. Looks at no disk."""
 
-import errno
-import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from shards.audio.container import read_header
 from shards.audio.limits import AudioError
 from shards.manifests.manifest import Entry
 from shards.sample import SAMPLE_RATE
 
-SPARE = 1.2  # a file system that is filled to the last byte is slow, and the estimate is one
 FLAC_BYTES_A_SECOND = 0.55 * 2 * SAMPLE_RATE  # of speech; 16-bit samples
 MEMBER_BYTES = 2_500  # of a sample's two headers, their padding and its JSON
 NUM_MEASURED = 200  # recordings whose headers are read
@@ -41,24 +36,6 @@ def estimate_bytes(entries: Sequence[Entry], num_rows: int, *, longest: float) -
     return int(num_rows * (mean * FLAC_BYTES_A_SECOND + MEMBER_BYTES))
 
 
-def check_space(folder: Path, needed_bytes: int, what: str, *, remedy: str) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Raises:
-        OSError: ENOSPC, with what is needed and free, and where.
-    """
-    existing = Path(os.path.abspath(folder))
-    while not existing.exists():
-        existing = existing.parent
-    free, needed = shutil.disk_usage(existing).free, int(SPARE * needed_bytes)
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{what} in {folder} need about {needed / 1e9:.3g} GB, but the file system at {_mount_point(existing)} has "
-            f"{free / 1e9:.3g} GB free; {remedy}.",
-        )
-
-
 def _seconds(entry: Entry) -> float | None:
     if entry.end is not None:
         return entry.end - entry.start
@@ -66,7 +43,3 @@ def _seconds(entry: Entry) -> float | None:
         return sum(read_header(path).seconds or 0.0 for path in entry.paths)
     except (AudioError, OSError):
         return None
-
-
-def _mount_point(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if os.path.ismount(parent))

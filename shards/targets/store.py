@@ -4,10 +4,8 @@
 without one does not exist for anybody. Records are found and checked through `shards.tars.index`.
 """
 
-import errno
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from glob import escape
 from pathlib import Path
 
 from shards.files.lock import FileLock
+from shards.files.space import check_space, explain_full_disk
 from shards.files.write import remove_leftovers, write_atomically
 from shards.jsonfile import ShapeError, is_a, read_object
 from shards.targets.header import HEADER, CacheHeader, read_header, write_header
@@ -27,7 +26,6 @@ from shards.tars.source import is_remote
 from shards.tars.tarwriter import TarWriter
 
 DONE_FIELDS = {"fingerprint": str, "rows": int, "bytes": int, "sha256": str, "figures": dict}  # of a done record
-SPARE = 1.2  # free space asked for, times the estimate
 
 
 @dataclass
@@ -120,7 +118,8 @@ class TargetWriter:
                 yield None
                 return
             remove_leftovers(self.folder, escape(f"{name}.targets"))
-            self._check_space(expected_bytes)
+            remedy = "free some space and start again, finished shards are kept"
+            check_space(self.folder, expected_bytes, f"the targets of {name}", remedy=remedy)
             with explain_full_disk(self.folder, f"the targets of {name} need"):
                 yield from self._write(name)
         finally:
@@ -161,15 +160,6 @@ class TargetWriter:
         """Send what lies beside the shards of a remote cache: its header, the teacher's parts, a list of its files."""
         if self.mirror is not None:
             self.mirror.push_small()
-
-    def _check_space(self, expected_bytes: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if free < SPARE * expected_bytes:
-            raise OSError(
-                errno.ENOSPC,
-                f"disk of {self.folder} is full: {free:,} bytes are free, but the next shard needs about "
-                f"{int(SPARE * expected_bytes):,}; free some space and start again, finished shards are kept.",
-            )
 
 
 class TargetReader:
@@ -341,18 +331,3 @@ def _discard(tar: TarWriter) -> None:
         tar.discard()
     except OSError:
         tar.discard()
-
-
-@contextmanager
-def explain_full_disk(folder: Path, needs: str):
-    """Turn the system's word for a full disk into one that says what is free, and what needs more."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            error.errno,
-            f"disk of {folder} is full ({error.strerror}): {shutil.disk_usage(folder).free:,} bytes are free, but "
-            f"{needs} more; free some space and start again, finished shards are kept.",
-        ) from error

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.files.lock import FileLock
+from shards.files.space import DISK_IS_FULL
 from shards.files.usercache import user_cache
 from shards.files.write import name_file
 from shards.tars.archive import ShardError
 from shards.tars.index import SIDECAR_SUFFIX
 from shards.tars.source import (
-    DISK_IS_FULL,
     FIRST_WAIT_SECONDS,
     SHARD_SUFFIX,
     download,

@@ -5,7 +5,6 @@ is never run.
 """
 
 import difflib
-import errno
 import glob
 import json
 import os
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from shards.field_types import expand_home
+from shards.files.space import DISK_IS_FULL
 from shards.tars.archive import ShardError
 
 SHARD_SUFFIX = ".tar"
 TARGETS_SUFFIX = ".targets.tar"
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OFFLINE = "OfflineModeIsEnabled"  # huggingface_hub's error, which no other try helps; it may not be installed
 NUM_TRIES = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled after each failed try

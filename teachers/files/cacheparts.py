@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from shards.files.hash import remember_hash
+from shards.files.space import explain_full_disk
 from shards.files.write import as_system_errors, folder_atomically, remove_leftovers
 from shards.targets.header import CacheHeader
-from shards.targets.store import explain_full_disk
 from teachers.files.loading import hash_tensors
 from teachers.files.weights import open_safetensors, read_json
 from teachers.logits import logit_transform

@@ -21,6 +21,7 @@ from distill.cli import main
 from shards.audio.decode import decode_audio, hash_waveform, load_audio
 from shards.audio.limits import AudioLimits
 from shards.files.lock import FileLock
+from shards.files.space import check_space
 from shards.manifests.manifest import KnownTasks, read_manifest
 from shards.packing import pack as pack_module
 from shards.packing import space
@@ -429,7 +430,7 @@ def test_a_disk_without_room_is_refused_before_any_work_with_both_numbers(tmp_pa
     with pytest.raises(
         OSError, match=r"shards in .* need about 1\.2e\+\d+ GB, but the file system at / has [0-9.e+]+ GB free"
     ):
-        space.check_space(tmp_path / "not" / "yet", 10**24, "shards", remedy="free some space")
+        check_space(tmp_path / "not" / "yet", 10**24, "shards", remedy="free some space")
     assert not (tmp_path / "not").exists()
 
 
