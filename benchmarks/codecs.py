@@ -26,7 +26,7 @@ from record import write_result
 from storing.codecs_teacher import make_hidden, make_teacher, measure_error
 from torch import Tensor
 
-from distill.caching.fidelity import kl_gradient, make_student
+from distill.caching.fidelity import kl_gradient, noisy_probs
 from shards.targets.codecs.adaptive import Adaptive
 from shards.targets.codecs.codec import Codec
 from shards.targets.codecs.dense import Dense
@@ -171,7 +171,7 @@ def describe(codec: Codec, vocab_size: int) -> dict:
 def measure_vocabulary(vocab_size: int) -> tuple[list[dict], list[tuple[Codec, dict]], list[dict]]:
     """A record per codec, what it encodes, and the records of the codecs that are timed apart."""
     logprobs_SV = make_teacher(vocab_size, NUM_POSITIONS)
-    student_SV = make_student(logprobs_SV)
+    student_SV = noisy_probs(logprobs_SV)
     captured, records = [], []
     for codec in CODECS:
         start = time.process_time()
@@ -221,7 +221,7 @@ def measure_hidden(vocab_size: int) -> dict:
     decoded, decode_seconds = time_call(lambda: decode(payload))
     logprobs_SV = torch.log_softmax(hidden_SD @ head_VD.T, -1)
     distribution = Distribution.from_logits(decoded.with_head(head_VD).logits())
-    piece = distribution, logprobs_SV, make_student(logprobs_SV)
+    piece = distribution, logprobs_SV, noisy_probs(logprobs_SV)
     return (
         describe(codec, vocab_size)
         | measure_error(iter([piece]))

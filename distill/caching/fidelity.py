@@ -14,7 +14,7 @@ from torch import Tensor
 from shards.targets.distributions import Distribution, HiddenStates
 
 
-def make_student(logprobs_SV: Tensor, seed: int = 1, temperature: float = 1.0) -> Tensor:
+def noisy_probs(logprobs_SV: Tensor, seed: int = 1, temperature: float = 1.0) -> Tensor:
     """Probabilities of a student on its way to the teacher, S by V, at a temperature."""
     generator = torch.Generator().manual_seed(seed)
     noise_SV = torch.randn(logprobs_SV.shape, generator=generator).to(logprobs_SV.device)
@@ -61,7 +61,7 @@ class Fidelity:
 
     def add(self, target: Distribution | HiddenStates, logprobs_SV: Tensor, temperature: float = 1.0) -> None:
         """Take in some positions: what a codec gives back, and the teacher's dense log-probabilities."""
-        student_SV = make_student(logprobs_SV, temperature=temperature)
+        student_SV = noisy_probs(logprobs_SV, temperature=temperature)
         ours_SV = kl_gradient(target, student_SV, temperature)
         dense_SV = student_SV.double() - torch.softmax(logprobs_SV.double() / temperature, -1)
         self.positions += len(logprobs_SV)

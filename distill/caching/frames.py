@@ -99,7 +99,7 @@ class FrameCapture:
 def keep_frames(config: Config, model: Salmonn, accelerator) -> KeptFrames:
     """Write the frames of every training clip that has none yet, with whatever processes there are."""
     folder, shards = frames_folder(config), expand_shards(config.shards("train"))
-    header = describe_frames(model, config)
+    header = describe_kept_frames(model, config)
     writer = TargetWriter(folder, header, hash_shards(shards), FIGURES)
     if accelerator.is_main_process:
         writer.publish()
@@ -117,7 +117,7 @@ def frames_folder(config: Config) -> str | Path:
     return join_place(config.data.folder, "frames")
 
 
-def describe_frames(model: Salmonn, config: Config) -> CacheHeader:
+def describe_kept_frames(model: Salmonn, config: Config) -> CacheHeader:
     """Everything that the frames depend on; what only targets have stands there as nothing."""
     nothing = dict.fromkeys(("tokenizer", "prompts", "answers"))
     return CacheHeader(

@@ -60,7 +60,7 @@ def read_file(path: Path, name: str) -> dict:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{name} is {path}, but that is not YAML ({flatten(error)}); correct the file.") from error
+        raise ValueError(f"{name} is {path}, but that is not YAML ({one_line(error)}); correct the file.") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -86,7 +86,7 @@ def read_words(overrides: Sequence[str], is_text: Callable[[str], bool]) -> dict
             value = Plain(text.strip()) if is_text(".".join(parts)) and text[:1] not in ("'", '"') else read_yaml(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(
-                f"override is {word!r}, but its value is not YAML ({flatten(error)}); correct the command."
+                f"override is {word!r}, but its value is not YAML ({one_line(error)}); correct the command."
             ) from error
         for part in reversed(parts):
             value = {Plain(part): value}
@@ -149,6 +149,6 @@ def _error(problem: str, node: yaml.Node) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-def flatten(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error's text on one line."""
     return " ".join(str(error).split())
