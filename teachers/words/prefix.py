@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 SDPA, BEHIND_PREFIX = "sdpa", "sdpa_behind_prefix"  # names of attention functions
 KEYS, VALUES = "prefix_keys", "prefix_values"  # of an attention
+KEY_SCALE = 0.5  # of keys at the start: on SmolLM2-135M 16 of them cost 0.27 nats a token, as keys of 0 do; at 1 0.67
 PROBE = 16  # random ids, with and without the prefix before them
 
 
@@ -63,7 +64,7 @@ def add_prefix_(llm: nn.Module, num_tokens: int, *, seed: int = 0) -> None:
     for attention in attentions:
         num_heads = attention.k_proj.out_features // attention.head_dim
         widths = attention.head_dim, attention.v_proj.out_features // num_heads
-        keys_GPW = torch.randn(num_heads, num_tokens, widths[0], generator=generator, device="cpu")
+        keys_GPW = KEY_SCALE * torch.randn(num_heads, num_tokens, widths[0], generator=generator, device="cpu")
         values_GPW = torch.zeros(num_heads, num_tokens, widths[1], device="cpu")
         for name, tensor in ((KEYS, keys_GPW), (VALUES, values_GPW)):
             attention.register_parameter(name, nn.Parameter(tensor.to(attention.k_proj.weight.device)))

@@ -1,4 +1,4 @@
-"""The LLM's graph is the trained LLM: its 4-bit codes, its LoRA, its norms, biases and rotations, step by step."""
+"""The LLM's graph is the trained LLM: 4-bit codes, LoRA, prefix, norms, biases and rotations, step by step."""
 
 import numpy as np
 import openvino as ov
@@ -19,6 +19,7 @@ from students.device.decoder import build_decoder
 from students.device.student import EXACT
 from students.quantize import quantize_4bit_
 from teachers.lora import Lora, add_lora_
+from teachers.words.prefix import add_prefix_, is_of_prefix
 
 SIZES = {"vocab_size": 90, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
@@ -32,8 +33,8 @@ LLMS = {
 }
 
 
-def make_llm(name: str, **changes) -> torch.nn.Module:
-    """A small LLM in 4 bits with LoRA, all of whose tensors are random."""
+def make_llm(name: str, prefix: int = 0) -> torch.nn.Module:
+    """A small LLM in 4 bits with LoRA and, where `prefix` is not 0, a prefix, all of whose tensors are random."""
     torch.manual_seed(0)
     llm = LLMS[name]()
     for parameter_name, parameter in llm.named_parameters():
@@ -42,9 +43,11 @@ def make_llm(name: str, **changes) -> torch.nn.Module:
         )
     quantize_4bit_(llm)
     add_lora_(llm, Lora(rank=4, alpha=8))
+    if prefix:
+        add_prefix_(llm, prefix)
     for parameter_name, parameter in llm.named_parameters():
-        if "lora_B" in parameter_name:
-            torch.nn.init.normal_(parameter, std=0.1)
+        if "lora_B" in parameter_name or is_of_prefix(parameter_name):
+            torch.nn.init.normal_(parameter, std=0.1 if "lora_B" in parameter_name else 1.0)
     return llm.eval()
 
 
@@ -74,9 +77,9 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("name", LLMS)
-def test_logits_of_prefill_and_steps_are_the_trained_llms(name, rows):
-    llm, (embeds, mask, positions) = make_llm(name), rows
+@pytest.mark.parametrize(("name", "prefix"), [*((name, 0) for name in LLMS), ("llama", 3), ("qwen3", 3)])
+def test_logits_of_prefill_and_steps_are_the_trained_llms(name, prefix, rows):
+    llm, (embeds, mask, positions) = make_llm(name, prefix), rows
     with torch.no_grad():
         expected = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits.numpy()
     graph = Graph(build_decoder(llm, "f32"))
@@ -87,9 +90,10 @@ def test_logits_of_prefill_and_steps_are_the_trained_llms(name, rows):
         assert error(Graph(build_decoder(llm, head))(embeds, mask, positions), expected[:, -1]) < most
 
 
-def test_a_padded_row_is_the_row_alone_and_beams_go_on_from_the_rows_they_name(rows):
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_a_padded_row_is_the_row_alone_and_beams_go_on_from_the_rows_they_name(prefix, rows):
     embeds, mask, positions = rows
-    graph = Graph(build_decoder(make_llm("llama"), "f32"))
+    graph = Graph(build_decoder(make_llm("llama", prefix), "f32"))
     together = graph(embeds, mask, positions)
     swapped = graph(embeds[:, :1], torch.cat([mask, mask[:, :1] * 0 + 1], 1)[[1, 0]], torch.tensor([[7], [12]]),
                     np.array([1, 0], np.int32))  # fmt: skip

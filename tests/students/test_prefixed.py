@@ -19,7 +19,6 @@ from distill.evaluation.report import read_metrics
 from distill.run import run
 from distill.sizes.costs import describe_student, describe_teacher, measure_sizes
 from students import Student, build_student, give_prefix_, load_student, save_student
-from students.device.student import DeviceStudent
 from students.student import trained_names
 from teachers.files.loading import load_salmonn, save_salmonn
 from teachers.lora import Lora
@@ -178,15 +177,3 @@ def test_a_file_that_cannot_hold_it_is_refused_and_none_is_left(finished, tmp_pa
     assert main(["export", str(finished), str(tmp_path / "out"), *words]) == 1
     assert "prefix_tokens of the student is 3, but" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_devices_graph_begins_with_it_and_answers_as_the_student(finished, tmp_path):
-    out = tmp_path / "out"
-    assert main(["export", str(finished), str(out), "--device", "openvino", "--head", "f32", "--ears", "f32"]) == 0
-    measured = json.loads((out / "device.json").read_text())["measured"]
-    assert measured["head f32, ears f32, products exact"]["logit_error"] < 1e-4
-    student, device = load_student(finished / "student"), DeviceStudent(out)
-    for samples in (SAMPLES, SAMPLES[:1]):
-        for num_beams in (1, 3):
-            how = {"max_new_tokens": 6, "num_beams": num_beams}
-            assert device.generate(samples, **how) == student.generate(samples, **how)
