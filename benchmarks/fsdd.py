@@ -99,7 +99,11 @@ def main() -> None:
         "over_answers": {variant: asdict(difference) for variant, difference in over_answers.items()},
         "steps": config.train.steps,
     }  # fmt: skip
-    write_result("fsdd_terms" if args.all else "fsdd", figures, make_table(teacher, students, gap_closed, agreement, over_answers))
+    write_result(
+        "fsdd_terms" if args.all else "fsdd",
+        figures,
+        make_table(teacher, students, gap_closed, agreement, over_answers),
+    )
 
 
 def error_rate(answers: list[Prediction]) -> float:

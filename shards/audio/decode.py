@@ -122,17 +122,20 @@ def pad_to_window(waveform_N: np.ndarray) -> np.ndarray:
 
 
 def to_int16(waveform_N: np.ndarray) -> np.ndarray:
-    """The 16-bit samples of a waveform; the exact inverse of decoding 16-bit PCM."""
-    return np.clip(np.rint(waveform_N * np.float32(32768)), -32768, 32767).astype("<i2")
+    """The 16-bit samples of a waveform, the exact inverse of decoding 16-bit PCM; those of 16-bit samples are they."""
+    if waveform_N.dtype == np.int16:
+        return waveform_N
+    scaled_N = waveform_N * np.float32(32768)
+    return np.clip(np.rint(scaled_N, out=scaled_N), -32768, 32767, out=scaled_N).astype("<i2")
 
 
 def encode_flac(waveform_N: np.ndarray) -> bytes:
-    """A 16-bit mono FLAC file at SAMPLE_RATE; the same samples give the same bytes."""
+    """A 16-bit mono FLAC file at SAMPLE_RATE, of a waveform or its `to_int16`; the same samples give the same bytes."""
     buffer = io.BytesIO()
     soundfile.write(buffer, to_int16(waveform_N), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 
 def hash_waveform(waveform_N: np.ndarray) -> str:
-    """SHA-256, in hex, of the 16-bit samples: equal before and after FLAC."""
+    """SHA-256, in hex, of a waveform's `to_int16`, or of that itself: equal before and after FLAC."""
     return hashlib.sha256(to_int16(waveform_N).tobytes()).hexdigest()

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from shards.audio.container import read_header
-from shards.audio.decode import CHANNELS, LEFT, SILENT_PEAK, encode_flac, hash_waveform, load_audio
+from shards.audio.decode import CHANNELS, LEFT, SILENT_PEAK, encode_flac, hash_waveform, load_audio, to_int16
 from shards.audio.limits import AudioError, AudioLimits
 from shards.lazy_imports import late
 from shards.manifests.manifest import Entry
@@ -168,8 +168,8 @@ def _to_bad(entry: Entry, error: AudioError | OSError) -> BadSample:
 @lru_cache(maxsize=4)  # several captions or questions of one clip stand side by side in a manifest
 def _load_clip(paths: tuple[Path, ...], start: float, end: float | None, limits: AudioLimits, channels: str) -> _Clip:
     waveform_N = load_audio(paths, start=start, end=end, limits=limits, channels=channels)
-    peak = float(np.abs(waveform_N).max())
-    return _Clip(encode_flac(waveform_N), hash_waveform(waveform_N), len(waveform_N) / SAMPLE_RATE, peak)
+    peak, samples_N = float(np.abs(waveform_N).max()), to_int16(waveform_N)
+    return _Clip(encode_flac(samples_N), hash_waveform(samples_N), len(samples_N) / SAMPLE_RATE, peak)
 
 
 def _encode_sample(entry: Entry, clip: _Clip, key: str) -> Encoded:

@@ -119,7 +119,8 @@ def test_a_flac_of_ours_has_the_hash_of_what_it_was_made_of_and_always_the_same_
     waveform_N = tone(1.0, level=0.9)
     again_N = decode_audio(encode_flac(waveform_N), name="clip")
     assert hash_waveform(again_N) == hash_waveform(waveform_N)
-    assert encode_flac(again_N) == encode_flac(waveform_N)
+    assert encode_flac(again_N) == encode_flac(waveform_N) == encode_flac(to_int16(waveform_N))
+    assert hash_waveform(to_int16(waveform_N)) == hash_waveform(waveform_N)
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 192_000])
