@@ -3,8 +3,8 @@ how far a student's predictions of the right answers agree with its teacher's.
 
 The teacher learned from every clip; a student sees the text of 2 % of them, and the teacher's answers to the others.
 Equal steps and batches; CE alone can only use the labelled clips. Run it where `../shared/data/fsdd` is:
-`python benchmarks/fsdd.py [--all] [key=value …]`. `--all` adds every divergence, feature loss and schedule to the four
-main students. Stages and students that were made before are used again.
+`python benchmarks/fsdd.py [key=value …] [--more VARIANT … --record NAME]`. `--more` adds others to the four main ones,
+`--more all` every divergence, feature loss and schedule. Stages and students that were made before are used again.
 """
 
 import argparse
@@ -69,10 +69,12 @@ def train_and_examine(
 def main() -> None:
     """Run every variant and seed, two at a time, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--all", action="store_true", help="every term, not only the four main students")
+    parser.add_argument("--more", nargs="+", default=[], choices=[*VARIANTS, "all"], help="beside the main students")
+    parser.add_argument("--record", default="fsdd", help="name of the table (%(default)s)")
     parser.add_argument("words", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    words, variants = args.words, list(VARIANTS) if args.all else list(MAIN)
+    words = args.words
+    variants = [name for name in VARIANTS if name in (*MAIN, *args.more) or "all" in args.more]
     config = load_config(CONFIG, words)
     make_shards(config)
     launch_stage("distill.teach", CONFIG, words, None)
@@ -99,11 +101,7 @@ def main() -> None:
         "over_answers": {variant: asdict(difference) for variant, difference in over_answers.items()},
         "steps": config.train.steps,
     }  # fmt: skip
-    write_result(
-        "fsdd_terms" if args.all else "fsdd",
-        figures,
-        make_table(teacher, students, gap_closed, agreement, over_answers),
-    )
+    write_result(args.record, figures, make_table(teacher, students, gap_closed, agreement, over_answers))
 
 
 def error_rate(answers: list[Prediction]) -> float:

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 SDPA, BEHIND_PREFIX = "sdpa", "sdpa_behind_prefix"  # names of attention functions
 KEYS, VALUES = "prefix_keys", "prefix_values"  # of an attention
-KEY_SCALE = 0.5  # of keys at the start: on SmolLM2-135M 16 of them cost 0.27 nats a token, as keys of 0 do; at 1 0.67
+KEY_SCALE = 0.5  # standard deviation of keys at the start: the larger, the more attention they draw from what is said
 PROBE = 16  # random ids, with and without the prefix before them
 
 
