@@ -1,7 +1,7 @@
 """A student: the teacher's Q-Former, and its ears or smaller ones, on a smaller LLM in 4 bits with LoRA.
 
 Trained are LoRA, Q-Former, its LayerNorms and the projection, the routers of a mixture whose experts have LoRA, and a
-prefix; frozen are the ears and the LLM's 4-bit weights.
+prefix; frozen are the LLM's 4-bit weights, and the ears but where Whisper, or LoRA on it, is trained too.
 """
 
 import dataclasses

@@ -89,7 +89,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The small model that is trained. Its ears are frozen: the teacher's, or smaller ones."""
+    """The small model that is trained. Its ears, the teacher's or smaller ones, are frozen unless it trains Whisper."""
 
     llm: str = ""  # folder or hub id
     whisper: str = Hearing.whisper  # its own Whisper: folder or hub id; empty: the teacher's, shared
