@@ -8,6 +8,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from distill.objective.divergences import DIVERGENCES
@@ -231,16 +232,14 @@ def read_by_terms() -> Iterator[tuple]:
 CODEC_FIELDS = ("k", "threshold", "draws", "exponent")  # of the cache: what some of its codecs alone read
 
 
-def read_by_codecs() -> Iterator[tuple]:
-    """What `READ_WHERE` says, of the fields of the cache that some of its codecs alone read."""
-    for name in CODEC_FIELDS:
-        codecs = [codec for codec in CODECS if name in find_codec(codec).settings]
-        yield (f"cache.{name}",), lambda c, codecs=codecs: c.cache.codec in codecs, f"cache.codec={' or '.join(codecs)}"
+def name_codecs(field: str) -> str:
+    """Which codecs read a field of the cache, in words; imports all of them, so it is asked for an error alone."""
+    return f"cache.codec={' or '.join(codec for codec in CODECS if field in find_codec(codec).settings)}"
 
 
 TEACH = ("start", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "window_seconds", "num_queries", "windows",
          "ears_seconds", "qformer_width", "qformer_layers", "qformer_dropout", "checkpoint")  # fmt: skip
-# Fields that nothing reads unless something else is so: when they are read, and that in words
+# Fields that nothing reads unless something else is so: when they are read, and that in words, or what finds them
 READ_WHERE = (
     (("corpus.train", "corpus.valid", "corpus.test", "corpus.valid_share", "corpus.channels"),
      lambda c: c.corpus.kind == "manifest", "corpus.kind=manifest"),
@@ -249,6 +248,8 @@ READ_WHERE = (
     (("train.min_learning_rate",), lambda c: c.train.schedule != "constant", "a train.schedule that falls"),
     (("train.clip_deviations",), lambda c: c.train.clip == "running", "train.clip=running"),
     (("train.decay_share",), lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
+    *(((f"cache.{name}",), lambda c, name=name: name in find_codec(c.cache.codec).settings, partial(name_codecs, name))
+      for name in CODEC_FIELDS),
     (("on_policy.clips",), lambda c: c.on_policy.round, "on_policy.round above 0"),
     (("on_policy.temperature", "on_policy.max_new_tokens"), lambda c: c.on_policy.round or c.on_policy.step_share,
      "on_policy.round or on_policy.step_share above 0"),
@@ -272,11 +273,12 @@ def check_unread(config) -> None:
     Raises:
         ValueError: naming the field, and what would read it.
     """
-    for keys, is_read, where in (*READ_WHERE, *read_by_codecs(), *read_by_terms()):
+    for keys, is_read, where in (*READ_WHERE, *read_by_terms()):
         for key in keys:
             section, _, name = key.partition(".")
             value, default = value_at(config, key), default_of(getattr(config, section), name)
             if value != default and not is_read(config):
+                where = where() if callable(where) else where
                 raise ValueError(
                     f"{key} is {show(value)}, but nothing reads it without {where}; set that, or leave {key} at "
                     f"{show(default)}."
