@@ -257,6 +257,18 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=int, default=128, help="of the shards that are read (%(default)s)")
 
 
+def read_prune_arguments(args: argparse.Namespace) -> None:
+    """Refuse `distill prune` without shards on this machine to read.
+
+    Raises:
+        ShardError: with what is there.
+    """
+    from shards.tars.source import expand_shards, is_remote
+
+    if not is_remote(args.shards):
+        expand_shards(args.shards)
+
+
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """What `distill upcycle` takes."""
     parser.add_argument(
@@ -311,7 +323,9 @@ COMMANDS = {
         read_model_arguments,
         has_json=True,
     ),
-    "teach": of_a_config("distill.teach", "a SALMONN on given parts, or the demo's small one from nothing"),
+    "teach": of_a_config(
+        "distill.teach", "a SALMONN on given parts, or the demo's small one from nothing", read_stage_arguments
+    ),
     "plan": Command(
         "distill.caching.plan",
         "what a target cache would take and keep, by codec; with --gpus: memory, hours and disk of each stage",
@@ -331,7 +345,10 @@ COMMANDS = {
         read_stage_arguments,
     ),
     "doctor": of_a_config(
-        "distill.doctor.doctor", "prove objective, data and cache right before GPU hours are spent", has_json=True
+        "distill.doctor.doctor",
+        "prove objective, data and cache right before GPU hours are spent",
+        read_stage_arguments,
+        has_json=True,
     ),
     "filter": Command(
         "distill.caching.filter",
@@ -353,7 +370,10 @@ COMMANDS = {
         has_json=True,
     ),
     "prune": Command(
-        "students.prune", "a smaller LLM of a larger one's own layers, heads and channels", add_prune_arguments
+        "students.prune",
+        "a smaller LLM of a larger one's own layers, heads and channels",
+        add_prune_arguments,
+        read_prune_arguments,
     ),
     "upcycle": Command(
         "students.upcycle", "a sparse mixture whose experts are copies of a dense LLM's FFN", add_upcycle_arguments

@@ -8,7 +8,7 @@ from distill.config.rules import value_at
 from shards.tars.source import expand_shards, is_remote
 
 # that are never a hub id
-FILES = ("teacher.path", "teacher.prompts", "eval.prompts", "teacher.second", "student.start")
+FILES = ("teacher.path", "teacher.prompts", "eval.prompts", "teacher.second", "student.start", "teach.start")
 
 
 def check_files(config: Config, more: Sequence[str] = ()) -> None:

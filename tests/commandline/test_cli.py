@@ -80,6 +80,8 @@ assert main(["--version"]) == 0
 assert main(["trian"]) == 2 and main(["run", "gone"]) == 1 and main(["run", "demo", "steps=1"]) == 1
 assert main(["doctor", "demo", "loss.kl_kind=jsd"]) == 1
 assert main(["pipeline", "demo", "teacher.path=gone"]) == 1 and main(["cache", "demo", "teacher.path=gone"]) == 1
+assert main(["doctor", "demo", "teacher.path=gone"]) == 1 and main(["prune", "x", "y", "--shards", "gone"]) == 1
+assert main(["teach", "demo", "data.folder=gone"]) == 1
 assert main(["run", "demo", "data.folder=gone"]) == 1 and main(["evaluate", "demo", "name=gone"]) == 1
 heavy = {"torch", "transformers", "scipy", "matplotlib", "pandas"} & set(sys.modules)
 assert not heavy, heavy
