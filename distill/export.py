@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -332,5 +331,5 @@ def main(args: argparse.Namespace) -> int:
     else:
         out = export(args.run, args.out, merge=args.merge, whole=args.whole, salmonn=args.salmonn, ears=args.ears_bits)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"student: {out} ({size / 1e6:,.1f} MB)", file=sys.stderr)
+    print_status(f"student: {out} ({size / 1e6:,.1f} MB)")
     return 0

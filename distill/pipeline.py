@@ -20,6 +20,7 @@ from distill.commandline.launch import name_parent
 from distill.config import SPLITS, Config, load_config
 from distill.config.places import check_files
 from distill.config.rules import value_at
+from distill.training.monitoring.trackers import check_trackers
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.files.hash import remember_hash
@@ -97,7 +98,7 @@ def check_needed(config: Config) -> None:
     """Refuse what later stages would miss, before hours of packing and caching.
 
     Raises:
-        ValueError: the config names no teacher, no student or no training manifest.
+        ValueError: the config names no teacher, no student or no training manifest, or a tracker that is not here.
         FileNotFoundError: a file that it names is not there.
     """
     is_packed_here = config.corpus.kind == "manifest" and not is_remote(config.data.folder)
@@ -108,6 +109,7 @@ def check_needed(config: Config) -> None:
         if not value_at(config, key):
             raise ValueError(f"{key} is empty, but the pipeline needs it; give it, as in {key}=…")
     check_files(config, manifests)
+    check_trackers(config.train.trackers)
 
 
 def make_shards(config: Config) -> None:

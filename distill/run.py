@@ -19,6 +19,7 @@ from distill.inputs import check_clips
 from distill.student import lora_of, make_student, student_llm, tell_ears_error
 from distill.teacher import load_teacher, precision_name, teach_online
 from distill.training.identity import identify_settings
+from distill.training.monitoring.trackers import check_trackers
 from distill.training.ranks import build_accelerator, resolve_precision, say
 from distill.training.resuming import report_changes
 from distill.training.runlock import RunLock
@@ -46,6 +47,7 @@ def run(config: Config) -> int:
 
 def train_student(config: Config) -> int:
     """As `run`, in a folder that nobody else writes into."""
+    check_trackers(config.train.trackers)
     check_channels(config.shards(split) for split in SPLITS)
     accelerator = build_accelerator()
     folder = config.run_folder / "student"

@@ -21,6 +21,7 @@ from distill.distiller import Distiller, FitResult, Run
 from distill.inputs import check_clips
 from distill.run import find_valid, is_trained
 from distill.teacher import resolve_ears
+from distill.training.monitoring.trackers import check_trackers
 from distill.training.ranks import build_accelerator, resolve_precision, say
 from distill.training.runlock import RunLock
 from distill.training.stopping import PREEMPTED
@@ -54,6 +55,7 @@ def train_on_parts(config: Config) -> int:
         ValueError: the config names no parts, or a teacher that is trained already.
     """
     check_parts(config)
+    check_trackers(config.train.trackers)
     accelerator = build_accelerator()
     teacher = build_teacher(config).to(accelerator.device)
     kept = keep_frames(config, teacher, accelerator) if config.cache.frames != "none" else None

@@ -23,6 +23,7 @@ from distill.config import Config, load_config
 from distill.evaluation.evaluate import evaluate_run
 from distill.pipeline import launch_stage, make_shards, run_pipeline
 from distill.run import find_valid, run
+from distill.training.monitoring.trackers import TRACKERS
 from shards.manifests.manifest import read_manifest
 from shards.sample import SAMPLE_RATE
 
@@ -198,10 +199,12 @@ def test_a_signal_stops_the_running_stage_in_order_and_leaves_no_process(tmp_pat
         ("corpus.test=nope.json", r"corpus\.test is nope\.json, but there is nothing"),
         ("teacher.second=nope.pt", r"teacher\.second is nope\.pt, but there is nothing"),
         ("student.llm=''", r"student\.llm is empty, but the pipeline needs it"),
+        ("train.trackers=[aim]", r"train\.trackers names aim, but its package is not installed; run `pip install none"),
     ],
 )
 def test_what_a_later_stage_would_miss_is_refused_before_anything_is_packed(tmp_path, monkeypatch, word, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TRACKERS, "aim", "none_of_this_name")
     (tmp_path / "train.json").write_text('{"annotation": []}')
     (tmp_path / "teacher").mkdir()
     config = tmp_path / "own.yaml"

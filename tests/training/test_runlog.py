@@ -7,6 +7,8 @@ import pytest
 from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distill.config import load_config
+from distill.run import run
 from distill.training.monitoring.runlog import METRICS, VALIDATION, RunLog, read_table
 from distill.training.monitoring.trackers import TENSORBOARD, TRACKERS, Trackers, check_trackers
 
@@ -71,12 +73,15 @@ def test_a_tracker_that_fails_is_left_off_and_named_without_its_secret(tmp_path,
     assert read_events(tmp_path, "train/loss") == [(1, 2.5), (2, 2.5)]
 
 
-def test_a_tracker_whose_package_is_not_here_is_refused_with_the_line_that_installs_it(monkeypatch):
+def test_a_tracker_whose_package_is_not_here_is_refused_with_the_line_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setitem(TRACKERS, "mlflow", "a_package_that_is_nowhere")
     with pytest.raises(
         ValueError, match=r"train\.trackers names mlflow, but .* run `pip install a_package_that_is_now"
     ):
         check_trackers(["mlflow"])
+    monkeypatch.setattr("distill.run.load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    with pytest.raises(ValueError, match=r"train\.trackers names mlflow"):
+        run(load_config("demo", [f"runs={tmp_path}", "train.trackers=[mlflow]"]))
 
 
 def test_the_rules_know_accelerates_trackers():
