@@ -189,20 +189,26 @@ def test_what_a_device_does_not_take_is_said(finished, exported, capsys):
         DeviceStudent(exported).generate(SAMPLES[:1], max_new_tokens=5000)
 
 
-def test_the_page_about_devices_says_what_works(exported, tmp_path, monkeypatch, capsys):
-    """The page's commands but the export, which the other tests make, and its Python."""
+def test_every_block_of_the_page_about_devices_works_in_order(finished, exported, tmp_path, monkeypatch, capsys):
+    """Its first line is what made `exported`, in another type."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-device").symlink_to(exported)
-    (tmp_path / "recordings").mkdir()
+    for folder in ("recordings", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs/demo").symlink_to(finished)
     soundfile.write("recordings/0.wav", tiny.tone(1), 16_000)
-    found = re.findall(r"(?m)^```(bash|python)\n([^`]*)^```", (ROOT / "docs/device.md").read_text())
-    blocks = {kind: block for kind, block in reversed(found)}  # the first of each
-    _, transcribe, runner = (shlex.split(line, comments=True) for line in blocks["bash"].splitlines())
-    assert main(transcribe[1:]) == 0
-    assert runner[:3] == ["python", "-m", "students.device"] and run_device(runner[3:]) == 0
-    exec(blocks["python"], {})
-    said = capsys.readouterr().out
-    assert said and said == 3 * said[: len(said) // 3]  # whatever control characters a toy says
+    said = []
+    for language, text in re.findall(r"(?m)^```(\w+)\n([^`]*)^```", (ROOT / "docs/device.md").read_text()):
+        if language == "python":
+            exec(text, {})
+        for words in (shlex.split(line, comments=True) for line in text.splitlines() if language == "bash"):
+            is_runner = words[:3] == ["python", "-m", "students.device"]
+            if "--device" not in words:
+                assert (run_device(words[3:]) if is_runner else main(words[1:])) == 0, words
+        said.append(capsys.readouterr().out)
+    heard, again, _ = said
+    assert heard and heard == 2 * again  # whatever control characters a toy says
+    assert sorted(path.name for path in tmp_path.glob("for-*")) == ["for-llama", "for-onnx", "for-vllm"]
 
 
 def test_evaluating_shows_the_folder_beside_student_and_teacher(finished, exported, capsys):
