@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from distill.config import LossConfig, TrainConfig
+from distill.config import LossConfig, StudentConfig, TrainConfig
 from distill.training.optimizer import learning_rate
+from shards.targets.header import add_later_fields
 
 DECISIVE = (  # of TrainConfig: what changes the result of a step
     "batch_size", "learning_rate", "min_learning_rate", "warmup_steps", "schedule", "decay_share", "weight_decay",
@@ -50,10 +51,7 @@ def check_changes(
     Raises:
         ValueError: each field that differs is named.
     """
-    run_folder = checkpoint.parent.parent
-    defaults = {name: value for name, value in identify_training(TrainConfig()).items() if name != STEPS}
-    there = defaults | there  # an option that the run's release had not was as its default is
-    there = there | {"loss": asdict(LossConfig()) | there["loss"]} if "loss" in there else there
+    run_folder, there = checkpoint.parent.parent, add_what_came_later(there, here)
     changes = dict(compare(there, json.loads(json.dumps(here))))
     if STEPS in changes and STEPS in there:
         told = explain_steps(there[STEPS], done, options, has_schedules)
@@ -68,6 +66,18 @@ def check_changes(
         )
     for field, values in changes.items():
         say(f"{run_folder} goes on with another {field}, as train.allow_change says: {values}")
+
+
+def add_what_came_later(there: dict, here: dict) -> dict:
+    """An identity with the fields that its run's release had not: what was done then is what their defaults say."""
+    defaults = {name: value for name, value in identify_training(TrainConfig()).items() if name != STEPS}
+    for section, settings in (("loss", LossConfig()), ("student", StudentConfig())):
+        if section in there:
+            known = {name: value for name, value in asdict(settings).items() if name in here.get(section, ())}
+            there = there | {section: known | there[section]}
+    if "targets" in there:
+        there = there | {"targets": add_later_fields(there["targets"], here.get("targets", {}))}
+    return defaults | there
 
 
 def explain_steps(before: int, done: int, options: TrainConfig, has_schedules: bool) -> str | None:

@@ -74,8 +74,8 @@ class CacheHeader:
         if self.fingerprint == expected.fingerprint:
             return
         # through JSON, as the fingerprint: a tuple is a list there
-        stored, asked = (_flatten(json.loads(json.dumps(header.identity))) for header in (self, expected))
-        stored, asked = _fill(stored, asked), _fill(asked, stored)
+        stored, asked = (json.loads(json.dumps(header.identity)) for header in (self, expected))
+        stored, asked = _flatten(add_later_fields(stored, asked)), _flatten(add_later_fields(asked, stored))
         names = [name for name in sorted(stored | asked) if stored.get(name) != asked.get(name)]
         if not names:
             return
@@ -133,6 +133,17 @@ def write_header(folder: Path, header: CacheHeader) -> CacheHeader:
     return stored
 
 
+def add_later_fields(identity: Mapping, other: Mapping) -> dict:
+    """An identity with those fields of LATER that only the other has, as they were then; one not known then agrees."""
+    filled = dict(identity)
+    for field, had in LATER.items():
+        section, name = field.split(".")
+        theirs, own = other.get(section) or {}, filled.get(section) or {}
+        if name in theirs and name not in own:
+            filled[section] = own | {name: theirs[name] if None in (had, theirs[name]) else had}
+    return filled
+
+
 def _create(path: Path, header: CacheHeader) -> None:
     create_once(path, json.dumps({"fingerprint": header.fingerprint, "identity": header.identity}, indent=1) + "\n")
 
@@ -146,12 +157,6 @@ def _flatten(value: Mapping, prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{name}"] = inner
     return flat
-
-
-def _fill(fields: dict[str, object], others: Mapping) -> dict[str, object]:
-    """The fields with those of LATER that only the others name."""
-    known = {name: had for name, had in LATER.items() if name in others}
-    return {name: others[name] if None in (had, others[name]) else had for name, had in known.items()} | fields
 
 
 def _show(values: dict[str, object], name: str) -> str:

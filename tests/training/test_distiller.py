@@ -17,7 +17,7 @@ from distill.run import run, wrap_teacher
 from distill.training import checkpoint
 from distill.training.checkpoint import find_checkpoint, prune, save_checkpoint
 from distill.training.identity import identify_settings
-from distill.training.resuming import compare
+from distill.training.resuming import check_changes, compare
 from distill.training.update.spikes import BadStepsError
 from shards.packing.pack import pack
 from shards.streaming.order import Order
@@ -371,6 +371,26 @@ def test_a_run_whose_loss_or_teacher_changed_does_not_resume_and_says_field_by_f
     tiny.save_teacher(tmp_path / "parts", tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"targets\.teacher_weights\.\w+: \w{16} there, \w{16} here"):
         run(load_config(toys / "toy.yaml", [*words, f"teacher.path={tmp_path}/teacher"]))
+
+
+def test_a_run_of_a_release_without_some_settings_goes_on_where_they_are_as_it_was_without_them(toys, tmp_path):
+    words = [f"runs={tmp_path}", "name=own", "student.quantization=none", "teacher.online=true"]
+    run(load_config(toys / "toy.yaml", [*words, "train.stop_after=1"]))
+    path = tmp_path / "own" / "checkpoints" / "step-000001" / "state.json"
+    state = json.loads(path.read_text())
+    for section, field in (("student", "ears_seconds"), ("student", "prefix_tokens"), ("loss", "balance")):
+        del state["identity"][section][field]
+    del state["identity"]["targets"]["teacher_config"]["ears_seconds"]
+    check = {"checkpoint": path.parent, "done": 1, "options": TrainConfig(), "has_schedules": False, "say": print}
+    here = json.loads(path.read_text())["identity"]
+    check_changes(state["identity"], here, **check)
+    for section, field, value, message in (
+        ("student", "prefix_tokens", 4, r"\(student\.prefix_tokens: 0 there, 4 here\)"),
+        ("targets", "teacher_config", {**here["targets"]["teacher_config"], "ears_seconds": "clip"},
+         r"\(targets\.teacher_config\.ears_seconds: 30 there, clip here\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_changes(state["identity"], here | {section: here[section] | {field: value}}, **check)
 
 
 def test_a_change_that_is_allowed_by_name_is_said_and_made_and_no_other(toys, tmp_path, capsys):
