@@ -61,6 +61,7 @@ def commands() -> dict[str, list[str]]:
         "wrong command": [*DISTILL, "trian"],
         "wrong key": [*DISTILL, "run", "demo", "train.stepz=1"],
         "wrong path": [*DISTILL, "run", "gone.yaml"],
+        "wrong path in a field": [*DISTILL, "cache", "demo", "teacher.path=gone"],
         "audit of 8 clips": [*DISTILL, "audit", "m.json"],
         "stats of 8 clips": [*DISTILL, "stats", "m.json"],
         "split of 8 rows": [*DISTILL, "split", "m.json", "a.json", "b.json", "--by", "recording"],
