@@ -173,6 +173,16 @@ def test_samples_of_python_and_of_hugging_face_become_the_same_shards_once(toys,
         fit(toys, tmp_path / "run", train=dicts[:2])
 
 
+def test_a_manifest_is_packed_once_into_the_runs_folder(toys, tmp_path, capsys):
+    manifest = toys / "data" / "train.json"
+    changes = {"train": manifest, "valid": str(manifest), "answers": EvalConfig(max_new_tokens=2)}
+    result = fit(toys, tmp_path, **changes).fit()
+    assert len(result.losses) == 2 and result.scores and "(0 were done), 12 samples" in capsys.readouterr().err
+    assert fit(toys, tmp_path, **changes).fit().losses == result.losses
+    assert "(1 were done), 12 samples" in capsys.readouterr().err
+    assert sorted(path.name[:6] for path in (tmp_path / "data").iterdir()) == ["train-", "valid-"]
+
+
 @pytest.mark.parametrize(
     ("items", "message"),
     [
