@@ -8,6 +8,11 @@ Source: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024 (
 in every step, as `training/onpolicy.py` does it.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from distill.commandline.starting import end_at_signals
+
+    end_at_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

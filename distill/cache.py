@@ -4,6 +4,11 @@ Run with `accelerate launch -m distill.cache CONFIG [key=value …]`. Ranks clai
 started and killed at any time, ends in the same files.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from distill.commandline.starting import end_at_signals
+
+    end_at_signals()
+
 import argparse
 import math
 import sys

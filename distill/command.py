@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distill.commandline.launch import bind_to_launcher
+from distill.commandline.starting import INTERRUPTED, STOPPED, raise_at_signals
 from distill.config.recipes import find_config
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.parent_process import is_in_main_thread
@@ -95,6 +96,7 @@ def guard(work, *, debug: bool) -> int:
 
     `KeyError` and the like are bugs of ours and keep their traceback.
     """
+    raise_at_signals()
     bind_to_launcher()
     keep_freed_memory()
     tell_launcher(LAST_WORDS)
@@ -106,9 +108,9 @@ def guard(work, *, debug: bool) -> int:
             tell_launcher(ENDED.format(code))
         return code
     except KeyboardInterrupt as stopped:
-        print("stopped; files that were finished are kept, and the same command goes on from them", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         if not isinstance(stopped, StoppedError):
-            return 130
+            return INTERRUPTED
         tell_launcher(ENDED.format(PREEMPTED))
         return PREEMPTED
     except BrokenPipeError:  # whoever read our lines, as `head` does, has had enough

@@ -1,5 +1,10 @@
 """Train a student: `accelerate launch -m distill.run CONFIG [key=value …]`. A thin caller of `Distiller`."""
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from distill.commandline.starting import end_at_signals
+
+    end_at_signals()
+
 import argparse
 import sys
 from pathlib import Path

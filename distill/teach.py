@@ -5,6 +5,11 @@ two configs, the second with `teach.start`. With `scratch.steps` the demo's teac
 ears and LLM learn too.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from distill.commandline.starting import end_at_signals
+
+    end_at_signals()
+
 import argparse
 import dataclasses
 import sys

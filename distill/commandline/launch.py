@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from distill.commandline.starting import end
 from distill.training.stopping import GRACE_SECONDS, PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.parent_process import end_with_parent
 
@@ -51,13 +52,13 @@ def _is_python(process: int) -> bool:
 
 def launch(words: Sequence[str]) -> int:
     """Run `accelerate launch` with these words; returns the exit code of the first rank that failed, else 0."""
+    pass_signals_on()
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(words)
     os.environ |= name_parent()
-    pass_signals_on()
     try:
         launch_command(args)
         return 0
@@ -85,11 +86,15 @@ def report(who: str, code: int) -> int:
 
 
 def pass_signals_on() -> None:
-    """Give every signal that would end this process to its children instead; their end is then ours."""
+    """Give every signal that would end this process to its children instead; their end is then ours, or it is at once
+    where none has started yet."""
     import psutil
 
     def pass_on(number: int, frame) -> None:
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children:
+            end(number, frame)
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 

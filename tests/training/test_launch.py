@@ -12,6 +12,7 @@ import pytest
 
 from distill.command import LAST_WORDS, StoppedError, guard
 from distill.commandline.launch import OF_OTHERS, PARENT, launch
+from distill.commandline.starting import STOPPED
 from distill.training.stopping import PREEMPTED, STOP_SIGNALS
 from shards.pool import map_in_order
 
@@ -63,6 +64,29 @@ def test_a_signal_to_the_launcher_of_one_process_reaches_it_and_its_end_is_waite
         f"os.kill(os.getppid(), {int(number)})\nsignal.pause()",
     )
     assert launch([*ONE, script]) == PREEMPTED
+
+
+INTERRUPTED_BY_ITSELF = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{package}":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Finder())
+"""  # Python runs it at its start, where it lies beside the packages as sitecustomize.py
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 128 + signal.SIGINT), (signal.SIGTERM, PREEMPTED)])
+@pytest.mark.parametrize("stage", ["run", "cache", "teach", "answers", "commandline.launch"])
+def test_a_signal_while_a_stage_or_launcher_still_imports_ends_it_with_one_line(tmp_path, stage, number, code):
+    package = "accelerate" if stage == "commandline.launch" else "torch"
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_BY_ITSELF.format(package=package, number=int(number)))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    process = subprocess.run([sys.executable, "-m", f"distill.{stage}", "config.yaml"], env=environment, text=True,
+                             capture_output=True, timeout=60)  # fmt: skip
+    assert (process.returncode, process.stderr) == (code, f"{STOPPED}\n")
 
 
 def test_a_process_tells_torchruns_report_how_to_go_on_before_it_can_be_killed(tmp_path, monkeypatch):
