@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from accelerate.utils import gather_object as gather_list
 from torch import nn
 
+from distill.training.stopping import dying_of_signals
 from shards.status import print_status
 
 # DeepSpeed looks for an accelerator when it is imported; without a GPU it must be told
@@ -31,14 +33,16 @@ def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:
     if not takes_deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    has_others = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not torch.cuda.is_available():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if has_others:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
             os.environ["ACCELERATE_USE_CPU"] = "true"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         forbid_compiling()
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    with dying_of_signals() if has_others else nullcontext():  # it waits for them, and one may be stopped already
+        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config
 

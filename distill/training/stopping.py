@@ -23,6 +23,19 @@ def is_ignored(number: int) -> bool:
     return signal.getsignal(number) is signal.SIG_IGN
 
 
+@contextmanager
+def dying_of_signals() -> Iterator[None]:
+    """A block in which a signal ends the process at once: for a wait in C, where no handler of Python's runs, before
+    anything has begun that would have to be put away."""
+    numbers = [n for n in STOP_SIGNALS if not is_ignored(n)] if is_in_main_thread() else []
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """True once a signal came while the block runs, or its time is over; a step is never cut in the middle.
 

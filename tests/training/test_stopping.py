@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from distill.distiller import Distiller
 from distill.run import run
 from distill.training import runlock, stopping
 from distill.training.checkpoint import find_checkpoint
+from distill.training.ranks import build_accelerator
 from distill.training.runlock import make_run_folder
 from distill.training.stopping import HangWatch, StopRequest, warn_of_slow_save
 from distill.training.zero import describe_build_locks, report_build_locks
@@ -162,6 +165,30 @@ def test_sigterm_to_one_of_two_ranks_stops_both_after_one_step_and_one_process_g
     assert 2 <= find_checkpoint(config.run_folder / "checkpoints", print).step < NUM_STEPS
     assert run(configure(toys, "ranks", "train.save_every=500", f"train.stop_after={NUM_STEPS}")) == 143
     assert losses(toys, "ranks") == pytest.approx(losses(toys, "whole"), abs=1e-5)
+
+
+def wait_for_the_others(port: int) -> None:
+    tiny.become_rank(1, port)
+    build_accelerator()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc that Python's handler is gone")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_for_one_that_is_stopped_already_ends_at_its_own_signal(number):
+    rank = multiprocessing.get_context("fork").Process(target=wait_for_the_others, args=(tiny.free_port(),))
+    rank.start()
+    status, began = Path(f"/proc/{rank.pid}/status"), time.monotonic()
+    while rank.is_alive() and time.monotonic() - began < 60:
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+        if not caught >> (number - 1) & 1:
+            break
+        time.sleep(0.01)
+    time.sleep(0.5)  # until it waits in C
+    os.kill(rank.pid, number)
+    rank.join(20)
+    code = rank.exitcode
+    rank.kill()
+    assert code == -number
 
 
 def test_a_time_that_is_over_is_a_request_to_stop(monkeypatch):
