@@ -19,8 +19,7 @@ from typing import NoReturn
 from distill.commandline.launch import bind_to_launcher
 from distill.commandline.starting import INTERRUPTED, STOPPED, raise_at_signals
 from distill.config.recipes import find_config
-from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
-from shards.parent_process import is_in_main_thread
+from distill.training.stopping import PREEMPTED, STOP_SIGNALS, handle_signals, is_ignored
 from shards.status import is_quiet, set_quiet
 
 ENDED = "exit code {}: see the message above; the same command goes on from what is finished"
@@ -145,18 +144,15 @@ class StoppedError(KeyboardInterrupt):
 def stop_in_order() -> Iterator[None]:
     """A block that every signal ends as Ctrl-C does, so that what it holds is put away; the second ends it at once."""
 
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGINT and not is_ignored(number)]
+
     def stop(number: int, frame) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
         raise StoppedError
 
-    numbers = [n for n in STOP_SIGNALS if n != signal.SIGINT and not is_ignored(n)] if is_in_main_thread() else []
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with handle_signals(stop, numbers):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def describe(error: Exception) -> str:

@@ -22,7 +22,7 @@ from distill.config.places import check_files
 from distill.config.rules import value_at
 from distill.training.monitoring.trackers import check_trackers
 from distill.training.runlock import RunLock
-from distill.training.stopping import PREEMPTED, STOP_SIGNALS, is_ignored
+from distill.training.stopping import PREEMPTED, handle_signals
 from shards.files.hash import remember_hash
 from shards.files.write import open_atomically, write_atomically
 from shards.jsonfile import ShapeError, read_object
@@ -252,8 +252,7 @@ def wait_for(command: Sequence[str], environment: dict[str, str]) -> tuple[int, 
         for process in processes:
             process.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS if not is_ignored(number)}
-    try:
+    with handle_signals(pass_on):
         # a group of its own: what a launcher leaves behind is found, and Ctrl-C comes once, through us
         processes.append(subprocess.Popen(command, env=environment, process_group=0))
         for number in caught:
@@ -261,9 +260,6 @@ def wait_for(command: Sequence[str], environment: dict[str, str]) -> tuple[int, 
         code = processes[0].wait()
         if caught:
             end_group(processes[0].pid, caught[0])
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return code, caught[0] if caught else None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.commandline.starting import end
+from distill.commandline.starting import end_at_once
 from distill.training.stopping import GRACE_SECONDS, PREEMPTED, STOP_SIGNALS, is_ignored
 from shards.parent_process import end_with_parent
 
@@ -93,7 +93,7 @@ def pass_signals_on() -> None:
     def pass_on(number: int, frame) -> None:
         children = psutil.Process().children()
         if not children:
-            end(number, frame)
+            end_at_once(number, frame)
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)

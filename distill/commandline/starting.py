@@ -18,10 +18,10 @@ def end_at_signals() -> None:
     """Let every signal that stops a stage end this process, with its words and its exit code."""
     for number in STOP_SIGNALS:
         if not is_ignored(number):
-            signal.signal(number, end)
+            signal.signal(number, end_at_once)
 
 
-def end(number: int, frame) -> None:
+def end_at_once(number: int, frame) -> None:
     """End the process as a stage that was stopped ends."""
     print(STOPPED, file=sys.stderr, flush=True)
     os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
@@ -30,5 +30,5 @@ def end(number: int, frame) -> None:
 def raise_at_signals() -> None:
     """What `end_at_signals` did is taken back: what comes now is put away in order."""
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is end:
+        if signal.getsignal(number) is end_at_once:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

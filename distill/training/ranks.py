@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from accelerate.utils import gather_object as gather_list
 from torch import nn
 
-from distill.training.stopping import dying_of_signals
+from distill.training.stopping import handle_signals
 from shards.status import print_status
 
 # DeepSpeed looks for an accelerator when it is imported; without a GPU it must be told
@@ -41,7 +42,8 @@ def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:
             os.environ["ACCELERATE_USE_CPU"] = "true"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         forbid_compiling()
-    with dying_of_signals() if has_others else nullcontext():  # it waits for them, and one may be stopped already
+    # it waits for them in C, where no handler of Python's runs, and one may be stopped already; nothing has begun yet
+    with handle_signals(signal.SIG_DFL) if has_others else nullcontext():
         accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from shards.parent_process import is_in_main_thread
@@ -24,16 +24,18 @@ def is_ignored(number: int) -> bool:
 
 
 @contextmanager
-def dying_of_signals() -> Iterator[None]:
-    """A block in which a signal ends the process at once: for a wait in C, where no handler of Python's runs, before
-    anything has begun that would have to be put away."""
-    numbers = [n for n in STOP_SIGNALS if not is_ignored(n)] if is_in_main_thread() else []
-    previous = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+def handle_signals(handler: Callable | int, numbers: Sequence[int] = STOP_SIGNALS) -> Iterator[None]:
+    """A block in which these signals are handled so, but for those that are ignored; then as they were before.
+
+    In another thread than the main one, which alone Python lets handle them, nothing changes.
+    """
+    numbers = [number for number in numbers if not is_ignored(number)] if is_in_main_thread() else []
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class StopRequest:
@@ -57,13 +59,12 @@ class StopRequest:
         return self._came is not None or time.monotonic() > self._deadline
 
     def __enter__(self) -> "StopRequest":
-        numbers = [n for n in STOP_SIGNALS if not is_ignored(n)] if is_in_main_thread() else []
-        self._previous = {number: signal.signal(number, self._note) for number in numbers}
+        self._handled = handle_signals(self._note)
+        self._handled.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error) -> None:
+        self._handled.__exit__(*error)
 
     def request(self) -> None:
         """Ask from within the process."""
