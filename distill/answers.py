@@ -25,6 +25,7 @@ from distill.caching.identity import describe_teacher
 from distill.caching.job import FIGURES
 from distill.command import run_stage
 from distill.config import Config
+from distill.config.places import check_student
 from distill.objective.crossteacher import match_vocab
 from distill.teacher import load_to_keep
 from distill.training.onpolicy import OwnAnswers
@@ -38,16 +39,21 @@ from shards.targets.store import TargetReader, TargetWriter, is_of_other_audio, 
 from shards.tars.source import expand_shards
 from students.start import identify_student
 from students.student import load_student
-from teachers.files.loading import CONFIG
 from teachers.salmonn import Salmonn
 
 ROUND = "on_policy"  # the field that only the header of a round has
 
 
 def answers(config: Config) -> int:
-    """Let the run's student answer, and write the teacher's targets of its answers; returns the exit code."""
-    folder = config.run_folder / "student"
-    check_job(config, folder)
+    """Let the run's student answer, and write the teacher's targets of its answers; returns the exit code.
+
+    Raises:
+        FileNotFoundError: the run has saved no student.
+        ValueError: the config names no round.
+    """
+    if not config.on_policy.round:
+        raise ValueError("on_policy.round is 0, but answers belong to a round; set on_policy.round=1, or the next.")
+    folder = check_student(config)
     with RunLock(config.run_folder, shared=True):  # others may answer too, but nobody may train what answers
         return answer_shards(config, folder)
 
@@ -105,22 +111,6 @@ def describe_round(config: Config, teacher: CacheHeader, student: Path) -> Cache
     """The header of a round: the teacher's, the saved student that answers, and how."""
     how = {name: value for name, value in asdict(config.on_policy).items() if name not in ("share", "step_share")}
     return CacheHeader({**teacher.identity, ROUND: {**how, "seed": config.seed, "student": identify_student(student)}})
-
-
-def check_job(config: Config, student: Path) -> None:
-    """Refuse a job without a round or without a student.
-
-    Raises:
-        FileNotFoundError: the run has saved no student.
-        ValueError: the config names no round.
-    """
-    if not config.on_policy.round:
-        raise ValueError("on_policy.round is 0, but answers belong to a round; set on_policy.round=1, or the next.")
-    if not (student / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"student is {student}, but there is no saved student; finish `distill run` of name={config.name}, or give "
-            f"the name of the run whose student is to answer."
-        )
 
 
 def check_folder(folder: Path, header: CacheHeader) -> None:
