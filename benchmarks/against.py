@@ -52,7 +52,7 @@ PARTS = {  # what a work's part is, and how many a round takes
     "step": ("a step from the cache", 30),
     "step_frames": ("a step, int8 frames in the cache", 40),
     "step_worker": ("the same, read by one worker of the stream", 40),
-    "step_online": ("a step, the teacher online", 15),
+    "step_online": ("a step, the teacher online", 45),
 }
 WHOLE = ("pack", "cache")  # works whose parts are whole jobs, the first as good as the next
 LOSS_STEPS = 8  # of runs that no time is taken of
