@@ -302,7 +302,7 @@ class Distiller:
 
         A run that is done is not trained again: its student gets its weights back, and its result is read.
         """
-        with self.lock:
+        with self.lock, self.hang_watch("training"):
             if self.is_prepared:
                 self._find_start()
             with self.hang_watch("preparation"):

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from shards.parent_process import is_in_main_thread
 
@@ -80,8 +80,9 @@ class StopRequest:
 class HangWatch:
     """Ends the process, with the stacks of all its threads on stderr, when a part of a run takes too long.
 
-    A rank that waits for another in a collective waits in C, where no Python signal handler runs; the timer is a thread
-    of C too. The launcher then ends the other ranks.
+    A rank that waits for another in a collective waits in C, where no Python signal handler runs, and may hold Python's
+    lock; so the end is a timer of C. The launcher then ends the other ranks. While the outermost block runs, one thread
+    puts that timer off, twice in the time that a part may take: a part inside costs a clock's reading, not a thread.
 
     Args:
         minutes: that a part may take; 0: no end.
@@ -90,8 +91,8 @@ class HangWatch:
 
     def __init__(self, minutes: float, explain: Callable[[], str] = str):
         self.minutes, self.explain = minutes, explain
-        self._timer: threading.Timer | None = None
         self._part = ""
+        self._late_at = math.inf  # by the monotonic clock
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -99,28 +100,41 @@ class HangWatch:
         outer, self._part = self._part, part
         self.beat()
         try:
-            yield
+            with nullcontext() if outer or not self.minutes else self._watching():
+                yield
         finally:
             self._part = outer
             if outer:
                 self.beat()
-            else:
-                self._cancel()
 
     def beat(self) -> None:
         """Count from now on again: a part of many pieces has done one."""
-        self._cancel()
-        if self.minutes:
-            faulthandler.dump_traceback_later(60 * self.minutes + SAY_SECONDS, exit=True, file=sys.__stderr__)
-            self._timer = threading.Timer(60 * self.minutes, self._say)
-            self._timer.daemon = True
-            self._timer.start()
+        self._late_at = time.monotonic() + 60 * self.minutes
 
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            faulthandler.cancel_dump_traceback_later()
-            self._timer = None
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        over = threading.Event()
+        thread = threading.Thread(target=self._put_off, args=(over,), name="hang watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _put_off(self, over: threading.Event) -> None:
+        """In a thread: put the end off while parts end in time, and say why it comes where one does not."""
+        said_of, wait = 0.0, 0.0
+        while not over.wait(wait):
+            late_at = self._late_at
+            left = max(late_at - time.monotonic(), 0)
+            if left or said_of != late_at:
+                faulthandler.dump_traceback_later(left + SAY_SECONDS, exit=True, file=sys.__stderr__)
+            if not left and said_of != late_at:
+                self._say()
+                said_of = late_at
+            wait = min(left, 30 * self.minutes) or SAY_SECONDS / 10  # a part that is late may still end
+        faulthandler.cancel_dump_traceback_later()
 
     def _say(self) -> None:
         print(

@@ -219,9 +219,42 @@ def test_a_step_that_hangs_ends_the_process_and_shows_where():
     assert "the same command goes on from the last checkpoint. utils/lock is there\n" in ended.stderr
 
 
+def test_one_thread_watches_all_parts_of_a_run_and_one_that_ends_late_but_ends_lets_the_process_live():
+    program = (
+        "import threading, time\n"
+        "from distill.training.stopping import HangWatch\n"
+        "watch = HangWatch(minutes=0.3 / 60)\n"
+        "threads = set()\n"
+        "with watch('training'):\n"
+        "    for step in range(20):\n"
+        "        with watch(f'step {step}'):\n"
+        "            time.sleep(0.04)\n"
+        "        threads |= {thread.ident for thread in threading.enumerate()}\n"
+        "    print('in time')\n"
+        "    with watch('validation'):\n"
+        "        time.sleep(0.6)\n"
+        "time.sleep(1.4)\n"  # nothing is watched now
+        "print(len(threads), threading.active_count())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "in time\n2 1\n")
+    assert ended.stderr.count("error: ") == ended.stderr.count("error: validation takes longer") == 1
+
+
+def note_beats(monkeypatch) -> list[str]:
+    """The parts that are begun or come back to from now on, one by one."""
+    beats, beat = [], HangWatch.beat
+
+    def note(self):
+        beats.append(self._part)
+        beat(self)
+
+    monkeypatch.setattr(HangWatch, "beat", note)
+    return beats
+
+
 def test_a_block_in_a_watched_block_is_watched_for_itself_and_the_outer_one_again_after_it(monkeypatch):
-    beats = []
-    monkeypatch.setattr(HangWatch, "beat", lambda self: beats.append(self._part))
+    beats = note_beats(monkeypatch)
     watch = HangWatch(minutes=1)
     with watch("saving step 3"), watch("on_save of Own"):
         pass
@@ -240,8 +273,7 @@ class Slow:
 
 
 def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys, monkeypatch, tmp_path):
-    beats = []
-    monkeypatch.setattr(HangWatch, "beat", lambda self: beats.append(self._part))
+    beats = note_beats(monkeypatch)
     tiny.make_shards(tmp_path, split="valid", num_samples=2)
     model = load_salmonn(toys / "teacher")
     student = build_student(
@@ -259,7 +291,7 @@ def test_preparation_steps_validation_saving_and_callbacks_are_each_watched(toys
     ).fit()
     parts = [beat for beat in dict.fromkeys(beats) if not beat.endswith((" of RunLog", " of Trackers", " of Progress"))]
     assert parts == [
-        "preparation", "on_start of Slow", "step 1", "on_step of Slow", "validation after step 1",
+        "training", "preparation", "on_start of Slow", "step 1", "on_step of Slow", "validation after step 1",
         "on_validation of Slow", "saving step 1", "on_save of Slow", "on_end of Slow", "on_close of Slow",
     ]  # fmt: skip
     first = beats.index("validation after step 1")
