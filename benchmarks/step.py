@@ -2,15 +2,19 @@
 
 The naive loop runs both models' own ears, pads to the longest row, takes every position through both heads and the KL
 over the whole vocabulary. Then the product's own steps: ears that are run once, targets from the cache, frames of the
-ears from it too, and only the windows that hold audio. All of one config, same clips, in one run, as ratios:
-`python benchmarks/step.py [--real] [--folder F] [key=value …]`. By default the parts are small, with random weights;
-`--real` takes the recipe 3B → 1B at its real sizes (11 GB on the disk and 20 GB of memory, made by `real_sizes.py`).
+ears from it too, and only the windows that hold audio. All of one config, same clips, in one run, as ratios; then two
+ranks against one, a thread each: `python benchmarks/step.py [--real] [--folder F] [key=value …]`. By default the parts
+are small, with random weights; `--real` takes the recipe 3B → 1B at its real sizes (11 GB on the disk and 20 GB of
+memory, made by `real_sizes.py`) and one rank.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +28,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, LlamaConfig, WhisperConfig, WhisperForConditionalGeneration
 
 from distill.cache import cache
-from distill.config import Config
+from distill.config import Config, to_yaml
 from distill.demo.tokenizer import train_tokenizer
 from distill.run import open_training_stream, run, wrap_teacher
 from distill.student import make_student
@@ -37,7 +41,9 @@ from teachers.lora import SALMONN_LORA
 from teachers.salmonn import Salmonn, SalmonnConfig
 from teachers.words.prompts import load_prompts
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4  # of each kind; the first warms up
+RANK_STEPS = 12  # of one and of two ranks, likewise
 KINDS = {  # what each adds to the one before
     "naive": "own ears for both, every position through the heads, dense KL",
     "shared_ears": "ears run once, supervised positions alone, top-K KL",
@@ -141,6 +147,21 @@ def time_product(config: Config) -> list[float]:
     return [record["seconds"] for record in read_metrics(config.run_folder / "metrics.jsonl")]
 
 
+def time_ranks(folder: Path, ranks: int, words: list[str]) -> list[float]:
+    """Seconds of each step from cached frames, one thread a rank; each rank takes one micro-batch at a time."""
+    micro = real_sizes.BATCH // 2
+    own = [f"name=ranks-{ranks}", f"train.steps={RANK_STEPS}", f"train.micro_batch_size={micro}"]
+    config = read_config(folder, "frames", [*words, *own], is_real=False)
+    shutil.rmtree(config.run_folder, ignore_errors=True)
+    path = folder / f"ranks-{ranks}.yaml"
+    path.write_text(to_yaml(config))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/two_cpus_ddp.yaml"]
+    command = [sys.executable, *(launcher if ranks == 2 else []), ROOT / "distill/run.py", path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*map(str, command)], check=True, env=environment)
+    return [record["seconds"] for record in read_metrics(config.run_folder / "metrics.jsonl")]
+
+
 def read_metrics(path: Path) -> Iterator[dict]:
     """The records of a run's log."""
     return map(json.loads, path.read_text().splitlines())
@@ -164,15 +185,23 @@ def main() -> None:
             config = read_config(folder, kind, args.words, is_real=args.real)
             found = time_naive(config) if kind == "naive" else time_product(config)
             seconds[kind] = statistics.median(found[1:])
-    name = "step_real" if args.real else "step"
-    write_result(name, {"real_1b" if args.real else "small": seconds}, make_table(seconds))
+        by_ranks = {} if args.real else {
+            str(ranks): statistics.median(time_ranks(folder, ranks, args.words)[1:]) for ranks in (1, 2)
+        }  # fmt: skip
+    figures = {"real_1b" if args.real else "small": seconds, "ranks": by_ranks}
+    if by_ranks:
+        figures["two_ranks"] = by_ranks["1"] / by_ranks["2"]
+    write_result("step_real" if args.real else "step", figures, make_table(seconds, by_ranks))
 
 
-def make_table(seconds: dict[str, float]) -> str:
-    """Seconds a step, and how many times faster than the naive loop."""
+def make_table(seconds: dict[str, float], by_ranks: dict[str, float]) -> str:
+    """Seconds a step, and how many times faster than the naive loop; one rank and two."""
     lines = ["| step | adds | s | × the naive loop's speed |", "|---|---|---:|---:|"]
     for kind, adds in KINDS.items():
         lines.append(f"| {kind} | {adds} | {seconds[kind]:.2f} | {seconds['naive'] / seconds[kind]:.1f} |")
+    if by_ranks:
+        one, two = by_ranks["1"], by_ranks["2"]
+        lines += ["", f"With frames, a thread a rank: {one:.2f} s on one rank, {two:.2f} s on two, {one / two:.2f} ×."]
     return "\n".join(lines)
 
 

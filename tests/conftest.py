@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+# a killed process loses nothing that it wrote: only a power cut, which no test makes, would, and each wait for the disk
+# is a test's time; who counts these calls counts on
+os.fsync = lambda descriptor: None
+
 # what a script's background job and nohup ignore, or no process that a test starts would hear it
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:

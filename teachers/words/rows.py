@@ -11,6 +11,8 @@ from teachers.words.ending import End
 from teachers.words.prompts import Prompts
 from teachers.words.templates import NO_BOS, owns_space
 
+KEPT_TEXTS = 1000  # whose ids are kept; a prompt that asks a sample's own question is among them once
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,7 +55,7 @@ class RowTokenizer:
 
     def __init__(self, tokenizer, prompts: Prompts, end_token: str, max_answer_tokens: int, bos_token: str = ""):
         self.tokenizer, self.prompts, self.max_answer_tokens = tokenizer, prompts, max_answer_tokens
-        self._text = TextEncoder(tokenizer)
+        self._text, self._ids = TextEncoder(tokenizer), {}
         self.lead = " " if owns_space(prompts.template, tokenizer) else ""  # of every answer
         self.end = self._read_end(end_token) if end_token else self._own_end()
         self.end_ids = list(self.end.ids)  # where the end stands alone
@@ -64,7 +66,7 @@ class RowTokenizer:
     def text(self) -> TextEncoder:
         """Encodes what is data: the questions and answers of samples."""
         if self._text.tokenizer is not self.tokenizer:
-            self._text = TextEncoder(self.tokenizer)
+            self._text, self._ids = TextEncoder(self.tokenizer), {}  # another model's
         return self._text
 
     def _own_end(self) -> End:
@@ -97,8 +99,17 @@ class RowTokenizer:
         return End(head, tuple(tail), (*(self.text.encode(head) if head else ()), *tail))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of what template, prompts and config say; control tokens in it are those tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Ids of what template, prompts and config say; control tokens in it are those tokens.
+
+        They are kept: a task has few prompts, and every row of every batch has one.
+        """
+        tokenizer = self.text.tokenizer  # first, as it forgets another one's
+        ids = self._ids.get(text)
+        if ids is None:
+            if len(self._ids) >= KEPT_TEXTS:
+                self._ids.clear()
+            ids = self._ids[text] = tokenizer.encode(text, add_special_tokens=False)
+        return list(ids)
 
     def answer_ids(self, text: str) -> list[int]:
         """The answer's ids with the end token.

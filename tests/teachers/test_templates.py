@@ -5,6 +5,7 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import teachers.words.rows as rows_of_words
 from distill.cache import cache
 from distill.config import load_config
 from distill.run import run
@@ -53,6 +54,22 @@ def test_a_row_in_chat_form_is_what_the_chat_template_writes_turn_ends_included(
     whole = tokenizer.apply_chat_template(turns, return_dict=False)
     assert row.before + row.after + row.answer == whole[: whole.index(2, whole.index(2) + 1) + 1]  # to the second end
     assert row.answer[-1] == 2 and row.before[0] == 1 and row.before.count(1) == 1
+
+
+def test_a_prompts_ids_are_kept_for_the_next_row_and_forgotten_with_the_tokenizer(monkeypatch):
+    monkeypatch.setattr(rows_of_words, "KEPT_TEXTS", 3)
+    tokenizer = bytewise()
+    rows = rows_in(tokenizer, SALMONN_TEMPLATE)
+    first = rows.row(tiny.make_sample(text="four"), with_answer=True, first_prompt=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "encode", lambda self, text, **options: [999])
+        again = rows.row(tiny.make_sample(text="four"), with_answer=True, first_prompt=True)
+        assert (again.before, again.after, again.answer[0]) == (first.before, first.after, 999)
+        rows.tokenizer = bytewise()
+        assert rows.encode("Transcribe this.") == [999]
+    for word in ("four", "seven", "this", "Transcribe this."):  # one more than are kept
+        assert rows.encode(word) != [] and rows.encode(word) is not rows.encode(word)
+    assert rows.encode("seven") == rows.tokenizer.encode("seven", add_special_tokens=False)
 
 
 def test_a_chat_that_writes_no_bos_gets_none_and_names_the_same_date_every_day():
