@@ -230,11 +230,13 @@ def _check_row(value: object, questions: Collection[str], fail: Callable) -> dic
         raise fail("", "type", f"is {_describe(value)}, but a row must be an object; mend the row.")
     for field in ("path", "task"):
         if not _is_string(value.get(field)) or not value[field].strip():
-            raise fail(f".{field}", "type", f"is {_describe(value.get(field))}, but must be a string; mend the row.")
+            raise fail(
+                f".{field}", "type", f"is {_describe(value.get(field))}, but {_rule(value.get(field))}; mend the row."
+            )
     value = {**value, "speaker": _read_speaker(value.get("speaker"))}
     for field in ("text", "Q", "source", "speaker"):
         if value.get(field) is not None and not _is_string(value[field]):
-            raise fail(f".{field}", "type", f"is {_describe(value[field])}, but must be a string; mend the row.")
+            raise fail(f".{field}", "type", f"is {_describe(value[field])}, but {_rule(value[field])}; mend the row.")
     text = value.get("text")
     if text is not None and not text.strip():
         raise fail(".text", "empty_text", "is empty, but an answer must say something; use null for unlabelled audio.")
@@ -276,6 +278,13 @@ def _is_string(value: object) -> bool:
         return isinstance(value, str) and b"\0" not in value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON lets through
         return False
+
+
+def _rule(value: object) -> str:
+    """What a value breaks that is no usable text."""
+    if not isinstance(value, str):
+        return "must be a string"
+    return "must be whole characters of UTF-8 without NUL" if value.strip() else "must not be empty"
 
 
 def _locate(name: str, manifest: Path, root: Path | None) -> Path:

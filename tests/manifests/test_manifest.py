@@ -275,6 +275,14 @@ def test_a_bad_row_is_one_bad_row_and_the_rest_is_read(tmp_path, name, kind):
     str(bad).encode()
 
 
+@pytest.mark.parametrize("text, rule", [("x\ud83d", "whole characters of UTF-8 without NUL"),
+                                        ("x\0", "whole characters of UTF-8 without NUL"), (7, "a string")])  # fmt: skip
+def test_what_a_text_that_is_refused_breaks_is_said(tmp_path, text, rule):
+    write_annotation(tmp_path / "m.json", [{**ROW, "text": text}])
+    (bad,) = scan_manifest(tmp_path / "m.json")
+    assert f"but must be {rule}; mend the row." in str(bad)
+
+
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_annotation(tmp_path / "m.json", [{**ROW, "path": "~/audio/a.wav", "expand_wav": ["~/b.wav"]}])
