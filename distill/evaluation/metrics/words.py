@@ -29,7 +29,8 @@ def count_errors(predictions: Sequence[Prediction], plain: Normalizer) -> Tally:
     if not num_words.sum():
         raise ValueError(
             f"the references of task {predictions[0].task} are {len(predictions)} empty texts after normalization, but "
-            f"an error rate divides by their words; check the manifest's `text`, or set normalize to False."
+            f"an error rate divides by their words; check the manifest's `text`; where all of it is `uh` and the like, "
+            f"eval.normalize=false keeps that."
         )
     errors = np.array([m.substitutions + m.deletions + m.insertions for m in measures])
     extra = {kind: float(count / num_words.sum()) for kind, count in kinds.items()}
