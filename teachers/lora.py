@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
 
 ALL_LINEAR = "all-linear"  # target: every linear layer but the head and those of experts
+LINEARS = ("Linear", "Conv1D", "Linear4bit")  # kinds of layers that LoRA goes on; GPT-2's is a Conv1D
 EXPERTS = "experts"  # target: every matrix of every expert of a mixture, whose routers are trained then
 
 
@@ -78,6 +79,11 @@ def check_targets(llm: "nn.Module", lora: Lora) -> None:
     missing = sorted({*lora.targets} - names - {ALL_LINEAR})
     if EXPERTS in lora.targets and not Lora(targets=(EXPERTS,)).names_in(llm):
         missing = [EXPERTS]
+    if not there:
+        raise ValueError(
+            f"LoRA targets are {list(lora.targets)}, but no layer of {type(llm).__name__} is a {' or '.join(LINEARS)} "
+            f"beside its head; choose another LLM."
+        )
     if missing:
         raise ValueError(
             f"LoRA targets are {list(lora.targets)}, but {type(llm).__name__} has no layer named {missing}; "
@@ -104,6 +110,5 @@ def linear_names(llm: "nn.Module") -> list[str]:
     The experts of a mixture have numbers for names and are not among them: see `EXPERTS`.
     """
     head = llm.get_output_embeddings()
-    kinds = ("Linear", "Conv1D", "Linear4bit")  # GPT-2's is a Conv1D
-    found = (name for name, module in llm.named_modules() if type(module).__name__ in kinds and module is not head)
+    found = (name for name, module in llm.named_modules() if type(module).__name__ in LINEARS and module is not head)
     return sorted({last for name in found if not (last := name.rsplit(".", 1)[-1]).isdigit()})

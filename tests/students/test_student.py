@@ -81,6 +81,15 @@ def test_all_linear_gives_lora_to_every_linear_layer_but_the_head_and_the_expert
     )
 
 
+def test_a_llm_none_of_whose_layers_can_have_lora_is_refused_with_the_kinds_that_can():
+    import transformers
+
+    sizes = {"vocab_size": 32, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
+    llm = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(**sizes))
+    with pytest.raises(ValueError, match="no layer of FalconForCausalLM is a Linear or Conv1D or Linear4bit beside"):
+        add_lora_(llm, Lora(targets=(ALL_LINEAR,)))
+
+
 def test_targets_that_a_mixture_has_not_are_named_with_those_it_has():
     import transformers
 
