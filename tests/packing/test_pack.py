@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -160,11 +161,11 @@ def test_a_finished_pack_is_left_alone_and_a_damaged_shard_is_made_again(manifes
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tmp_path, kill):
-    rows = write_clips(tmp_path, 8, seconds=2.0) * 40
+    rows = write_clips(tmp_path, 8, seconds=2.0) * 20
     manifest, out = write_annotation(tmp_path / "train.json", rows), tmp_path / "out"
     program = (
         "import sys; from shards.packing.pack import ShardSize, pack; "
-        "pack(sys.argv[1], sys.argv[2], size=ShardSize(8), workers=2)"
+        "pack(sys.argv[1], sys.argv[2], size=ShardSize(4), workers=2)"
     )
     script = tmp_path / "run.py"
     script.write_text(f"if __name__ == '__main__':\n    {program}\n")
@@ -174,6 +175,7 @@ def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tm
     )
     while len(list(out.glob("*.tar")) if out.exists() else []) < 2:
         assert process.poll() is None, "packing ended before it could be interrupted"
+        time.sleep(0.005)
     os.killpg(process.pid, kill)
     process.wait(timeout=60)
     shards = sorted(out.glob("*.tar"))
@@ -181,14 +183,14 @@ def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_ends_the_work(tm
     assert not (out / "index.json").exists()
     for path in shards:
         with tarfile.open(path) as tar:
-            assert len(tar.getmembers()) == 16
+            assert len(tar.getmembers()) == 8
     if kill == signal.SIGINT:
         assert not list(out.glob(".*"))
-    report = pack(manifest, out, size=ShardSize(8), workers=1)
+    report = pack(manifest, out, size=ShardSize(4), workers=1)
     assert report.num_resumed == len(record["shards"]) >= 1
-    assert report.num_samples == 320
+    assert report.num_samples == 160
     assert not list(out.glob(".*"))
-    assert verify(out, workers=1).num_samples == 320
+    assert verify(out, workers=1).num_samples == 160
 
 
 def test_a_folder_of_another_pack_is_refused_with_both_values(manifest, tmp_path):

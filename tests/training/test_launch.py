@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -186,5 +187,5 @@ def test_workers_of_a_killed_command_end_with_it():
     os.waitpid(command, 0)
     worker = int(os.read(read_end, 100))
     while not has_ended(worker):  # or until the test's own time is over
-        pass
+        time.sleep(0.01)
     assert has_ended(worker)
