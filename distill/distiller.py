@@ -53,6 +53,7 @@ from distill.training.ranks import (
     build_accelerator,
     gather,
     is_deepspeed,
+    refuse_other_splits,
     resolve_precision,
     say,
     sum_over_ranks,
@@ -217,6 +218,7 @@ class Distiller:
 
     def _place(self, accelerator: Accelerator | None, model: nn.Module | None) -> None:
         """Move the student, and a teacher that runs, to this process' device."""
+        refuse_other_splits()  # an accelerator that says so leaves the same variable
         self.accelerator = accelerator or build_accelerator()
         check_options(self.accelerator, self.options, self.dtype)
         for one in (self.student, model):

@@ -21,6 +21,27 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that CUDA_HOME is of no use here
 
 
+OTHER_SPLITS = {  # what else a launch file of Accelerate may say, by the variable that it becomes
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def refuse_other_splits() -> None:
+    """Refuse a launch that splits a model in a way of which no checkpoint, average or clipping here knows.
+
+    Raises:
+        ValueError: naming it and the files that can be had.
+    """
+    for name, split in OTHER_SPLITS.items():
+        if os.environ.get(name, "").lower() == "true":
+            raise ValueError(
+                f"this launch splits models by {split}, but runs are split by DDP or DeepSpeed ZeRO 1 to 3 alone; "
+                f"launch with a file of configs/accelerate."
+            )
+
+
 def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:
     """The accelerator of this process, from the environment that `accelerate launch` or torchrun sets.
 
@@ -30,7 +51,11 @@ def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:
 
     Products run in the precision that the run's own autocast says, so accelerate's stays "no": trainable tensors and
     optimizer states are float32 under DDP and ZeRO alike.
+
+    Raises:
+        ValueError: the launch splits models in another way.
     """
+    refuse_other_splits()
     if not takes_deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]

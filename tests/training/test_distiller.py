@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from distill.cache import cache
 from distill.config import LossConfig, TrainConfig, load_config
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Run
 from distill.run import run, wrap_teacher
 from distill.training import checkpoint
 from distill.training.checkpoint import find_checkpoint, prune, save_checkpoint
 from distill.training.identity import identify_settings
+from distill.training.ranks import OTHER_SPLITS, build_accelerator
 from distill.training.resuming import check_changes, compare
 from distill.training.update.spikes import BadStepsError
 from shards.packing.pack import pack
@@ -64,6 +65,15 @@ def make_distiller(toys, run_folder, teacher=None, **changes) -> Distiller:
 @pytest.fixture(scope="module")
 def uninterrupted(toys):
     return make_distiller(toys, toys / "uninterrupted").fit().losses
+
+
+@pytest.mark.parametrize("name, split", OTHER_SPLITS.items())
+def test_a_launch_or_accelerator_that_splits_models_in_another_way_is_refused(toys, tmp_path, monkeypatch, name, split):
+    accelerator = build_accelerator()
+    monkeypatch.setenv(name, "true")
+    for build in (build_accelerator, lambda: make_distiller(toys, Run(tmp_path, accelerator=accelerator))):
+        with pytest.raises(ValueError, match=f"splits models by {split}, but runs are split by DDP or DeepSpeed"):
+            build()
 
 
 def test_losses_fall(uninterrupted):
