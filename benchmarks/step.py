@@ -83,7 +83,7 @@ def make_small_parts(folder: Path) -> None:
 
 def read_config(folder: Path, kind: str, words: list[str], *, is_real: bool) -> Config:
     """The recipe on these parts, for one kind of step."""
-    cached = "frames" if kind in ("frames", "windows") else "targets"
+    cached = kind if kind in ("frames", "windows") else "targets"
     own = [f"name={kind}", f"train.steps={STEPS}", "train.save_every=1000000", "student.windows=all", "data.workers=0",
            f"cache.folder={folder}/data/cache-{cached}", *WORDS[kind]]  # fmt: skip
     if not is_real:
