@@ -43,7 +43,7 @@ from teachers.words.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4  # of each kind; the first warms up
-RANK_STEPS = 12  # of one and of two ranks, likewise
+RANK_STEPS, RANK_BATCH, RANK_MICRO = 5, 16, 2  # of one and of two ranks; the first warms up
 KINDS = {  # what each adds to the one before
     "naive": "own ears for both, every position through the heads, dense KL",
     "shared_ears": "ears run once, supervised positions alone, top-K KL",
@@ -148,9 +148,9 @@ def time_product(config: Config) -> list[float]:
 
 
 def time_ranks(folder: Path, ranks: int, words: list[str]) -> list[float]:
-    """Seconds of each step from cached frames, one thread a rank; each rank takes one micro-batch at a time."""
-    micro = real_sizes.BATCH // 2
-    own = [f"name=ranks-{ranks}", f"train.steps={RANK_STEPS}", f"train.micro_batch_size={micro}"]
+    """Seconds of each step from cached frames, one thread a rank, of batches large enough to train with."""
+    own = [f"name=ranks-{ranks}", f"train.steps={RANK_STEPS}", f"train.batch_size={RANK_BATCH}",
+           f"train.micro_batch_size={RANK_MICRO}"]  # fmt: skip
     config = read_config(folder, "frames", [*words, *own], is_real=False)
     shutil.rmtree(config.run_folder, ignore_errors=True)
     path = folder / f"ranks-{ranks}.yaml"
@@ -201,7 +201,8 @@ def make_table(seconds: dict[str, float], by_ranks: dict[str, float]) -> str:
         lines.append(f"| {kind} | {adds} | {seconds[kind]:.2f} | {seconds['naive'] / seconds[kind]:.1f} |")
     if by_ranks:
         one, two = by_ranks["1"], by_ranks["2"]
-        lines += ["", f"With frames, a thread a rank: {one:.2f} s on one rank, {two:.2f} s on two, {one / two:.2f} ×."]
+        how = f"With frames, a thread a rank, {RANK_BATCH} clips a step"
+        lines += ["", f"{how}: {one:.2f} s on one rank, {two:.2f} s on two, {one / two:.2f} ×."]
     return "\n".join(lines)
 
 
