@@ -144,9 +144,7 @@ def test_memory_does_not_grow_with_the_manifest(tmp_path, monkeypatch, suffix):
             tracemalloc.stop()
 
     peak(10)  # what is allocated once
-    assert (
-        peak(2_000) < peak(500) + 80_000
-    )  # the rows more have 240,000 characters  # bytes; the longer file has 240,000 more
+    assert peak(2_000) < peak(500) + 80_000  # bytes; the longer file has 240,000 more
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path):
