@@ -6,11 +6,18 @@ import os
 import pytest
 from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from distill.config import load_config
 from distill.run import run
 from distill.training.monitoring.runlog import METRICS, VALIDATION, RunLog, read_table
 from distill.training.monitoring.trackers import TENSORBOARD, TRACKERS, Trackers, check_trackers
+
+
+@pytest.fixture(autouse=True)
+def first_numbers(monkeypatch):
+    """Files of one process and second are read by their numbers' letters, 10 before 9; a run has a process of its own."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def read_events(folder, tag):
