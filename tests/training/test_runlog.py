@@ -16,7 +16,7 @@ from distill.training.monitoring.trackers import TENSORBOARD, TRACKERS, Trackers
 
 @pytest.fixture(autouse=True)
 def first_numbers(monkeypatch):
-    """Files of one process and second are read by their numbers' letters, 10 before 9; a run has a process of its own."""
+    """Files of one process and second are read by their numbers' letters, 10 before 9; a run has its own process."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
