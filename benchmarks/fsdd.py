@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from digits.fsdd_students import CONFIG, SEEDS, describe_percents, examine, load_trained
+from digits.fsdd_students import CONFIG, SEEDS, describe_percents, describe_points, examine, load_trained
 from record import write_result
 
 from distill.config import load_config
@@ -127,10 +127,7 @@ def make_table(
     for variant, wers in students.items():
         means = {name: statistics.mean(getattr(a, name) for a in agreement[variant])
                  for name in ("top1", "kl", "student_ece")}  # fmt: skip
-        paired = ""
-        if variant in over_answers:
-            d = over_answers[variant]
-            paired = f"{100 * d.value:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
+        paired = describe_points(over_answers[variant]) if variant in over_answers else ""
         lines.append(
             f"| student, {VARIANTS[variant][0]} | {describe_percents(wers)} | {paired} | {100 * means['top1']:.2f} | "
             f"{means['kl']:.4f} | {100 * means['student_ece']:.2f} |"

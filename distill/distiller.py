@@ -218,7 +218,8 @@ class Distiller:
 
     def _place(self, accelerator: Accelerator | None, model: nn.Module | None) -> None:
         """Move the student, and a teacher that runs, to this process' device."""
-        refuse_other_splits()  # an accelerator that says so leaves the same variable
+        if accelerator is not None:
+            refuse_other_splits(accelerator)
         self.accelerator = accelerator or build_accelerator()
         check_options(self.accelerator, self.options, self.dtype)
         for one in (self.student, model):

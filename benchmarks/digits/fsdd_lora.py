@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `r
 
 import peft
 import torch
-from digits.fsdd_students import CONFIG, SEEDS, describe_percents, examine, load_trained
+from digits.fsdd_students import CONFIG, SEEDS, describe_percents, describe_points, examine, load_trained
 from fsdd import error_rate
 from record import write_result
 from transformers import AutoModelForCausalLM
 
 import distill.run as stage
 from distill.config import load_config
-from distill.evaluation.metrics.scores import paired_difference
+from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import Difference, paired_difference
 from students.quantize import dequantize
 
 KINDS = {
@@ -68,40 +69,45 @@ def start_from_error_(llm: torch.nn.Module, folder: str) -> None:
             down.copy_(root[:, None] * right[: len(down)])
 
 
+def train_and_answer(kind: str, seed: int, words: list[str]) -> list[Prediction]:
+    """One student's answers to the test split; the plain one is that of `fsdd.py`."""
+    scratch = load_config(CONFIG).run_folder / "scratch"
+    name = f"fsdd-ce_kl-{seed}" if kind == "plain" else f"fsdd-lora-{kind}-{seed}"
+    config = load_config(CONFIG, [f"name={name}", f"seed={seed}", f"teacher.path={scratch}/teacher", "loss.feature=0",
+                                  f"student.llm={scratch}/student-llm", *words])  # fmt: skip
+    with kind_of_lora(kind):
+        if code := stage.run(config):
+            sys.exit(code)
+        return examine(load_trained(config), config)[0]
+
+
 def main() -> None:
     """Train every student, one after the other, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("words", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    kinds = list(dict.fromkeys(["plain", *args.kinds]))
-    scratch = load_config(CONFIG).run_folder / "scratch"
-    answers, steps = {}, 0
+    answers = {kind: [] for kind in dict.fromkeys(["plain", *args.kinds])}
     for seed in SEEDS:
-        for kind in kinds:
-            name = f"fsdd-ce_kl-{seed}" if kind == "plain" else f"fsdd-lora-{kind}-{seed}"
-            words = [f"name={name}", f"seed={seed}", f"teacher.path={scratch}/teacher", "loss.feature=0",
-                     f"student.llm={scratch}/student-llm", *args.words]  # fmt: skip
-            config = load_config(CONFIG, words)
-            with kind_of_lora(kind):
-                if code := stage.run(config):
-                    sys.exit(code)
-                answers[kind, seed] = examine(load_trained(config), config)[0]
-            steps = config.train.steps
-    wers = {kind: [error_rate(answers[kind, seed]) for seed in SEEDS] for kind in kinds}
-    paired = {kind: paired_difference([answers[kind, seed] for seed in SEEDS],
-                                      [answers["plain", seed] for seed in SEEDS], normalize=False)["asr"]
-              for kind in kinds if kind != "plain"}  # fmt: skip
-    lines = ["| a student with | WER % (mean ± sd, 3 seeds) | each | beside plain LoRA, points of WER |",
-             "|---|---|---|---|"]  # fmt: skip
-    for kind in kinds:
-        beside = ""
-        if kind in paired:
-            d = paired[kind]
-            beside = f"{100 * d.value:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
-        lines.append(f"| {KINDS[kind][0]} | {describe_percents(wers[kind])} | {beside} |")
-    lines += ["", "In brackets: the 95 % interval of a paired bootstrap over clips, seeds averaged."]
-    write_result("fsdd_lora", {"students": wers, "steps": steps}, "\n".join(lines))
+        for kind, by_seed in answers.items():
+            by_seed.append(train_and_answer(kind, seed, args.words))
+    wers = {kind: [error_rate(one) for one in by_seed] for kind, by_seed in answers.items()}
+    over_plain = {kind: paired_difference(by_seed, answers["plain"], normalize=False)["asr"]
+                  for kind, by_seed in answers.items() if kind != "plain"}  # fmt: skip
+    figures = {"students": wers, "steps": load_config(CONFIG, args.words).train.steps}
+    write_result("fsdd_lora", figures, make_table(wers, over_plain))
+
+
+def make_table(wers: dict[str, list[float]], over_plain: dict[str, Difference]) -> str:
+    """Markdown: mean and standard deviation over the seeds, and of differences the interval over clips."""
+    lines = [
+        "| a student with | WER % (mean ± sd, 3 seeds) | each | beside plain LoRA, points of WER |",
+        "|---|---|---|---|",
+    ]
+    for kind, by_seed in wers.items():
+        beside = describe_points(over_plain[kind]) if kind in over_plain else ""
+        lines.append(f"| {KINDS[kind][0]} | {describe_percents(by_seed)} | {beside} |")
+    return "\n".join([*lines, "", "In brackets: the 95 % interval of a paired bootstrap over clips, seeds averaged."])
 
 
 if __name__ == "__main__":

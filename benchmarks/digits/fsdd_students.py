@@ -8,6 +8,7 @@ from distill.config import Config
 from distill.evaluation.agreement import Predictions, predict_answers
 from distill.evaluation.answering import answer, evaluate
 from distill.evaluation.metrics.metric import Prediction
+from distill.evaluation.metrics.scores import Difference
 from students.student import load_student
 from teachers.salmonn import Salmonn
 
@@ -38,3 +39,9 @@ def describe_percents(values: Sequence[float], digits: int = 2) -> str:
     mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
     each = ", ".join(f"{100 * value:.{digits}f}" for value in values)
     return f"{mean:.{digits}f} ± {deviation:.{digits}f} | {each}"
+
+
+def describe_points(difference: Difference) -> str:
+    """A cell of a table: a difference of error rates in points, and the interval of a paired bootstrap over clips."""
+    d = difference
+    return f"{100 * d.value:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"

@@ -21,25 +21,31 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that CUDA_HOME is of no use here
 
 
+PARALLELISM = "a parallelism_config"
 OTHER_SPLITS = {  # what else a launch file of Accelerate may say, by the variable that it becomes
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": PARALLELISM,
 }
 
 
-def refuse_other_splits() -> None:
-    """Refuse a launch that splits a model in a way of which no checkpoint, average or clipping here knows.
+def refuse_other_splits(accelerator: Accelerator | None = None) -> None:
+    """Refuse to split a model in a way of which no checkpoint, average or clipping here knows.
+
+    Args:
+        accelerator: a user's own, which may say so too; None: what the launch says alone.
 
     Raises:
-        ValueError: naming it and the files that can be had.
+        ValueError: naming the way and the files that can be had.
     """
-    for name, split in OTHER_SPLITS.items():
-        if os.environ.get(name, "").lower() == "true":
-            raise ValueError(
-                f"this launch splits models by {split}, but runs are split by DDP or DeepSpeed ZeRO 1 to 3 alone; "
-                f"launch with a file of configs/accelerate."
-            )
+    splits = [split for name, split in OTHER_SPLITS.items() if os.environ.get(name, "").lower() == "true"]
+    if accelerator is not None and accelerator.parallelism_config is not None:  # the others leave their variable
+        splits.append(PARALLELISM)
+    if splits:
+        raise ValueError(
+            f"this launch splits models by {splits[0]}, but runs are split by DDP or DeepSpeed ZeRO 1 to 3 alone; "
+            f"launch with a file of configs/accelerate."
+        )
 
 
 def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from safetensors.torch import load_file
 
 from distill.cache import cache
@@ -17,7 +19,7 @@ from distill.run import run, wrap_teacher
 from distill.training import checkpoint
 from distill.training.checkpoint import find_checkpoint, prune, save_checkpoint
 from distill.training.identity import identify_settings
-from distill.training.ranks import OTHER_SPLITS, build_accelerator
+from distill.training.ranks import OTHER_SPLITS, build_accelerator, refuse_other_splits
 from distill.training.resuming import check_changes, compare
 from distill.training.update.spikes import BadStepsError
 from shards.packing.pack import pack
@@ -74,6 +76,12 @@ def test_a_launch_or_accelerator_that_splits_models_in_another_way_is_refused(to
     for build in (build_accelerator, lambda: make_distiller(toys, Run(tmp_path, accelerator=accelerator))):
         with pytest.raises(ValueError, match=f"splits models by {split}, but runs are split by DDP or DeepSpeed"):
             build()
+
+
+def test_an_accelerator_with_a_parallelism_config_is_refused_without_a_word_of_the_launch():
+    with pytest.raises(ValueError, match="splits models by a parallelism_config"):
+        refuse_other_splits(SimpleNamespace(parallelism_config=ParallelismConfig()))
+    refuse_other_splits(build_accelerator())
 
 
 def test_losses_fall(uninterrupted):
