@@ -1,12 +1,13 @@
 """This checkout against another commit: is it slower, and does it compute the same?
 
 `git worktree add --detach ../before 9ab2a91 && python benchmarks/against.py ../before` compares with the last commit
-before the packages had rooms. Models, clips and shards are of the demo's sizes and made by the other checkout, whose
-work is so read here. Each checkout has a process of its own, on one thread, and both do the same works part by part by
-turns: a pack, a batch or a step of one, then the same of the other, while the first waits. So whatever else runs on
-the machine meets both alike. Figures are medians, ratios those of the pairs, the other's seconds by ours: above 1 where
-ours is faster. Processor time is user and system, of the process that trains or packs. In each work the last part is
-not timed; its calls of functions, Python's and torch's, are counted, which no other work on the machine changes.
+before the packages had rooms, which needs `pip install omegaconf==2.4.0` too. Models, clips and shards are of the
+demo's sizes and made by the other checkout, whose work is so read here. Each checkout has a process of its own, on one
+thread, and both do the same works part by part by turns: a pack, a batch or a step of one, then the same of the other,
+while the first waits. So whatever else runs on the machine meets both alike. Figures are medians, ratios those of the
+pairs, the other's seconds by ours: above 1 where ours is faster. Processor time is user and system, of the process that
+trains or packs. In each work the last part is not timed; its calls of functions, Python's and torch's, are counted,
+which no other work on the machine changes.
 
 Also compared, bit by bit: losses from a cache, from one with frames, and online, on one rank and on two; training from
 the other's cache; and a run that the other began. Knows of both only words and functions that both know.
@@ -340,7 +341,7 @@ def make_table(figures: dict) -> str:
         rest = f"{clocks['wall']['ratio']:.3f} | {counted['other'] / counted['ours']:.3f}"
         lines.append(f"| {PARTS[work][0]} | {own['other']:.4f} | {own['ours']:.4f} | **{own['ratio']:.3f}** "
                      f"| {low:.3f} to {high:.3f} | {rest} |")  # fmt: skip
-    how = "Medians, part by part by turns; seconds are the processor's; other work shared the machine."
+    how = "Medians, part by part by turns; seconds are the processor's."
     lines += ["", how, "", "| losses | before and now |", "|---|---|"]
     lines += [f"| {way} | {how} |" for way, how in figures["losses"].items()]
     lines += ["", "| made before | read now |", "|---|---|"]
