@@ -56,12 +56,14 @@ from distill.training.ranks import (
     refuse_other_splits,
     resolve_precision,
     say,
+    splits_frozen,
     sum_over_ranks,
     unwrap,
 )
 from distill.training.recompute import keep_outputs_, recompute_blocks_
 from distill.training.resuming import check_changes, identify_training
 from distill.training.runlock import RunLock
+from distill.training.sharding import find_sharded, shard_frozen_
 from distill.training.stopping import HangWatch, StopRequest, warn_of_slow_save
 from distill.training.update.spikes import BadStepsError, is_good
 from distill.training.update.update import Update
@@ -71,6 +73,7 @@ from distill.training.zero import (
     describe_build_locks,
     gathered,
     hide_frozen_,
+    is_sharded,
     is_zero3,
     join_,
     report_build_locks,
@@ -197,7 +200,7 @@ class Distiller:
         self.stream = train if isinstance(train, ShardStream) else self._open(train)
         self._choose_terms(own.terms, vocab_size)
         self.step_answers = answer_within(self.on_policy, self.loss, self.teacher, self.student, num_shared=vocab_size,
-                                          is_sharded=is_zero3(self.accelerator), seed=self.seed)  # fmt: skip
+                                          is_sharded=is_sharded(self.accelerator), seed=self.seed)  # fmt: skip
         check_cached(teacher, self.loss, self.terms, self.student, self.stream)
         teacher.ask_as(self.student.rows.prompts.template)
         self.valid = self._open_valid(valid)
@@ -433,6 +436,8 @@ class Distiller:
             self.teacher, self.student, self.accelerator.device, self.dtype, self.loss.task_weights, self.step_answers
         )
         self.student.train()
+        if splits_frozen() and self.accelerator.num_processes > 1 and not find_sharded(self.student):
+            shard_frozen_(self.accelerator, self.student.llm)
         if saved is not None:
             self._load_update_(saved, self.update.load_state_dict)
         return saved.step if saved is not None else 0

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 FLAG = "support_avx512bf16_for_cpu"  # of a layer: whether its first answer packs it
+WORD_BYTES = 4
 PACKED_OUTPUTS = 32  # a packed weight has whole blocks of so many rows
 
 
@@ -124,7 +125,7 @@ def find_packable(llm: nn.Module) -> list[nn.Module]:
     """The 4-bit layers that this processor multiplies faster packed, and that are not to be packed already."""
     if not bnb.nn.modules.has_avx512bf16():
         return []
-    layers = [layer for layer in llm.modules() if isinstance(layer, bnb.nn.Linear4bit) and not getattr(layer, FLAG)]
+    layers = [layer for layer in find_4bit(llm) if not getattr(layer, FLAG)]
     return [layer for layer in layers if layer.weight.device.type == "cpu" and fits_blocks(layer.weight.quant_state)]
 
 
@@ -145,6 +146,36 @@ def check_unpacked(weight: Tensor, name: str = "weight") -> None:
             f"{name} is packed for answers on AVX512-BF16, but 4 bits are read and trained in bitsandbytes' plain "
             f"layout only; load the LLM again and let it answer inside a model that teachers.files.loading built."
         )
+
+
+def to_words_(module: nn.Module) -> None:
+    """Keep every 4-bit weight of a module as float32 words, in place, where only floating points are taken.
+
+    bitsandbytes reads them as it does the bytes; a weight that fills no whole words stays as it is.
+    """
+    for layer in find_4bit(module):
+        state, data = layer.weight.quant_state, layer.weight.data
+        if data.numel() * data.element_size() % WORD_BYTES == 0:
+            layer.quant_state = state  # where bitsandbytes looks for the state of a weight that is a plain parameter
+            words = data.view(torch.uint8).view(-1, WORD_BYTES).view(torch.float32)
+            layer.weight = nn.Parameter(words, requires_grad=False)
+
+
+def from_words_(module: nn.Module) -> None:
+    """Undo `to_words_`, in place."""
+    for layer in find_4bit(module):
+        if layer.weight.dtype == torch.float32:
+            state = layer.quant_state
+            layer.weight = bnb.nn.Params4bit(
+                layer.weight.data.view(torch.uint8).view(-1, 1), requires_grad=False, quant_state=state,
+                blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type,
+                module=layer, bnb_quantized=True,
+            )  # fmt: skip
+
+
+def find_4bit(module: nn.Module) -> list[nn.Module]:
+    """The 4-bit layers of a module."""
+    return [layer for layer in module.modules() if isinstance(layer, bnb.nn.Linear4bit)]
 
 
 def count_bytes(module: nn.Module) -> int:

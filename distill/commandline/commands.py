@@ -122,6 +122,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio-hours", type=float, help="with --card: to train on (what is packed)")
     parser.add_argument("--reached", type=float, default=SHARE, help="share of the card's published rate (%(default)s)")
     parser.add_argument("--zero", type=int, default=2, choices=range(4), help="DeepSpeed's stage; 0: DDP (%(default)s)")
+    parser.add_argument("--fsdp2", action="store_true", help="instead: FSDP2, which splits the LLM's frozen weights")
     add_usage_arguments(parser)
 
 

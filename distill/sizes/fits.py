@@ -45,6 +45,7 @@ class Cards:
     number: int = 2
     gigabytes: float = 24.0  # 10^9 bytes, of each
     zero_stage: int = 2  # DeepSpeed's; 0: DDP
+    splits_frozen: bool = False  # FSDP2's launch, under which what is trained is DDP's
 
     def hold(self, need: "Need") -> bool:
         """Whether a stage fits."""
@@ -118,6 +119,8 @@ def need_of_training(config: Config, cards: Cards, usage: Usage, student: Bluepr
         "at the peak beside them": beside + largest_weight(student, model),
         "the objective's tiles of logits": objective_bytes(model, size, usage),
     }
+    if cards.splits_frozen:
+        parts |= split_blocks(parts["LLM"], model.llm, cards.number)
     parts = {name: value for name, value in parts.items() if value}
     return Need(f"train: {size} clips a micro-batch", parts)
 
@@ -127,6 +130,21 @@ def weights_of(sizes: dict[str, tuple[int, float]], parts: Collection[str], trai
     frozen = {part: size for part, (_, size) in sizes.items() if part not in parts}
     ears = sum(size for part, size in frozen.items() if part not in BEHIND_EARS)
     return {"ears": ears, "LLM": sum(frozen.values()) - ears, "what is trained": trained * FLOAT32}
+
+
+def split_blocks(num_bytes: float, llm: nn.Module, number: int) -> dict[str, float]:
+    """What a rank holds of a LLM's frozen weights under FSDP2: its part, and blocks that are whole meanwhile.
+
+    Args:
+        num_bytes: what all of them take.
+        llm: the LLM, on the meta device.
+        number: the ranks.
+    """
+    outside = {*llm.get_input_embeddings().parameters(), *llm.get_output_embeddings().parameters()}  # stay whole
+    whole = sum(p.numel() * p.element_size() for p in outside)
+    blocks = num_bytes - whole
+    two = 2 * blocks / llm.config.get_text_config().num_hidden_layers  # that which runs, and the next
+    return {"LLM": whole + blocks / number, "two blocks of it, gathered": two if number > 1 else 0.0}
 
 
 def build_for_training(blueprint: Blueprint, given: dict) -> Salmonn:
@@ -325,7 +343,7 @@ def measure_targets(blueprint: Blueprint, given: dict, size: int, usage: Usage) 
 
 def format_needs(needs: list[Need], cards: Cards, usage: Usage) -> str:
     """A table of every stage's parts on one card, in GB, and whether it fits."""
-    launch = f"ZeRO-{cards.zero_stage}" if cards.zero_stage else "DDP"
+    launch = f"ZeRO-{cards.zero_stage}" if cards.zero_stage else "FSDP2" if cards.splits_frozen else "DDP"
     lines = [
         f"on each of {cards.number} GPUs of {cards.gigabytes:g} GB, {launch}; clips of {usage.seconds:g} s, prompts of "
         f"{usage.prompt_tokens} tokens, answers of {usage.answer_tokens}; GB, 10^9 bytes"

@@ -21,7 +21,8 @@ def plan_cards(args: argparse.Namespace) -> int:
     """
     card = None if args.card is None else find_card(args.card)
     gigabytes = args.gpu_gb or (GIGABYTES if card is None else card.gigabytes)
-    cards, usage = Cards(args.gpus, gigabytes, args.zero), longest(vars(args))
+    cards = Cards(args.gpus, gigabytes, 0 if args.fsdp2 else args.zero, args.fsdp2)
+    usage = longest(vars(args))
     fit = find_fit(args.config, cards, usage)
     found = {"stages": describe_needs(fit.needs, cards), "change": fit.words}
     texts = [format_needs(fit.needs, cards, usage), fit.advice]

@@ -189,7 +189,7 @@ def answer_within(how: OnPolicyConfig, loss: LossConfig, teacher: Teacher, stude
     check_own_answers(how, loss)
     if is_sharded:
         raise ValueError(
-            f"{share} this launch is ZeRO-3's, which leaves no rank a whole student to answer; launch with "
+            f"{share} this launch leaves no rank a whole student to answer; launch with "
             f"configs/accelerate/two_gpus_zero2.yaml, or learn from a round (`distill answers`)."
         )
     end_ids = (teacher.rows or student.rows).end_ids

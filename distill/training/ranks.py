@@ -1,10 +1,10 @@
-"""The processes of a run: one, several under DDP, or several under DeepSpeed ZeRO; on GPUs or CPUs. Knows no model."""
+"""The processes of a run: one, or several under DDP, DeepSpeed ZeRO or FSDP2; on GPUs or CPUs. Knows no model."""
 
 import logging
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -21,12 +21,23 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that CUDA_HOME is of no use here
 
 
+USES_FSDP = "ACCELERATE_USE_FSDP"  # what the launch file of an FSDP says, as the launcher's variable
 PARALLELISM = "a parallelism_config"
 OTHER_SPLITS = {  # what else a launch file of Accelerate may say, by the variable that it becomes
-    "ACCELERATE_USE_FSDP": "FSDP",
+    USES_FSDP: "FSDP 1",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": PARALLELISM,
 }
+
+
+def splits_frozen() -> bool:
+    """Whether the launch is FSDP2's, under which frozen weights are split, see `distill.training.sharding`."""
+    return says_yes(USES_FSDP) and os.environ.get("FSDP_VERSION") == "2"
+
+
+def says_yes(variable: str) -> bool:
+    """Whether a variable of the launcher is set."""
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def refuse_other_splits(accelerator: Accelerator | None = None) -> None:
@@ -38,13 +49,17 @@ def refuse_other_splits(accelerator: Accelerator | None = None) -> None:
     Raises:
         ValueError: naming the way and the files that can be had.
     """
-    splits = [split for name, split in OTHER_SPLITS.items() if os.environ.get(name, "").lower() == "true"]
-    if accelerator is not None and accelerator.parallelism_config is not None:  # the others leave their variable
+    splits = [split for name, split in OTHER_SPLITS.items() if says_yes(name)]
+    if splits_frozen():
+        splits.remove(OTHER_SPLITS[USES_FSDP])
+    if accelerator is not None and getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        splits.append("FSDP")  # accelerate's own, of what is trained too
+    if accelerator is not None and accelerator.parallelism_config is not None:  # Megatron-LM leaves its variable
         splits.append(PARALLELISM)
     if splits:
         raise ValueError(
-            f"this launch splits models by {splits[0]}, but runs are split by DDP or DeepSpeed ZeRO 1 to 3 alone; "
-            f"launch with a file of configs/accelerate."
+            f"this launch splits models by {splits[0]}, but runs are split by DDP, DeepSpeed ZeRO 1 to 3 or FSDP 2 "
+            f"alone; launch with a file of configs/accelerate."
         )
 
 
@@ -74,13 +89,24 @@ def build_accelerator(*, takes_deepspeed: bool = True) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         forbid_compiling()
     # it waits for them in C, where no handler of Python's runs, and one may be stopped already; nothing has begun yet
-    with handle_signals(signal.SIG_DFL) if has_others else nullcontext():
+    with handle_signals(signal.SIG_DFL) if has_others else nullcontext(), hidden(USES_FSDP):
         accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers would load empty weights, also the teacher's
     return accelerator
+
+
+@contextmanager
+def hidden(variable: str) -> Iterator[None]:
+    """A block in which a variable of the launcher is not there: accelerate would split what is trained too."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
 
 
 def forbid_compiling() -> None:

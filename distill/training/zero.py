@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from distill.config import TrainConfig
-from distill.training.ranks import is_deepspeed
+from distill.training.ranks import is_deepspeed, splits_frozen
+from distill.training.sharding import unshard_, whole_blocks
 
 WHOLE = 10**12  # elements up to which a parameter is gathered for good between steps: all of them
 
@@ -23,6 +24,11 @@ WHOLE = 10**12  # elements up to which a parameter is gathered for good between 
 def is_zero3(accelerator: Accelerator) -> bool:
     """Whether parameters are split over the ranks."""
     return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a rank holds only a part of some of the student's tensors."""
+    return is_zero3(accelerator) or splits_frozen()
 
 
 STEPS_ITSELF = "makes its step in the backward, before anything can judge it"
@@ -133,11 +139,12 @@ def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
     answers of different lengths call layers at different times: inside the block there are no hooks.
 
     Args:
-        accelerator: the processes; without ZeRO-3 the block is a plain one.
+        accelerator: the processes; without ZeRO-3 or FSDP2 the block is a plain one.
         module: what `accelerator.prepare` wrapped.
     """
     if not is_zero3(accelerator):
-        yield
+        with whole_blocks(module):
+            yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -149,8 +156,9 @@ def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
 
 
 def join_(accelerator: Accelerator, module: nn.Module) -> None:
-    """Make a module that was trained under ZeRO-3 an ordinary one again, whole on every rank, in place."""
+    """Make a module that was trained under ZeRO-3 or FSDP2 an ordinary one again, whole on every rank, in place."""
     if not is_zero3(accelerator):
+        unshard_(module)
         return
     with gathered(accelerator, module):
         whole = [parameter.detach().clone() for parameter in module.parameters()]

@@ -86,6 +86,10 @@ def test_recomputed_blocks_hold_less_and_more_ranks_hold_less_each(toys):
     one, two = train(Cards(1)), train(Cards(2))
     assert two.parts["AdamW's moments"] == one.parts["AdamW's moments"] / 2
     assert "ZeRO's buffer of gradients" not in train(Cards(2, zero_stage=0)).parts
+    whole, part = (train(Cards(number, zero_stage=0, splits_frozen=True)).parts for number in (1, 2))
+    gathered = part.pop("two blocks of it, gathered")  # all that such a LLM of one block has, twice
+    assert whole == train(Cards(1, zero_stage=0)).parts
+    assert part["LLM"] == whole["LLM"] - gathered / 4 and part.keys() == whole.keys()
     small = train(Cards(1), gradient_checkpointing=True)
     assert small.parts["activations of the LLM"] < one.parts["activations of the LLM"] / 2
     average = train(Cards(1), ema=0.9).parts["the average of what is trained"]

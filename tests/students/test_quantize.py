@@ -30,6 +30,8 @@ from benchmarks.house import parse, python_files
 from distill.config import load_config
 from distill.export import export
 from distill.run import run
+from distill.training.ranks import build_accelerator
+from distill.training.sharding import shard_frozen_, unshard_, whole_blocks
 from students.hearing import Connector
 from students.quantize import dequantize, dequantize_, measure_share, quantize_4bit_, to_4bit
 from students.student import build_student, load_student, save_student
@@ -242,6 +244,47 @@ def test_a_run_with_validations_in_one_piece_or_two_is_the_run_without_bit_by_bi
     assert are_equal(never, train_to(toys, f"after2{ranks}", *words, "train.eval_every=2", ranks=ranks))
     train_to(toys, f"pieces{ranks}", *words, "train.eval_every=1", "train.stop_after=2", ranks=ranks)
     assert are_equal(never, train_to(toys, f"pieces{ranks}", *words, "train.eval_every=1", ranks=ranks))
+
+
+def gradients(llm) -> list[torch.Tensor]:
+    """Of LoRA, over a prompt that is the same on every rank."""
+    llm.zero_grad()
+    embeds_BTD = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    llm.base_model(inputs_embeds=embeds_BTD).last_hidden_state.square().sum().backward()
+    return [embeds_BTD.grad, *(p.grad.clone() for p in llm.parameters() if p.grad is not None)]
+
+
+def compare_split_with_whole(rank: int, port: int, llm) -> None:
+    """As one of two ranks: gradients before, while and after each rank has a part of the frozen weights."""
+    tiny.become_rank(rank, port)
+    accelerator, whole = build_accelerator(), gradients(llm)
+    frozen = [p.clone() for p in llm.parameters() if not p.requires_grad]
+    shard_frozen_(accelerator, llm)
+    split = [gradients(llm), gradients(llm)]
+    with whole_blocks(llm), torch.no_grad():
+        for length in range(1, 3 + rank):  # ranks answer at a time of their own
+            llm(inputs_embeds=torch.zeros(1, length, 64))
+    split.append(gradients(llm))
+    unshard_(llm)
+    for found in (*split, gradients(llm)):
+        assert len(found) == len(whole) > 2 and all(map(torch.equal, found, whole))
+    assert all(map(torch.equal, (p for p in llm.parameters() if not p.requires_grad), frozen))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral", "gpt-oss"])
+def test_blocks_whose_frozen_weights_are_split_over_ranks_have_the_gradients_of_whole_ones_bit_by_bit(name, on_the_cpu):
+    own = {"qwen2": small(), "gpt2": GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0)}
+    llm = make_llm({**EXPERTS, **own}[name])
+    if name != "gpt2":
+        quantize_4bit_(llm)
+    add_lora_(llm, Lora(rank=4, targets=("all-linear",)))
+    context, port = multiprocessing.get_context("fork"), tiny.free_port()
+    ranks = [context.Process(target=compare_split_with_whole, args=(rank, port, llm)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
 # Experts

@@ -74,13 +74,13 @@ def test_a_launch_or_accelerator_that_splits_models_in_another_way_is_refused(to
     accelerator = build_accelerator()
     monkeypatch.setenv(name, "true")
     for build in (build_accelerator, lambda: make_distiller(toys, Run(tmp_path, accelerator=accelerator))):
-        with pytest.raises(ValueError, match=f"splits models by {split}, but runs are split by DDP or DeepSpeed"):
+        with pytest.raises(ValueError, match=f"splits models by {split}, but runs are split by DDP, DeepSpeed"):
             build()
 
 
 def test_an_accelerator_with_a_parallelism_config_is_refused_without_a_word_of_the_launch():
     with pytest.raises(ValueError, match="splits models by a parallelism_config"):
-        refuse_other_splits(SimpleNamespace(parallelism_config=ParallelismConfig()))
+        refuse_other_splits(SimpleNamespace(parallelism_config=ParallelismConfig(), state=build_accelerator().state))
     refuse_other_splits(build_accelerator())
 
 

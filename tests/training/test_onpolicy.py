@@ -275,8 +275,8 @@ def test_a_run_without_a_teacher_that_runs_is_refused(toys, tmp_path, student):
         begin(toys / "teacher", LossConfig(kl=0))
 
 
-def test_a_student_that_zero3_splits_is_refused(model, student):
+def test_a_student_of_which_a_rank_holds_a_part_is_refused(model, student):
     settings = {"num_shared": 1, "seed": 0}
-    with pytest.raises(ValueError, match=r"step_share is 1, but this launch is ZeRO-3's, which leaves no rank a whole"):
+    with pytest.raises(ValueError, match=r"step_share is 1, but this launch leaves no rank a whole"):
         answer_within(DRAWN, LossConfig(), OnlineTeacher(model), student, is_sharded=True, **settings)
     assert answer_within(OnPolicyConfig(), LossConfig(), NoTeacher(), student, is_sharded=True, **settings) is None

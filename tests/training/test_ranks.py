@@ -1,8 +1,10 @@
 """A run over one process, two under DDP and two under DeepSpeed ZeRO: the same losses for the same global batch."""
 
+import copy
 import inspect
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import torch
 import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from distill.cache import cache
 from distill.config import load_config
@@ -26,6 +30,7 @@ from distill.run import run
 from distill.training.stopping import PREEMPTED
 from distill.training.update import statistic
 from distill.training.update.spikes import BadSteps, Fault
+from students.quantize import measure_share, quantize_4bit_
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "configs" / "accelerate"
@@ -262,6 +267,55 @@ def test_two_zero3_ranks_repeat_the_losses_of_one_process_and_save_whole_tensors
     assert limits(toys, "zero3") == pytest.approx(limits(toys, "alone"), rel=1e-3)
     last = load_file(toys / "runs" / "alone" / "checkpoints" / "step-000004" / "trainable.safetensors")
     assert_alike(student(toys, "zero3"), {name: last[name] for name in last if not name.startswith("projectors.")})
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_two_fsdp2_ranks_hold_a_part_of_the_frozen_weights_each_and_repeat_the_losses_of_one_process(
+    toys, alone, on_the_cpu, monkeypatch, tmp_path, quantization
+):
+    data = shutil.copytree(toys / "data", tmp_path / "data")
+    tiny.make_shards(data, split="valid", num_samples=5)  # ranks answer different clips, of different lengths
+    words = [f"student.quantization={quantization}", "train.gradient_checkpointing=true"]
+    two = [f"fsdp {quantization}", "two_cpus_fsdp2.yaml", *words, f"data.folder={data}", "train.eval_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "_step", step_with_a_part_alone)
+        patch.setattr(Distiller, "_finish", finish_whole)
+        assert train_on_two_ranks(toys, *two, "train.stop_after=2") == [PREEMPTED] * 2
+        assert train_on_two_ranks(toys, *two) == [0, 0]
+    if quantization == "none":
+        assert run(configure(toys, "whole alone", *words)) == 0
+    one = {"nf4": "alone", "none": "whole alone"}[quantization]
+    assert losses(toys, two[0]) == pytest.approx(losses(toys, one), rel=SAME)
+    weights = [toys / "runs" / name / "checkpoints/step-000004/trainable.safetensors" for name in (two[0], one)]
+    assert_alike(*map(load_file, weights))
+
+
+def step_with_a_part_alone(distiller, *args, step=Distiller._step):
+    """A step, before and behind which this rank has half of the frozen weights of the blocks and no more."""
+    assert_has_half(distiller.student.llm)
+    done = step(distiller, *args)
+    assert_has_half(distiller.student.llm)
+    return done
+
+
+def finish_whole(distiller, *args, finish=Distiller._finish):
+    """The end of a run, behind which the blocks are ordinary again, and whole to the last bit."""
+    finish(distiller, *args)
+    mine, fresh = (
+        copy.deepcopy(distiller.student.llm),
+        AutoModelForCausalLM.from_pretrained(distiller.student.config.llm),
+    )
+    if measure_share(mine).num_4bit:
+        quantize_4bit_(fresh)
+    whole = {name.replace("base_layer.", ""): weight for name, weight in mine.model.layers.named_parameters()}
+    for name, weight in fresh.model.layers.named_parameters():
+        assert type(whole[name]) is type(weight) and torch.equal(whole[name], weight)
+
+
+def assert_has_half(llm) -> None:
+    frozen = [p for block in llm.model.layers for p in block.parameters() if not p.requires_grad]
+    assert len(frozen) == 9
+    assert all(isinstance(p, DTensor) and 2 * p.to_local().numel() == p.numel() for p in frozen)
 
 
 def test_two_zero2_ranks_repeat_a_run_whose_student_answers_within_its_steps(toys, on_the_cpu):
