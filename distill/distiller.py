@@ -84,6 +84,7 @@ from shards.streaming.order import Order
 from shards.streaming.selection import Selection
 from shards.streaming.stream import ShardStream
 from shards.tars.source import expand_shards
+from students.kernels import check_kernels, drop_kernels_, use_kernels_
 from students.pretrained import Student
 from teachers.files.loading import hash_tensors, own_tensors
 from teachers.salmonn import Salmonn
@@ -225,6 +226,8 @@ class Distiller:
             refuse_other_splits(accelerator)
         self.accelerator = accelerator or build_accelerator()
         check_options(self.accelerator, self.options, self.dtype)
+        if self.options.kernels != "none":
+            check_kernels(self.student.llm, self.accelerator.device)
         for one in (self.student, model):
             if one is not None:
                 one.to(self.accelerator.device)
@@ -401,6 +404,7 @@ class Distiller:
                                   f"a row were not better than that of step {self.best.step}")  # fmt: skip
         join_(self.accelerator, self.objective)
         keep_outputs_(self.student)
+        drop_kernels_(self.student.llm)
         self._take_best_(step)
 
     def _result(self, steps: int, preempted: bool = False) -> FitResult:
@@ -421,6 +425,8 @@ class Distiller:
         optimizer = build_optimizer(self.named, self.options)
         if self.options.gradient_checkpointing:
             recompute_blocks_(self.student)
+        if self.options.kernels != "none":
+            use_kernels_(self.student.llm)
         if is_deepspeed(self.accelerator):
             num_trained = sum(p.numel() for p in self.named.values())
             configure_deepspeed(self.accelerator, self.options, self.num_micro_batches, num_trained)

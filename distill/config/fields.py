@@ -223,6 +223,7 @@ class TrainConfig:
     ema: float = 0.0  # decay a step of the average of what is trained, which is validated and saved; 0: there is none
     gradient_checkpointing: bool = False  # run each block of the LLM again in the backward instead of keeping what it
     # computed: a step takes about a third longer and a fraction of the memory; the gradient is the same
+    kernels: str = "none"  # "liger": RMSNorms and gated MLPs of the LLM by the package's kernels, on a GPU
     eval_every: int = 0  # steps between validations; 0: only at the end
     best_metric: str = "mean"  # that chooses the best validation: "mean" of what every task lacks, or one task: "asr"
     early_stop: int = 0  # validations in a row without a better one after which the run ends; 0: it goes on

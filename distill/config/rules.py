@@ -52,6 +52,7 @@ CHOICES: dict[str, tuple | Callable[[], tuple]] = {  # of a dict of parts: what 
     "teach.windows": ("audio", "all"),
     "train.schedule": FALLS,
     "train.optimizer": ("adamw", "adamw_8bit"),
+    "train.kernels": ("none", "liger"),
     "train.clip": ("fixed", "running"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.micro_batch_size", "train.learning_rate", "train.max_grad_norm",
