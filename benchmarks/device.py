@@ -160,9 +160,9 @@ def measure_openvino(products: str, frames: int, folder: Path) -> dict:
     import openvino as ov
 
     from students.device.graph import Graph
-    from students.device.student import PRODUCTS, StatefulDecoder
+    from students.device.student import StatefulDecoder, find_properties
 
-    core, properties = ov.Core(), PRODUCTS[products] | {"INFERENCE_NUM_THREADS": str(THREADS)}
+    core, properties = ov.Core(), find_properties(products) | {"INFERENCE_NUM_THREADS": str(THREADS)}
     ears, llm = (Graph(core, folder / name, properties) for name in ("whisper.xml", "llm.xml"))
     stored, length = np.load(folder / "expected.npz"), PROMPTS[frames]
     embeds, expected = stored["embeds"][:, :length], stored[str(length)]

@@ -19,7 +19,7 @@ def read_words(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default=ASR, help="whose prompt is asked (%(default)s)")
     parser.add_argument("--question", help="ask this instead")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="of the answer about a piece (%(default)s)")
-    parser.add_argument("--products", choices=tuple(PRODUCTS), help="exact, or fast; default: as the folder says")
+    parser.add_argument("--products", choices=PRODUCTS, help="exact, or fast; default: as the folder says")
     parser.add_argument("--threads", type=int, default=0, help="of the processor; 0: as OpenVINO chooses")
     return parser.parse_args(words)
 

@@ -6,6 +6,7 @@ Shapes: B batch, T LLM positions, P positions so far, L audio tokens, N audio sa
 E encoder width, M mel bins, X mel frames, D LLM width.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,19 @@ from teachers.words.prompts import Prompts
 from teachers.words.rows import Row, RowTokenizer
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-PRODUCTS = {"exact": EXACT, "fast": {}}  # properties of OpenVINO; fast: as it chooses for the processor
+PRODUCTS = ("exact", "fast")
+ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # of the kernels that OpenVINO's products take
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def find_properties(products: str) -> dict[str, str]:
+    """OpenVINO's properties for products: "exact", or "fast", as it chooses for the processor.
+
+    It asks the processor alone whether there is bfloat16, and fails where its kernels may not use it: there "fast" is
+    "exact".
+    """
+    is_limited = os.environ.get(ISA_LIMIT, "").upper() in WITHOUT_BF16
+    return EXACT if products == "exact" or is_limited else {}
 
 
 class DeviceStudent(Listener):
@@ -49,7 +62,7 @@ class DeviceStudent(Listener):
         products = products or self.device.precision["products"]
         if products not in PRODUCTS:
             raise ValueError(f"products is {products!r}, but must be one of {', '.join(PRODUCTS)}; choose one.")
-        properties = PRODUCTS[products] | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
+        properties = find_properties(products) | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
         core = ov.Core()
         self.graphs = {
             part: Graph(core, self.folder / name, properties)

@@ -14,7 +14,7 @@ from test_decoder import error, make_llm
 from students.device.constants import SLICE, product
 from students.device.decoder import build_decoder
 from students.device.graph import Graph
-from students.device.student import EXACT
+from students.device.student import EXACT, ISA_LIMIT, find_properties
 from students.quantize import to_4bit
 
 
@@ -85,3 +85,14 @@ def test_the_head_is_asked_about_one_position_a_row():
     head = model.outputs[0].get_node().input_value(0).get_node()
     assert head.get_type_name() == "MatMul"
     assert head.get_input_partial_shape(0).rank.get_length() == 2  # [B, D]: no dimension of positions
+
+
+@pytest.mark.parametrize(("limit", "fast"), [
+    (None, {}), ("DEFAULT", {}), ("AVX512_CORE_BF16", {}), ("AVX512_CORE_AMX", {}), ("AVX2", EXACT), ("avx512_core", EXACT),
+])  # fmt: skip
+def test_fast_products_are_exact_where_no_kernel_may_use_bfloat16(monkeypatch, limit, fast):
+    monkeypatch.delenv(ISA_LIMIT, raising=False)
+    if limit is not None:
+        monkeypatch.setenv(ISA_LIMIT, limit)
+    assert find_properties("fast") == fast
+    assert find_properties("exact") == EXACT
