@@ -22,7 +22,7 @@ from pathlib import Path
 
 import real_sizes
 import torch
-from record import write_result
+from record import RESULTS, write_result
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, LlamaConfig, WhisperConfig, WhisperForConditionalGeneration
@@ -44,6 +44,7 @@ from teachers.words.prompts import load_prompts
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4  # of each kind; the first warms up
 RANK_STEPS, RANK_BATCH, RANK_MICRO = 5, 16, 2  # of one and of two ranks; the first warms up
+SIZES = {"small": "small parts", "real_1b": "3B → 1B"}
 KINDS = {  # what each adds to the one before
     "naive": "own ears for both, every position through the heads, dense KL",
     "shared_ears": "ears run once, supervised positions alone, top-K KL",
@@ -188,20 +189,32 @@ def main() -> None:
         by_ranks = {} if args.real else {
             str(ranks): statistics.median(time_ranks(folder, ranks, args.words)[1:]) for ranks in (1, 2)
         }  # fmt: skip
-    figures = {"real_1b" if args.real else "small": seconds, "ranks": by_ranks}
+    figures = keep_others(seconds, by_ranks, "real_1b" if args.real else "small")
+    write_result("step", figures, make_table(figures))
+
+
+def keep_others(seconds: dict[str, float], by_ranks: dict[str, float], size: str) -> dict:
+    """The figures of this size, beside those of the other that were measured before."""
+    path = RESULTS / "step.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    figures = {name: known[name] for name in ("small", "real_1b", "ranks", "two_ranks") if name in known}
+    figures[size] = seconds
     if by_ranks:
-        figures["two_ranks"] = by_ranks["1"] / by_ranks["2"]
-    write_result("step_real" if args.real else "step", figures, make_table(seconds, by_ranks))
+        figures |= {"ranks": by_ranks, "two_ranks": by_ranks["1"] / by_ranks["2"]}
+    return figures
 
 
-def make_table(seconds: dict[str, float], by_ranks: dict[str, float]) -> str:
-    """Seconds a step, and how many times faster than the naive loop; one rank and two."""
-    lines = ["| step | adds | s | × the naive loop's speed |", "|---|---|---:|---:|"]
+def make_table(figures: dict) -> str:
+    """Seconds a step at each size, and how many times faster than the naive loop; one rank and two."""
+    sizes = {name: title for name, title in SIZES.items() if name in figures}
+    lines = ["| step | adds |" + "".join(f" s, {title} | × the naive loop's speed |" for title in sizes.values()),
+             "|---|---|" + "---:|---:|" * len(sizes)]  # fmt: skip
     for kind, adds in KINDS.items():
-        lines.append(f"| {kind} | {adds} | {seconds[kind]:.2f} | {seconds['naive'] / seconds[kind]:.1f} |")
-    if by_ranks:
-        one, two = by_ranks["1"], by_ranks["2"]
-        how = f"With frames, a thread a rank, {RANK_BATCH} clips a step"
+        found = [(figures[name][kind], figures[name]["naive"] / figures[name][kind]) for name in sizes]
+        lines.append(f"| {kind} | {adds} |" + "".join(f" {s:.2f} | {ratio:.1f} |" for s, ratio in found))
+    if "ranks" in figures:
+        one, two = figures["ranks"]["1"], figures["ranks"]["2"]
+        how = f"Small parts, with frames, a thread a rank, {RANK_BATCH} clips a step"
         lines += ["", f"{how}: {one:.2f} s on one rank, {two:.2f} s on two, {one / two:.2f} ×."]
     return "\n".join(lines)
 
