@@ -89,8 +89,10 @@ def test_a_run_trains_it_beside_lora_in_4_bits_and_its_folder_answers_alike(toys
     student = load_student(finished / "student")
     save_salmonn(student, tmp_path, settings=stored["settings"])
     assert torch.equal(logits_of(load_student(tmp_path)), logits_of(student))
-    fast = Student.from_pretrained(finished / "student", device="cpu", dtype=torch.float32)
-    assert answer(fast.model) == answer(student) == answer(load_student(finished / "student", for_inference=True))
+    exact = Student.from_pretrained(finished / "student", device="cpu", dtype=torch.float32)
+    assert answer(exact.model) == answer(student)
+    fast, whole = logits_of(load_student(finished / "student", for_inference=True)), logits_of(student)
+    assert (fast - whole).norm() < 0.02 * whole.norm()  # 4 bits may be packed, and a near tie end otherwise
 
 
 def test_a_run_says_what_it_adds_and_the_doctor_finds_a_gradient_in_all_of_it(toys, capsys):
