@@ -5,7 +5,7 @@ every clip behind the same frozen ears, whose pre-training heard clips padded to
 LoRA can learn what a cut ear gives; that of the demo as its recipe says. On read English a released Whisper alone, by
 its own decoder, which has learned no such frames. Times are of encoders with random weights, one clip at a time. The
 parts are those that `benchmarks/fsdd.py`, `distill teach configs/demo.yaml` and `benchmarks/real_weights parts` make
-first: `python benchmarks/hearing/ears_seconds.py [--only digits demo english times] [--lengths …] [key=value …]`. What
+first: `python benchmarks/hearing/ears_seconds.py [key=value …] [--only digits demo english times] [--lengths …]`. What
 `--only` leaves out keeps its figures; students made before are used again.
 """
 
