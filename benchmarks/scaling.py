@@ -19,7 +19,7 @@ GPUS = (2, 8, 64, 256, 1024)
 HOURS = (1_000, 10_000, 100_000, 1_000_000)
 ROWS = 16  # clips a micro-batch and GPU, and rows that a teacher answers at once
 NODE = 8  # GPUs that a fast link joins
-TOKEN_BYTES = 90  # adaptive targets, benchmarks/codecs.py
+TOKEN_BYTES = 90  # adaptive targets, benchmarks/storing/codecs.py
 FRAME_BYTES, FRAMES = 1280 + 768, 50  # int8 of Whisper large and BEATs, and frames of each a second
 LATENCY = 20e-6  # seconds that a message between nodes takes to start
 

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `record`
 
 import numpy as np
 import torch
 import zstandard
+from codecs_teacher import make_hidden, make_teacher, measure_error
 from record import write_result
-from storing.codecs_teacher import make_hidden, make_teacher, measure_error
 from torch import Tensor
 
 from distill.caching.fidelity import kl_gradient, noisy_probs
