@@ -42,6 +42,7 @@ MODELS = {  # name: engine and products, ears' weights, frames, Whisper, LLM's w
     "export, small ears, 0.5B, int8, real length, fast": ("fast", "int8", 500, "small", "int8", "0.5B"),
     "export, f16 ears, 30 s": ("exact", "f16", 1500, "large-v2", "f16", "1B"),
     "export, f16 ears, 30 s, fast": ("fast", "f16", 1500, "large-v2", "f16", "1B"),
+    "export, f16 ears, int8 head, 30 s, fast": ("fast", "f16", 1500, "large-v2", "int8", "1B"),
     "student in torch": ("torch", "f32", 1500, "large-v2", "nf4", "1B"),
 }
 

@@ -17,6 +17,7 @@ import openvino as ov
 import torch
 from openvino import Node
 from openvino import opset13 as op
+from openvino._offline_transformations import compress_model_transformation
 from torch import Tensor
 
 from teachers.fourbit import bnb, check_unpacked
@@ -45,8 +46,18 @@ def product(states: Node, weight: Tensor | np.ndarray, name: str, kind: Kind = "
         return sum_of_products(states, [int8_constant(array[:, places]) for places in slices(array.shape[1])])
     if kind == "f32":
         return op.matmul(states, float_constant(array), False, True)
-    halves = op.constant(array.astype(np.float16), ov.Type.f16, shared_memory=False)
-    return op.matmul(states, op.convert(halves, "f32"), False, True)
+    return op.matmul(states, half_constant(array), False, True)
+
+
+def half_constant(weight_OI: np.ndarray) -> Node:
+    """A matrix in half floats, which stays so in memory where the processor multiplies with fewer bits than float32.
+
+    Only OpenVINO's own compression marks it so; what is not marked is unfolded to float32 when a graph is compiled.
+    """
+    states = op.parameter([-1, weight_OI.shape[1]], ov.Type.f32)
+    made = op.matmul(states, float_constant(weight_OI), False, True)
+    compress_model_transformation(ov.Model([op.result(made)], [states], "halves"))
+    return made.input_value(1).get_node()
 
 
 def slices(inputs: int) -> list[slice]:

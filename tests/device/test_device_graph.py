@@ -87,6 +87,13 @@ def test_the_head_is_asked_about_one_position_a_row():
     assert head.get_input_partial_shape(0).rank.get_length() == 2  # [B, D]: no dimension of positions
 
 
+def test_a_head_in_half_floats_is_not_unfolded_when_a_graph_is_compiled(tmp_path):
+    ov.save_model(build_decoder(make_llm("llama"), "f16"), tmp_path / "llm.xml", compress_to_fp16=False)
+    converts = re.findall(r'type="Convert".*?</layer>', (tmp_path / "llm.xml").read_text(), re.DOTALL)
+    halves = [text for text in converts if '<port id="0" precision="FP16"' in text]
+    assert len(halves) == 1 and '<attribute name="decompression"' in halves[0]
+
+
 @pytest.mark.parametrize(
     ("limit", "fast"),
     [(None, {}), ("DEFAULT", {}), ("AVX512_CORE_BF16", {}), ("AVX512_CORE_AMX", {}), ("AVX2", EXACT), ("avx2", EXACT)],
