@@ -2,11 +2,14 @@
 
 Weights are random, in the real formats: a SALMONN checkpoint, Whisper and Llama folders, a BEATs file (11 GB in
 `--folder`, made once). Clips are 10 s of noise with an answer of about 30 tokens. Every stage has a process of its own,
-whose high-water mark of memory it reports: `python benchmarks/real_sizes.py [--folder F] [key=value …]`.
+whose high-water mark of memory it reports, also from the first work on, when all is loaded, beside what `distill plan`
+counts for that and what the process holds without models: `python benchmarks/real_sizes.py [--folder F] [key=value …]`.
 """
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import resource
 import shutil
@@ -27,9 +30,11 @@ from distill.cache import cache
 from distill.caching.capture import Capturer
 from distill.config import Config, load_config
 from distill.demo.tokenizer import train_tokenizer
+from distill.distiller import Distiller
 from distill.evaluation.answering import Cost, measure_cost
 from distill.run import run
-from distill.sizes.costs import model_config
+from distill.sizes.costs import Usage, model_config
+from distill.sizes.fits import Cards, plan_memory
 from distill.teacher import load_teacher, resolve_ears, teach_online
 from shards.packing.pack import pack
 from shards.sample import SAMPLE_RATE
@@ -152,6 +157,7 @@ def measure_teacher(config: Config) -> dict[str, float]:
     began = time.perf_counter()
     model = load_teacher(config, ears=resolve_ears(config, is_kept=True)).to("cuda" if HAS_GPU else "cpu")
     figures = {"load s": time.perf_counter() - began}
+    forget_peak()
     samples = first_batch(config)
     batch = model.collate(samples).to(model.device)
     capture = Capturer(teach_online(config, model), config)
@@ -165,6 +171,7 @@ def measure_teacher(config: Config) -> dict[str, float]:
 def measure_cache(config: Config) -> dict[str, float]:
     """The caching job, its start included."""
     began = time.perf_counter()
+    begin_with(Capturer, "__call__")
     cache(config)
     files = [path for path in config.cache_folder.rglob("*.tar*") if path.is_file()]
     return {"s": time.perf_counter() - began, "KB a clip": sum(path.stat().st_size for path in files) / CLIPS / 1e3}
@@ -173,6 +180,7 @@ def measure_cache(config: Config) -> dict[str, float]:
 def measure_training(config: Config) -> dict[str, float]:
     """Training from the cache, frames and all; the first step does not count."""
     began = time.perf_counter()
+    begin_with(Distiller, "_step")
     run(config)
     lines = (config.run_folder / "metrics.jsonl").read_text().splitlines()
     steps = statistics.median(json.loads(line)["seconds"] for line in lines[1:])
@@ -187,6 +195,7 @@ def measure_student(config: Config) -> dict[str, float]:
     dtype = torch.bfloat16 if HAS_GPU else torch.float32
     model = load_student(config.run_folder / "student", dtype=dtype).to("cuda" if HAS_GPU else "cpu")
     figures = {"load s": time.perf_counter() - began}
+    forget_peak()
     return figures | describe_cost(measure_cost(model, first_batch(config)[0], RUNS))
 
 
@@ -198,13 +207,48 @@ STAGES: dict[str, Callable[[Config], dict[str, float]]] = {
 }
 
 
+PLANNED = {"cache": 1, "train": 0, "student": 2}  # of the plan's stages
+
+
 def measure_stage(name: str, config: Config) -> dict[str, float]:
-    """One stage in this process, and the most memory it held."""
+    """One stage in this process, and the most memory it held: in all, and from its first work on."""
+    alone = read_status("VmRSS")
     figures = STAGES[name](config)
     figures["peak host GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     if HAS_GPU:
-        figures["peak GPU GB"] = torch.cuda.max_memory_allocated() / GB
+        return figures | {"peak GPU GB": torch.cuda.max_memory_allocated() / GB}
+    figures["at work GB"] = read_status("VmHWM")
+    if name in PLANNED:
+        whole = dataclasses.replace(config, precision="float32", eval=dataclasses.replace(config.eval, num_beams=1))
+        whole = dataclasses.replace(whole, eval=dataclasses.replace(whole.eval, batch_size=1))
+        need = plan_memory(whole, Cards(1, zero_stage=0), Usage(SECONDS, 30, 30))[PLANNED[name]]
+        figures["planned GB"] = alone + sum(need.parts.values()) / GB
     return figures
+
+
+def begin_with(owner: type, method: str) -> None:
+    """Let the high-water mark begin anew when a method is first called."""
+    plain = getattr(owner, method)
+
+    def first(self, *args):
+        setattr(owner, method, plain)
+        forget_peak()
+        return plain(self, *args)
+
+    setattr(owner, method, first)
+
+
+def forget_peak() -> None:
+    """Give back what loading left, and let Linux begin the high-water mark of memory anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_status(name: str) -> float:
+    """A size of this process, in GB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024 / GB
 
 
 def make_table(stages: dict[str, dict[str, float]]) -> str:
