@@ -5,7 +5,7 @@ over the whole vocabulary. Then the product's own steps: ears that are run once,
 ears from it too, and only the windows that hold audio. All of one config, same clips, in one run, as ratios; then two
 ranks against one, a thread each: `python benchmarks/step.py [--real] [--folder F] [key=value …]`. By default the parts
 are small, with random weights; `--real` takes the recipe 3B → 1B at its real sizes (11 GB on the disk and 20 GB of
-memory, made by `real_sizes.py`) and one rank.
+memory with `precision=bf16`, made by `real_sizes.py`) and one rank.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def time_naive(config: Config) -> list[float]:
     """Seconds of each step of the loop that one writes first."""
     accelerator = build_accelerator()
     teacher = load_teacher(config).to(accelerator.device)
-    student = make_student(config, load_teacher(config), resolve_precision(config.precision), print)
+    base = load_teacher(config, llm_weights=False)  # ears of its own, and an LLM that nobody asks
+    student = make_student(config, base, resolve_precision(config.precision), print)
     student.to(accelerator.device).train()
     stream = open_training_stream(config, accelerator, wrap_teacher(config, teacher), student)
     trained = [p for p in student.parameters() if p.requires_grad]
