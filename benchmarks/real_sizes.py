@@ -2,8 +2,8 @@
 
 Weights are random, in the real formats: a SALMONN checkpoint, Whisper and Llama folders, a BEATs file (11 GB in
 `--folder`, made once). Clips are 10 s of noise with an answer of about 30 tokens. Every stage has a process of its own,
-whose high-water mark of memory it reports, also from the first work on, when all is loaded, beside what `distill plan`
-counts for that and what the process holds without models: `python benchmarks/real_sizes.py [--folder F] [key=value …]`.
+whose high-water mark of memory it reports: of host memory from the first work on, when all is loaded, beside what
+`distill plan` counts for that and what the process holds without models: `python benchmarks/real_sizes.py [--folder F] [key=value …]`.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import gc
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -211,10 +210,9 @@ PLANNED = {"cache": 1, "train": 0, "student": 2}  # of the plan's stages
 
 
 def measure_stage(name: str, config: Config) -> dict[str, float]:
-    """One stage in this process, and the most memory it held: in all, and from its first work on."""
+    """One stage in this process, and the most memory it held, of host memory from its first work on."""
     alone = read_status("VmRSS")
     figures = STAGES[name](config)
-    figures["peak host GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     if HAS_GPU:
         return figures | {"peak GPU GB": torch.cuda.max_memory_allocated() / GB}
     figures["at work GB"] = read_status("VmHWM")
