@@ -3,7 +3,8 @@
 Weights are random, in the real formats: a SALMONN checkpoint, Whisper and Llama folders, a BEATs file (11 GB in
 `--folder`, made once). Clips are 10 s of noise with an answer of about 30 tokens. Every stage has a process of its own,
 whose high-water mark of memory it reports: of host memory from the first work on, when all is loaded, beside what
-`distill plan` counts for that and what the process holds without models: `python benchmarks/real_sizes.py [--folder F] [key=value …]`.
+`distill plan` counts for that and what the process holds without models: `python benchmarks/real_sizes.py [--folder F]
+[key=value …]`.
 """
 
 import argparse
