@@ -7,9 +7,7 @@ mapping is ours, and its pages go back to the system while a graph packs; what i
 Knows no student and no names but a graph's own.
 """
 
-import ctypes
 import mmap
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +35,6 @@ class Graph:
         model = core.read_model(path.read_text(encoding="utf-8"), ov.Tensor(self.weights, shared_memory=True))
         self.compiled = core.compile_model(model, "CPU", dict(properties))
         self.request = self.compiled.create_infer_request()
-        give_back_freed()
         self.packed_for: list[tuple[int, ...]] = []
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -58,14 +55,6 @@ class Graph:
     def release(self) -> None:
         """Give back what the last run needed between its inputs and its output."""
         self.compiled.release_memory()
-        give_back_freed()
-
-
-def give_back_freed() -> None:
-    """Let glibc give what was freed back to the system: a twentieth of a small student; elsewhere nothing happens."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager
