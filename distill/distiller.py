@@ -404,7 +404,8 @@ class Distiller:
                                   f"a row were not better than that of step {self.best.step}")  # fmt: skip
         join_(self.accelerator, self.objective)
         keep_outputs_(self.student)
-        drop_kernels_(self.student.llm)
+        if self.options.kernels != "none":  # those of a user's own stay
+            drop_kernels_(self.student.llm)
         self._take_best_(step)
 
     def _result(self, steps: int, preempted: bool = False) -> FitResult:

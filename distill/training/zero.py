@@ -1,7 +1,8 @@
 """DeepSpeed's settings, and what ZeRO-3 needs beside them: it splits every parameter that it finds over the ranks.
 
 Only trainable tensors are given to it. Frozen ones stay whole on every rank: in 4 bits a piece of a weight is not a
-weight, and the head is read row by row, outside its own layer. Knows DeepSpeed, nothing of models.
+weight, and the head is read row by row, outside its own layer. Where FSDP2 splits instead, `sharding` does it. Knows
+DeepSpeed, nothing of models.
 """
 
 import os
